@@ -1,0 +1,17 @@
+"""Shared fixtures: eight fake CPU devices, the published data, the embedded model."""
+import os
+import pathlib
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+    """The folder that holds the published data; the test skips where it is not set."""
+    folder = os.environ.get("IP_JAX_DATA_DIR")
+    if not folder:
+        pytest.skip("needs the published data: set IP_JAX_DATA_DIR to the folder that holds it")
+    return pathlib.Path(folder)
