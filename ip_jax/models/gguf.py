@@ -1,0 +1,184 @@
+"""A .gguf file (llama.cpp's format) -> config, params and tokenizer.
+
+Sources: llama.cpp's convert_hf_to_gguf.py (tensor names, the row permutation of q and k), src/llama-vocab.cpp (what each value
+of tokenizer.ggml.pre means), gguf's constants (metadata keys).
+"""
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from ip_jax.models.assemble import ShardingOf, assemble
+from ip_jax.models.families import DecoderConfig, Path
+
+ARCHITECTURES = ("llama", "qwen2")
+
+_OUTSIDE = {("embed",): "token_embd.weight", ("final_norm",): "output_norm.weight", ("head",): "output.weight"}
+_LAYER = {
+    "attn_norm": "attn_norm.weight", "q": "attn_q.weight", "k": "attn_k.weight", "v": "attn_v.weight", "o": "attn_output.weight",
+    "q_bias": "attn_q.bias", "k_bias": "attn_k.bias", "v_bias": "attn_v.bias",
+    "mlp_norm": "ffn_norm.weight", "gate": "ffn_gate.weight", "up": "ffn_up.weight", "down": "ffn_down.weight",
+}  # fmt: skip
+_SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+
+
+@dataclass(frozen=True)
+class Splitter:
+    """How text is cut into words before byte-level BPE."""
+
+    regex: str | None = None  # None: GPT-2's own
+    single_digits: bool = False
+    whole_words_first: bool = False  # a word that is itself a token skips the merges
+    nfc: bool = False
+    adds_bos: bool = False
+
+
+_LLAMA3_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITTERS = {
+    "gpt-2": Splitter(),
+    "smollm": Splitter(single_digits=True),
+    "llama-bpe": Splitter(_LLAMA3_REGEX, whole_words_first=True, adds_bos=True),
+    "qwen2": Splitter(_LLAMA3_REGEX.replace(r"\p{N}{1,3}", r"\p{N}"), nfc=True),
+}
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """An opened file: metadata values by key, and its tensors (memory-mapped, still quantised) by name."""
+
+    path: FilePath
+    metadata: dict
+    tensors: dict
+
+
+def open_gguf(path: FilePath | str) -> GgufFile:
+    """Read the metadata and map the tensors. Raises ValueError when the file is not a complete GGUF file."""
+    from gguf import GGUFReader
+
+    path = FilePath(path)
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a complete GGUF file ({error}); fetch it again.") from error
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    return GgufFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
+
+
+def read_config(file: GgufFile) -> DecoderConfig:
+    """The model's shape from the metadata. Raises ValueError for an architecture or option that is not supported."""
+    family = _required(file, "general.architecture")
+    if family not in ARCHITECTURES:
+        raise ValueError(f"{file.path} holds the architecture {family!r}, which is not supported; supported in GGUF files are {', '.join(ARCHITECTURES)}.")
+    scaling = file.metadata.get(f"{family}.rope.scaling.type", "none")
+    if "rope_freqs.weight" in file.tensors or scaling != "none" or file.metadata.get(f"{family}.expert_count"):
+        raise ValueError(f"{file.path} uses scaled rope or experts, which are not read from GGUF files; load the model's safetensors folder instead.")
+    d_model = _required(file, f"{family}.embedding_length")
+    n_heads = _required(file, f"{family}.attention.head_count")
+    return DecoderConfig(
+        family=family,
+        vocab_size=len(_required(file, "tokenizer.ggml.tokens")),
+        d_model=d_model,
+        d_ff=_required(file, f"{family}.feed_forward_length"),
+        n_layers=_required(file, f"{family}.block_count"),
+        n_heads=n_heads,
+        n_kv_heads=file.metadata.get(f"{family}.attention.head_count_kv", n_heads),
+        head_dim=file.metadata.get(f"{family}.attention.key_length", d_model // n_heads),
+        rope_theta=file.metadata.get(f"{family}.rope.freq_base", 10000.0),
+        norm_eps=_required(file, f"{family}.attention.layer_norm_rms_epsilon"),
+        max_positions=_required(file, f"{family}.context_length"),
+        tied_embeddings="output.weight" not in file.tensors,
+        qkv_bias=family == "qwen2",
+    )
+
+
+def read_params(file: GgufFile, config: DecoderConfig, dtype, sharding: ShardingOf | None = None) -> dict:
+    """The params of `config`, dequantised to float32 and converted to `dtype`, kernels as [in, out].
+
+    Raises ValueError for a missing tensor, a tensor of another shape, or a quantisation that the gguf library cannot read.
+    """
+
+    def read(path: Path, layer: int | None) -> np.ndarray:
+        name = _OUTSIDE[path] if layer is None else f"blk.{layer}.{_LAYER[path[-1]]}"
+        array = _dequantize(file, name)
+        if config.family == "llama" and path[-1] in ("q", "k"):
+            array = _undo_rope_permutation(array, config.head_dim)
+        return array if path == ("embed",) or array.ndim == 1 else array.T
+
+    return assemble(config, read, dtype, sharding)
+
+
+def read_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
+    """The fast tokenizer that the metadata describes (byte-level BPE), with its special tokens and chat template.
+
+    Raises ValueError for another kind of vocabulary or an unknown way to split text.
+    """
+    kind, pre = _required(file, "tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.pre", "(none)")
+    if kind != "gpt2" or pre not in SPLITTERS:
+        raise ValueError(f"{file.path} has a tokenizer of kind {kind!r} that splits text as {pre!r}; supported is kind 'gpt2' with {', '.join(SPLITTERS)}.")
+    tokens, splitter = _required(file, "tokenizer.ggml.tokens"), SPLITTERS[pre]
+    backend = _byte_level_bpe(tokens, _required(file, "tokenizer.ggml.merges"), splitter)
+    types = file.metadata.get("tokenizer.ggml.token_type", [])
+    for kind in (_CONTROL, _USER_DEFINED):
+        pairs = zip(tokens, types, strict=True)
+        added = [AddedToken(token, normalized=False, special=kind == _CONTROL) for token, type_ in pairs if type_ == kind]
+        backend.add_special_tokens(added) if kind == _CONTROL else backend.add_tokens(added)
+    named = {
+        role: tokens[file.metadata[f"tokenizer.ggml.{key}"]]
+        for role, key in _SPECIAL.items()
+        if f"tokenizer.ggml.{key}" in file.metadata
+    }
+    if file.metadata.get("tokenizer.ggml.add_bos_token", splitter.adds_bos):
+        bos = named["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=_required(file, f"{file.metadata['general.architecture']}.context_length"),
+        clean_up_tokenization_spaces=False,
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+        **named,
+    )
+
+
+def _byte_level_bpe(tokens: list[str], merges: list[str], splitter: Splitter) -> Tokenizer:
+    vocab = {token: index for index, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=splitter.whole_words_first))
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if splitter.single_digits else []
+    if splitter.regex:
+        steps.append(pre_tokenizers.Split(Regex(splitter.regex), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitter.regex is None))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if splitter.nfc:
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _required(file: GgufFile, key: str):
+    if key not in file.metadata:
+        raise ValueError(f"{file.path} lacks the metadata {key!r}, so the model cannot be read from it.")
+    return file.metadata[key]
+
+
+def _dequantize(file: GgufFile, name: str) -> np.ndarray:
+    from gguf import dequantize
+
+    if name not in file.tensors:
+        raise ValueError(f"{file.path} has no tensor {name!r}, which its metadata promises.")
+    tensor = file.tensors[name]
+    try:
+        return dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise ValueError(f"{file.path}: the tensor {name} is stored as {tensor.tensor_type.name}, which the gguf library cannot read.") from error
+
+
+def _undo_rope_permutation(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """[heads * head_dim, D] from llama.cpp's order (pairs of a rotation adjacent) to Hugging Face's (first halves, then second)."""
+    return rows.reshape(-1, head_dim // 2, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)

