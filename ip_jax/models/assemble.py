@@ -1,13 +1,15 @@
 """Weights from any file format into the params dict, one layer of one tensor in host memory at a time."""
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from ip_jax.models.families import DecoderConfig, Path, param_shapes
+from ip_jax.models.families import DecoderConfig, ParamPath, param_shapes
 
 
 class Tensor(Protocol):
@@ -19,18 +21,26 @@ class Tensor(Protocol):
 
 
 # read(path, layer) -> the array as it lies in params without the layer axis; layer is None outside "layers"
-Reader = Callable[[Path, int | None], Tensor]
-ShardingOf = Callable[[Path], NamedSharding]
+Reader = Callable[[ParamPath, int | None], Tensor]
+ShardingOf = Callable[[ParamPath], NamedSharding]
 
 
-def assemble(config: DecoderConfig, read: Reader, dtype, sharding: ShardingOf | None = None) -> dict:
+def assemble(config: DecoderConfig, read: Reader, dtype, sharding: ShardingOf | None, origin: Path) -> dict:
     """The params of `config`, filled from `read` and converted to `dtype`.
 
     A stacked array [L, ...] is made on its devices and filled in place (donated), layer by layer, so that beyond the target
     arrays the host holds at most one tensor. `sharding` names each array's place by its path; None is the default device.
     Each process of a multi-host run places only the part of every tensor that its own devices hold.
-    Raises ValueError when `read` returns another shape than the config asks for.
+    Raises ValueError when `read` returns another shape than the config asks for; `origin` is the file or folder that it names.
     """
+
+    def checked(path: ParamPath, layer: int | None, shape: tuple[int, ...]) -> Tensor:
+        tensor = read(path, layer)
+        if tensor.shape != shape:
+            where = path[-1] if layer is None else f"{path[-1]} of layer {layer}"
+            raise ValueError(f"{origin}: the weights {where} have the shape {tensor.shape} where the model's config asks for {shape}.")
+        return tensor
+
     params: dict = {}
     for path, shape in param_shapes(config).items():
         place = sharding(path) if sharding else None
@@ -38,9 +48,9 @@ def assemble(config: DecoderConfig, read: Reader, dtype, sharding: ShardingOf | 
         for key in path[:-1]:
             branch = branch.setdefault(key, {})
         if path[0] == "layers":
-            branch[path[-1]] = _stack(lambda layer, path=path: read(path, layer), shape, dtype, place)
+            branch[path[-1]] = _stack(lambda layer, path=path, shape=shape: checked(path, layer, shape[1:]), shape, dtype, place)
         else:
-            branch[path[-1]] = _put(read(path, None), shape, dtype, place)
+            branch[path[-1]] = _put(checked(path, None, shape), dtype, place)
     return params
 
 
@@ -48,15 +58,26 @@ def _stack(read_layer: Callable[[int], Tensor], shape: tuple[int, ...], dtype, p
     if place is not None and place.spec and place.spec[0] is not None:
         raise ValueError(f"The layer axis of a stacked array must not be sharded, but its sharding is {place.spec}.")
     per_layer = place and NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
-    target = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)()
-    fill = jax.jit(lambda target, layer, x: target.at[layer].set(x), donate_argnums=0, out_shardings=place)
+    target = jnp.zeros(shape, dtype, device=place)
     for layer in range(shape[0]):
-        target = fill(target, layer, _put(read_layer(layer), shape[1:], dtype, per_layer))
+        target = _fill(place)(target, layer, _put(read_layer(layer), dtype, per_layer))
+        target.block_until_ready()  # else the host's copies of several layers wait for the device together
     return target
 
 
-def _put(tensor: Tensor, shape: tuple[int, ...], dtype, place: Sharding | None) -> jax.Array:
-    if tensor.shape != shape:
-        raise ValueError(f"A tensor has the shape {tensor.shape} where the model's config asks for {shape}.")
-    place = place or SingleDeviceSharding(jnp.zeros(()).device)
-    return jax.make_array_from_callback(shape, place, lambda index: np.ascontiguousarray(tensor[index].astype(dtype, copy=False)))
+@functools.cache
+def _fill(place: NamedSharding | None):
+    """In place: the target is donated. One program for all arrays of a shape and sharding."""
+    return jax.jit(lambda target, layer, x: target.at[layer].set(x), donate_argnums=0, out_shardings=place)
+
+
+def _put(tensor: Tensor, dtype, place: Sharding | None) -> jax.Array:
+    pieces = {}  # devices that hold the same piece share one host copy
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in pieces:
+            pieces[str(index)] = np.array(tensor[index], dtype=dtype, order="C")  # converts, transposes and copies at once
+        return pieces[str(index)]
+
+    everything = (slice(None),) * len(tensor.shape)
+    return jax.make_array_from_callback(tensor.shape, place, piece) if place else jnp.asarray(piece(everything))

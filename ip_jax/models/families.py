@@ -6,7 +6,7 @@ and meaning; modeling_rope_utils.py for Llama 3.1's rope scaling.
 import math
 from dataclasses import dataclass
 
-Path = tuple[str, ...]  # where an array lies in params, for example ("layers", "q")
+ParamPath = tuple[str, ...]  # where an array lies in params, for example ("layers", "q")
 
 SUPPORTED = {"LlamaForCausalLM": "llama", "GemmaForCausalLM": "gemma", "Qwen2ForCausalLM": "qwen2"}
 
@@ -80,7 +80,7 @@ def from_hf_config(config: dict) -> DecoderConfig:
     )
 
 
-def param_shapes(config: DecoderConfig) -> dict[Path, tuple[int, ...]]:
+def param_shapes(config: DecoderConfig) -> dict[ParamPath, tuple[int, ...]]:
     """Shape of every array in params. Kernels are [in, out]; everything under "layers" has the layer axis L in front."""
     L, D, F, V = config.n_layers, config.d_model, config.d_ff, config.vocab_size
     query, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim

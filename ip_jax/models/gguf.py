@@ -4,14 +4,14 @@ Sources: llama.cpp's convert_hf_to_gguf.py (tensor names, the row permutation of
 of tokenizer.ggml.pre means), gguf's constants (metadata keys).
 """
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ip_jax.models.assemble import ShardingOf, assemble
-from ip_jax.models.families import DecoderConfig, Path
+from ip_jax.models.families import DecoderConfig, ParamPath
 
 ARCHITECTURES = ("llama", "qwen2")
 
@@ -51,16 +51,16 @@ SPLITTERS = {
 class GgufFile:
     """An opened file: metadata values by key, and its tensors (memory-mapped, still quantised) by name."""
 
-    path: FilePath
+    path: Path
     metadata: dict
     tensors: dict
 
 
-def open_gguf(path: FilePath | str) -> GgufFile:
+def open_gguf(path: Path | str) -> GgufFile:
     """Read the metadata and map the tensors. Raises ValueError when the file is not a complete GGUF file."""
     from gguf import GGUFReader
 
-    path = FilePath(path)
+    path = Path(path)
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
@@ -102,14 +102,14 @@ def read_params(file: GgufFile, config: DecoderConfig, dtype, sharding: Sharding
     Raises ValueError for a missing tensor, a tensor of another shape, or a quantisation that the gguf library cannot read.
     """
 
-    def read(path: Path, layer: int | None) -> np.ndarray:
+    def read(path: ParamPath, layer: int | None) -> np.ndarray:
         name = _OUTSIDE[path] if layer is None else f"blk.{layer}.{_LAYER[path[-1]]}"
         array = _dequantize(file, name)
         if config.family == "llama" and path[-1] in ("q", "k"):
             array = _undo_rope_permutation(array, config.head_dim)
         return array if path == ("embed",) or array.ndim == 1 else array.T
 
-    return assemble(config, read, dtype, sharding)
+    return assemble(config, read, dtype, sharding, file.path)
 
 
 def read_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:

@@ -2,14 +2,14 @@
 import hashlib
 import json
 from contextlib import ExitStack
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import ml_dtypes  # noqa: F401  registers "bfloat16" with numpy, under which safetensors then returns bf16 tensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ip_jax.models.assemble import ShardingOf, assemble
-from ip_jax.models.families import DecoderConfig, Path, from_hf_config
+from ip_jax.models.families import DecoderConfig, ParamPath, from_hf_config
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _OUTSIDE = {("embed",): "model.embed_tokens.weight", ("final_norm",): "model.norm.weight", ("head",): "lm_head.weight"}
@@ -22,21 +22,21 @@ _LAYER = {
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def hf_name(path: Path, layer: int | None) -> str:
+def hf_name(path: ParamPath, layer: int | None) -> str:
     """The checkpoint's name of the array at `path` of params, for example ("layers", "q"), 3 -> model.layers.3.self_attn.q_proj.weight."""
     return _OUTSIDE[path] if layer is None else f"model.layers.{layer}.{_LAYER[path[-1]]}"
 
 
-def read_config(folder: FilePath | str) -> DecoderConfig:
+def read_config(folder: Path | str) -> DecoderConfig:
     """Raises FileNotFoundError without a config.json, ValueError for a damaged or unsupported one (naming the folder)."""
-    folder = FilePath(folder)
+    config = _read_json(Path(folder) / "config.json")
     try:
-        return from_hf_config(_read_json(folder / "config.json"))
+        return from_hf_config(config)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
 
-def read_params(folder: FilePath | str, config: DecoderConfig, dtype, sharding: ShardingOf | None = None) -> dict:
+def read_params(folder: Path | str, config: DecoderConfig, dtype, sharding: ShardingOf | None = None) -> dict:
     """The params of `config`, read tensor by tensor and converted to `dtype`; kernels are transposed to [in, out].
 
     With a `sharding`, each process reads only the slices of every tensor that its own devices hold.
@@ -46,7 +46,7 @@ def read_params(folder: FilePath | str, config: DecoderConfig, dtype, sharding: 
         files = {path: stack.enter_context(_open(path)) for path in weight_files(folder)}
         owner = {name: path for path, file in files.items() for name in file.keys()}
 
-        def read(path: Path, layer: int | None) -> "_Lazy":
+        def read(path: ParamPath, layer: int | None) -> "_Lazy":
             name = hf_name(path, layer)
             if name not in owner:
                 raise ValueError(f"{folder} has no tensor {name!r} in its safetensors files, so the model is incomplete; fetch it again.")
@@ -55,12 +55,12 @@ def read_params(folder: FilePath | str, config: DecoderConfig, dtype, sharding: 
                 raise ValueError(f"{owner[name]}: the tensor {name} is stored as {tensor.get_dtype()}; supported are {', '.join(_FLOATS)}.")
             return _Lazy(tensor, transposed=path != ("embed",) and len(tensor.get_shape()) == 2)
 
-        return assemble(config, read, dtype, sharding)
+        return assemble(config, read, dtype, sharding, Path(folder))
 
 
-def weight_files(folder: FilePath | str) -> list[FilePath]:
+def weight_files(folder: Path | str) -> list[Path]:
     """The safetensors files of a model folder. Raises FileNotFoundError when there are none or one that the index names is missing."""
-    folder = FilePath(folder)
+    folder = Path(folder)
     if (folder / _INDEX).exists():
         files = sorted({folder / name for name in _read_json(folder / _INDEX)["weight_map"].values()})
     else:
@@ -71,13 +71,13 @@ def weight_files(folder: FilePath | str) -> list[FilePath]:
     return files
 
 
-def fingerprint(folder: FilePath | str) -> str:
+def fingerprint(folder: Path | str) -> str:
     """"sha256:..." over config.json and each weight file's name, size, header and first 4 KiB of every tensor.
 
     Not a hash of all weights, which would read a 7B model twice: it tells models and their fine-tunes apart, but does not notice
     a change in the middle of a tensor. Raises as `weight_files`, and ValueError for a damaged file.
     """
-    digest = hashlib.sha256((FilePath(folder) / "config.json").read_bytes())
+    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
     for path in weight_files(folder):
         with _open(path):  # validates the header against the file's length
             pass
@@ -104,17 +104,17 @@ class _Lazy:
         return self._tensor[index[::-1]].T if self._transposed else self._tensor[index]
 
 
-def _open(path: FilePath):
+def _open(path: Path):
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated ({error}); fetch it again.") from error
 
 
-def _read_json(path: FilePath) -> dict:
+def _read_json(path: Path) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing, so {path.parent} is not a model folder.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path.name} is not valid JSON ({error}).") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from error

@@ -118,6 +118,20 @@ def cache_dir() -> Path:
     return Path(os.environ.get("IP_JAX_CACHE") or "~/.cache/ip_jax").expanduser()
 
 
+def cached_models() -> dict[str, Path]:
+    """Names that load without network -> where their files lie: embedded models and whatever the Hugging Face cache holds."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    files = {name: cache_dir() / Path(model.member).name for name, model in EMBEDDED.items()}
+    found = {name: path for name, path in files.items() if path.exists()}
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        repos = frozenset()
+    return found | {repo.repo_id: Path(repo.repo_path) for repo in sorted(repos, key=lambda repo: repo.repo_id) if repo.repo_type == "model"}
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -196,13 +210,17 @@ def _from_hugging_face(repo: str, revision: str | None) -> Path:
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(f"There is no repo {repo} on Hugging Face, or it is private and HF_TOKEN does not open it.") from error
     except errors.LocalEntryNotFoundError as error:
-        raise ConnectionError(f"{at} is not in the Hugging Face cache and huggingface.co cannot be reached; use a local folder.") from error
+        raise ConnectionError(f"{at} is not complete in the Hugging Face cache and huggingface.co cannot be reached; use a local folder.") from error
+    except errors.HTTPError as error:
+        raise ConnectionError(f"Hugging Face did not deliver {at} ({str(error).splitlines()[0]}).") from error
 
 
 def _folder_tokenizer(folder: Path):
-    from transformers import AutoTokenizer
+    """tokenizer.json as it stands: AutoTokenizer rebuilds some classes (GPT2Tokenizer, which SmolLM2 names) without its digit splitting."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    loader = PreTrainedTokenizerFast if (folder / "tokenizer.json").exists() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError) as error:
+        return loader.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise bare Exceptions, KeyErrors and more for damaged files
         raise ValueError(f"{folder} holds no tokenizer that transformers can read ({str(error).splitlines()[0]}).") from error
