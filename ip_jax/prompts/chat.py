@@ -106,6 +106,8 @@ def _check(messages: list[dict]) -> None:
     for index, message in enumerate(messages):
         if message["role"] not in ROLES:
             raise PromptError(f"message {index} has the role {message['role']!r}, allowed are {', '.join(ROLES)}")
+        if not isinstance(message["content"], str):
+            raise PromptError(f"the content of message {index} is {type(message['content']).__name__}, only text is allowed")
         if message["role"] == "assistant" and not message["content"].strip():
             raise PromptError(f"the response in message {index} is empty: there is nothing to train on")
 

@@ -150,12 +150,11 @@ CONVERSATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, name", [(f, name) for f in FAMILIES for name in CONVERSATIONS if name != "system" or f not in NO_SYSTEM]
+)
 def test_ids_are_those_of_apply_chat_template_and_the_mask_holds_the_responses(family, name):
     tokenizer, messages = FAMILIES[family], CONVERSATIONS[name]
-    if name == "system" and family in NO_SYSTEM:
-        pytest.skip("the template has no system role")
     rendered = render_conversation(tokenizer, messages, "all")
     assert rendered.token_ids.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
     assert rendered.token_ids.dtype == np.int32 and rendered.response_mask.dtype == np.bool_
@@ -252,6 +251,7 @@ def test_a_library_prompt_reaches_the_tokens_and_leaves_the_response_alone():
         ([user("Hi"), assistant("")], "the response in message 1 is empty"),
         ([user("Hi"), assistant(" \n"), user("Now"), assistant("Yes")], "the response in message 1 is empty"),
         ([user("Hi"), {"role": "bot", "content": "Yes"}], "message 1 has the role 'bot', allowed are system, user, assistant"),
+        ([user([{"type": "text"}]), assistant("Yes")], "the content of message 0 is list, only text is allowed"),
         ([user("Hi")], "ends with an assistant turn"),
         ([*ONE, user("Now")], "ends with an assistant turn"),
         ([user("Hi"), assistant("Yes.<|im_end|>\n")], r"response in message 1 ends with <\|im_end\|>, which the template adds itself"),
