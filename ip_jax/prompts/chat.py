@@ -2,7 +2,7 @@
 
 The loss counts, of each trained assistant turn, the response and its end-of-turn token, once. It does not count what the
 template writes by itself: role headers, an empty thinking block before the response, the newline after the end of the turn.
-(The published GCD code also trains on that newline and on an `<eos>` behind it; nothing that is sampled depends on them.)
+(The published GCD code also counts that newline and an `<eos>` behind it, positions that sampling never reaches.)
 
 Spans are found by rendering the conversation a second time with a marker in place of one response. That holds where the
 generation prompt is not a prefix of the full text, and where the template trims a response or rewrites earlier turns.
