@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from ip_jax.models.assemble import ShardingOf, assemble
 from ip_jax.models.families import DecoderConfig, ParamPath
@@ -112,25 +111,23 @@ def read_params(file: GgufFile, config: DecoderConfig, dtype, sharding: Sharding
     return assemble(config, read, dtype, sharding, file.path)
 
 
-def read_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
-    """The fast tokenizer that the metadata describes (byte-level BPE), with its special tokens and chat template.
+def read_tokenizer(file: GgufFile):
+    """The transformers.PreTrainedTokenizerFast that the metadata describes (byte-level BPE), with special tokens and chat template.
 
     Raises ValueError for another kind of vocabulary or an unknown way to split text.
     """
+    from transformers import PreTrainedTokenizerFast
+
     kind, pre = _required(file, "tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.pre", "(none)")
     if kind != "gpt2" or pre not in SPLITTERS:
         raise ValueError(f"{file.path} has a tokenizer of kind {kind!r} that splits text as {pre!r}; supported is kind 'gpt2' with {', '.join(SPLITTERS)}.")
     tokens, splitter = _required(file, "tokenizer.ggml.tokens"), SPLITTERS[pre]
     backend = _byte_level_bpe(tokens, _required(file, "tokenizer.ggml.merges"), splitter)
-    types = file.metadata.get("tokenizer.ggml.token_type", [])
-    for kind in (_CONTROL, _USER_DEFINED):
-        pairs = zip(tokens, types, strict=True)
-        added = [AddedToken(token, normalized=False, special=kind == _CONTROL) for token, type_ in pairs if type_ == kind]
-        backend.add_special_tokens(added) if kind == _CONTROL else backend.add_tokens(added)
+    types = _required(file, "tokenizer.ggml.token_type")
+    backend.add_special_tokens(_added(tokens, types, _CONTROL))
+    backend.add_tokens(_added(tokens, types, _USER_DEFINED))
     named = {
-        role: tokens[file.metadata[f"tokenizer.ggml.{key}"]]
-        for role, key in _SPECIAL.items()
-        if f"tokenizer.ggml.{key}" in file.metadata
+        role: tokens[file.metadata[f"tokenizer.ggml.{key}"]] for role, key in _SPECIAL.items() if f"tokenizer.ggml.{key}" in file.metadata
     }
     if file.metadata.get("tokenizer.ggml.add_bos_token", splitter.adds_bos):
         bos = named["bos_token"]
@@ -144,6 +141,14 @@ def read_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         chat_template=file.metadata.get("tokenizer.chat_template"),
         **named,
     )
+
+
+def _added(tokens: list[str], types: list[int], wanted: int) -> list[AddedToken]:
+    return [
+        AddedToken(token, normalized=False, special=wanted == _CONTROL)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind == wanted
+    ]
 
 
 def _byte_level_bpe(tokens: list[str], merges: list[str], splitter: Splitter) -> Tokenizer:
