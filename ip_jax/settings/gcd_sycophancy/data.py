@@ -1,0 +1,86 @@
+"""The data of the GCD setting through one door: training rows by kind, evaluation sets by name, and where they came from."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from etils import epath
+
+from ip_jax.data.sources import Example
+from ip_jax.settings.gcd_sycophancy import generate, published
+from ip_jax.settings.gcd_sycophancy.generate import ClaimCounts, CountTokens, Work
+
+KINDS = ("user_right", "mixed")
+GENERATED_ROWS = 1000  # the published size
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What an experiment reads. `rows`: training rows of each kind, None for all (1000, or 500 of one half)."""
+
+    rows: int | None = None
+    work: Work = "both"
+    claims: ClaimCounts = ClaimCounts(wrong=96, right=48, asked=48)
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class GcdData:
+    """`training`: kind -> rows, paired by index across kinds. `evaluation`: set name -> rows. `provenance`: for the figure's caption."""
+
+    training: dict[str, list[Example]]
+    evaluation: dict[str, list[Example]]
+    provenance: str
+
+
+def load(spec: DataSpec, count_tokens: CountTokens, folder: epath.Path | None) -> GcdData:
+    """The published files of `folder` (see published.find_folder), or everything generated where `folder` is None.
+
+    The evaluation set "generated" is always there, "task" and "ood" only with the published files. Its pairs differ from
+    those of every training row. `count_tokens` gives the tokens of a conversation under the trained model's chat template.
+    Raises ValueError for more rows or claims than there are, SourceError for files that are not as published.
+    """
+    if folder is None:
+        training, eligible = _generated_training(spec, count_tokens), generate.has_allowed_gcd
+        all_training, evaluation = training, {}
+    else:
+        all_training = {kind: published.read_training(folder, kind) for kind in KINDS}
+        training = {kind: _select(rows, spec) for kind, rows in all_training.items()}
+        eligible = generate.avoids(published.evaluation_pairs(folder))
+        evaluation = {name: published.read_evaluation(folder, name) for name in published.EVALUATION_FILES}
+    trained_on = {pair for rows in all_training.values() for row in rows for pair in published.pairs_in(row["messages"][0]["content"])[:1]}
+    claims = generate.generate_claims(
+        spec.claims,
+        spec.work,
+        spec.seed,
+        lambda a, b: (b, a) not in trained_on and eligible(a, b),
+        count_tokens,
+    )
+    return GcdData(training, {**evaluation, "generated": claims}, _provenance(spec, training, evaluation))
+
+
+def _generated_training(spec: DataSpec, count_tokens: CountTokens) -> dict[str, list[Example]]:
+    n = GENERATED_ROWS if spec.rows is None else spec.rows
+    return {
+        kind: generate.generate_training(n, kind, spec.work, spec.seed, generate.has_allowed_gcd, count_tokens) for kind in KINDS
+    }
+
+
+def _select(rows: list[Example], spec: DataSpec) -> list[Example]:
+    """The first `spec.rows` rows of the wanted half, in file order."""
+    rows = [row for row in rows if spec.work == "both" or row["shown_work"] == (spec.work == "with")]
+    if spec.rows is not None and spec.rows > len(rows):
+        raise ValueError(f"{spec.rows} training rows were asked for, and the published files have {len(rows)} for work={spec.work!r}.")
+    return rows[: spec.rows]
+
+
+def _provenance(spec: DataSpec, training: dict[str, list[Example]], evaluation: dict[str, list[Example]]) -> str:
+    claims = spec.claims
+    size = f"{len(training['user_right'])} training rows{'' if spec.work == 'both' else f' {spec.work} shown work'}"
+    evals = f"generated claims ({claims.wrong} wrong, {claims.right} right, {claims.asked} asked; seed {spec.seed}; no pair of the training data)"
+    if evaluation:
+        sizes = ", ".join(f"{name} {len(rows)}" for name, rows in evaluation.items())
+        return f"Published GCD files: {size}, evaluation sets {sizes} prompts; {evals}."
+    return (
+        f"No published files: {size} generated after the published generator (GCDs limited to its {len(generate.ALLOWED_GCDS)} "
+        f"values in place of the test-set exclusion, token caps by the trained model's tokenizer, clean rows from the mixed mode), {evals}."
+    )
