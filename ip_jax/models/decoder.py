@@ -1,0 +1,174 @@
+"""One scanned Flax decoder for every family: differences are fields of DecoderConfig, LoRA carries an explicit run axis.
+
+Declared with NNX, split once (`split_decoder`), then only pytrees: steps and samplers call `nnx.merge` as their first line.
+Dims: R runs, B rows, T positions, L layers, D model, F hidden, N heads, K kv heads, G = N / K, H head dim, V vocabulary.
+"""
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ip_jax.models.attention import packed_attention, packed_mask
+from ip_jax.models.families import DecoderConfig
+from ip_jax.models.lora import LoraConfig
+from ip_jax.models.products import base_product, lora_product, product
+
+# attend(q, k, v, layer_cache) -> (context, what the layer emits): the one thing that differs between training and decoding
+Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+
+
+class Projection(nnx.Module):
+    """A stacked linear map [L, inputs, outputs] shared by all runs, with one low-rank update for each run."""
+
+    def __init__(self, kernel, bias, adapter, scale: float):
+        self.kernel = nnx.Param(kernel)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.lora_a = None if adapter is None else nnx.LoRAParam(adapter["a"])
+        self.lora_b = None if adapter is None else nnx.LoRAParam(adapter["b"])
+        self.scale = scale
+
+    def __call__(self, x: Float[Array, "R B T I"], dropout=None) -> Float[Array, "R B T O"]:
+        """Base product over R*B*T rows, plus scale * (x A_r) B_r. `dropout` is (rate, keys [R]) on the adapter's input, as in PEFT."""
+        y = base_product(x, self.kernel[...])
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora_a is None:
+            return y
+        if dropout is not None:
+            rate, keys = dropout
+            keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+            x = jnp.where(keep, x / (1 - rate), 0)
+        dtype = self.kernel[...].dtype
+        return y + lora_product(x, self.lora_a[...].astype(dtype), (self.lora_b[...] * self.scale).astype(dtype))
+
+
+class Layers(nnx.Module):
+    """All layers, stacked on axis 0 (base) and axis 1 (LoRA, behind the run axis)."""
+
+    def __init__(self, params, lora, scale: float):
+        self.attn_norm = nnx.Param(params["attn_norm"])
+        self.mlp_norm = nnx.Param(params["mlp_norm"])
+        for name in ("q", "k", "v", "o", "gate", "up", "down"):
+            setattr(self, name, Projection(params[name], params.get(f"{name}_bias"), lora.get(name), scale))
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer over token ids [R, B, T]; see `split_decoder` for how it is used."""
+
+    def __init__(self, config: DecoderConfig, params, lora=None, scale: float = 0.0):
+        self.config = config
+        self.embed = nnx.Param(params["embed"])
+        self.layers = Layers(params["layers"], lora or {}, scale)
+        self.final_norm = nnx.Param(params["final_norm"])
+        self.head = None if config.tied_embeddings else nnx.Param(params["head"])
+
+    def __call__(
+        self, tokens: Int[Array, "R B T"], positions: Int[Array, "R B T"], attend: Attend, cache=None, *, dtype=jnp.float32,
+        remat: bool = False, dropout=None,
+    ) -> tuple[Float[Array, "R B T D"], Any]:
+        """Final-norm hidden states and the stacked emissions of `attend` ([L, ...]).
+
+        `cache` is a pytree of [L, ...] arrays whose slice goes to `attend`; `dropout` is (rate, keys [R]) or None.
+        """
+        config = self.config
+        x = jnp.take(self.embed[...], tokens, axis=0).astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
+        rope = rope_tables(positions, config)
+        graphdef, lora, base = nnx.split(self.layers, nnx.LoRAParam, nnx.Param)
+        lora = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), lora)
+
+        def body(x, scanned):
+            lora, base, cache, index = scanned
+            layer_dropout = dropout and (dropout[0], jax.vmap(lambda key: jax.random.fold_in(key, index))(dropout[1]))
+            return decoder_layer(nnx.merge(graphdef, lora, base), config, x, rope, attend, cache, layer_dropout)
+
+        body = jax.checkpoint(body, prevent_cse=False) if remat else body
+        x, emitted = jax.lax.scan(body, x, (lora, base, cache, jnp.arange(config.n_layers)))
+        return rms_norm(x, self.final_norm[...], config), emitted
+
+    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Float32 next-token logits."""
+        vocabulary = self.vocabulary()
+        return product("...d,vd->...v", hidden, vocabulary, vocabulary.dtype)
+
+    @property
+    def product_dtype(self):
+        """The dtype of the weights, in which every matrix product is made."""
+        return self.embed[...].dtype
+
+    def vocabulary(self) -> Float[Array, "V D"]:
+        """The output embedding, one row a token."""
+        return self.embed[...] if self.head is None else self.head[...].T
+
+
+def decoder_layer(layer: Layers, config: DecoderConfig, x, rope, attend: Attend, cache, dropout):
+    """One pre-norm block on x [R, B, T, D]: attention, then the gated MLP. Returns (x, what attend emitted)."""
+    keys = _projection_keys(dropout)
+    rows = x.shape[:3]
+    kv_heads, groups, head_dim = config.n_kv_heads, config.n_heads // config.n_kv_heads, config.head_dim
+    h = rms_norm(x, layer.attn_norm[...], config)
+    q = apply_rope(layer.q(h, keys["q"]).reshape(*rows, kv_heads, groups, head_dim), rope)
+    k = apply_rope(layer.k(h, keys["k"]).reshape(*rows, kv_heads, 1, head_dim), rope)[..., 0, :]
+    v = layer.v(h, keys["v"]).reshape(*rows, kv_heads, head_dim)
+    context, emitted = attend(q, k, v, cache)
+    x = x + layer.o(context.reshape(*rows, config.n_heads * head_dim), keys["o"])
+    h = rms_norm(x, layer.mlp_norm[...], config)
+    activation = jax.nn.silu if config.activation == "silu" else lambda a: jax.nn.gelu(a, approximate=True)
+    x = x + layer.down(activation(layer.gate(h, keys["gate"])) * layer.up(h, keys["up"]), keys["down"])
+    return x, emitted
+
+
+def _projection_keys(dropout):
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    if dropout is None:
+        return dict.fromkeys(names)
+    rate, keys = dropout
+    return {name: (rate, jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)) for i, name in enumerate(names)}
+
+
+def rms_norm(x: Float[Array, "*rows D"], weight: Float[Array, "D"], config: DecoderConfig) -> Float[Array, "*rows D"]:
+    """RMSNorm in float32 with the family's weight offset (Gemma stores w - 1)."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps)
+    return (wide * (weight.astype(jnp.float32) + config.norm_offset)).astype(x.dtype)
+
+
+def rope_tables(positions: Int[Array, "R B T"], config: DecoderConfig) -> tuple[Float[Array, "R B T 1 1 h"], Float[Array, "R B T 1 1 h"]]:
+    """(cos, sin) of the rotary angles in float32, h = H / 2, with Llama 3.1's frequency scaling where the config has it."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if (scaling := config.rope_scaling) is not None:
+        wavelength = 2 * jnp.pi / frequency
+        turns = scaling.original_max_positions / wavelength
+        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        frequency = frequency * (jnp.clip(blend, 0, 1) * (1 - 1 / scaling.factor) + 1 / scaling.factor)
+    angle = positions[..., None, None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x: Float[Array, "R B T K G H"], rope) -> Float[Array, "R B T K G H"]:
+    """Rotates the two halves of each head (the convention of HF checkpoints)."""
+    cos, sin = (table.astype(x.dtype) for table in rope)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def packed_attend(segment_ids: Int[Array, "R B T"], product_dtype=jnp.float32) -> Attend:
+    """Attention for whole rows: causal within each packed segment, products in `product_dtype`. Emits nothing."""
+    mask = packed_mask(segment_ids)
+
+    def attend(q, k, v, _):
+        return packed_attention(q, k, v, mask, product_dtype), None
+
+    return attend
+
+
+def split_decoder(config: DecoderConfig, params, lora=None, lora_config: LoraConfig | None = None):
+    """(graphdef, lora, base): the static structure, the trained state with a leading run axis, the frozen state.
+
+    `nnx.merge(graphdef, lora, base)` gives the decoder back inside a jitted function.
+    """
+    decoder = Decoder(config, params, lora, lora_config.scale if lora_config else 0.0)
+    return nnx.split(decoder, nnx.LoRAParam, nnx.Param)

@@ -1,0 +1,83 @@
+"""The supervised step: pure, one program for all runs, per-run losses normalised once over a run's whole batch."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ip_jax.models.decoder import packed_attend
+from ip_jax.training.losses import cross_entropy_sum, response_hidden
+from ip_jax.training.schedules import Schedule
+from ip_jax.training.state import Batch, TrainState, adam
+
+
+@dataclasses.dataclass(frozen=True)
+class SftOptions:
+    """What is code rather than data in a step: runs that differ here need another program."""
+
+    schedule: Schedule
+    dropout: float = 0.0
+    max_grad_norm: float | None = None
+    dtype: str = "float32"
+    remat: bool = False
+
+
+def sft_step(state: TrainState, base, batch: Batch, *, graphdef, options: SftOptions) -> tuple[TrainState, dict]:
+    """One optimizer step of R runs on M micro-batches: (state, frozen base, batch) -> (state, metrics [R]).
+
+    Only response tokens count. Sums and weights travel separately and are divided once, so the result does not depend on
+    micro-batch size, padding, packing or devices. A run whose loss or gradient is not finite is frozen from then on.
+    """
+    dropout_keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.step))(state.dropout_seed)
+
+    def loss_sum(lora, micro: Batch, index):
+        decoder = nnx.merge(graphdef, lora, base)
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(dropout_keys)
+        hidden, _ = decoder(
+            micro.tokens, micro.positions, packed_attend(micro.segment_ids, decoder.product_dtype), dtype=jnp.dtype(options.dtype), remat=options.remat,
+            dropout=(options.dropout, keys) if options.dropout else None,
+        )
+        losses = cross_entropy_sum(
+            response_hidden(hidden, micro.response_index), decoder.vocabulary(), micro.response_target, micro.response_weight
+        )
+        return losses.sum(), losses  # the gradient of the sum over runs is each run's own gradient
+
+    def accumulate(total, scanned):
+        micro, index = scanned
+        (_, losses), gradients = jax.value_and_grad(loss_sum, has_aux=True)(state.lora, micro, index)
+        return jax.tree.map(jnp.add, total, (losses, gradients)), None
+
+    zero = (jnp.zeros_like(state.learning_rate), jax.tree.map(jnp.zeros_like, state.lora))
+    (losses, gradients), _ = jax.lax.scan(accumulate, zero, (batch, jnp.arange(batch.tokens.shape[0])))
+    tokens = batch.response_weight.sum(axis=(0, 2, 3))
+    loss = losses / jnp.maximum(tokens, 1)
+    gradients = jax.tree.map(lambda g: g / _per_run(jnp.maximum(tokens, 1), g), gradients)
+    grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradients)))
+    if options.max_grad_norm is not None:
+        shrink = jnp.minimum(1.0, options.max_grad_norm / jnp.maximum(grad_norm, 1e-12))
+        gradients = jax.tree.map(lambda g: g * _per_run(shrink, g), gradients)
+
+    alive = state.alive & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    rate = state.learning_rate * options.schedule(state.step)
+    direction, adam_state = jax.vmap(adam().update)(gradients, state.adam, state.lora)
+    keep = lambda new, old: jnp.where(_per_run(alive, old), new, old)  # noqa: E731
+    lora = jax.tree.map(lambda p, d: p - _per_run(rate, p) * (d + _per_run(state.weight_decay, p) * p), state.lora, direction)
+    state = state.replace(
+        step=state.step + 1, alive=alive,
+        lora=jax.tree.map(keep, lora, state.lora), adam=jax.tree.map(keep, adam_state, state.adam),
+    )
+    return state, {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "response_tokens": tokens, "alive": alive}
+
+
+def _per_run(values, like):
+    """[R] reshaped to broadcast against an array [R, ...]."""
+    return values.reshape(values.shape + (1,) * (like.ndim - 1))
+
+
+def compile_sft_step(graphdef, options: SftOptions, state_sharding=None, base_sharding=None, batch_sharding=None, metric_sharding=None):
+    """The jitted step with pinned shardings (None: wherever the arrays lie) and the state donated."""
+    pinned = {} if state_sharding is None else dict(
+        in_shardings=(state_sharding, base_sharding, batch_sharding), out_shardings=(state_sharding, metric_sharding)
+    )
+    return jax.jit(functools.partial(sft_step, graphdef=graphdef, options=options), donate_argnums=0, **pinned)

@@ -1,0 +1,56 @@
+"""What a training program carries: adapters and optimizer state with a leading run axis, per-run scalars, the step."""
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State of R runs. Every leaf but `step` has a leading run axis; learning rates and weight decays are data, not code."""
+
+    step: Int[Array, ""]
+    lora: Any  # pytree of [R, ...] float32
+    adam: optax.ScaleByAdamState  # leaves [R, ...]
+    learning_rate: Float[Array, "R"]  # peak
+    weight_decay: Float[Array, "R"]
+    dropout_seed: Int[Array, "R"]
+    alive: Bool[Array, "R"]  # False from the first step whose loss or gradient was not finite
+
+
+@flax.struct.dataclass
+class Batch:
+    """One step's packed rows, in M micro-batches. P is the bucketed number of response positions of a row.
+
+    tokens, segment_ids (0 = padding, from 1), positions: int32 [M, R, B, T].
+    response_index: int32 [M, R, B, P], the position in the row that predicts a response token; response_target: its
+    token id; response_weight: float32, 1 for a response token and 0 for padding.
+    """
+
+    tokens: Int[Array, "M R B T"]
+    segment_ids: Int[Array, "M R B T"]
+    positions: Int[Array, "M R B T"]
+    response_index: Int[Array, "M R B P"]
+    response_target: Int[Array, "M R B P"]
+    response_weight: Float[Array, "M R B P"]
+
+
+def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+    """Adam's direction as torch.optim.AdamW computes it; learning rate and decoupled weight decay are applied per run by the step."""
+    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+
+def init_state(lora, learning_rate: Float[Array, "R"], weight_decay: Float[Array, "R"], seeds: Int[Array, "R"]) -> TrainState:
+    """A state at step 0 for the adapters `lora` (a pytree of [R, ...] arrays)."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        lora=lora,
+        adam=jax.vmap(adam().init)(lora),
+        learning_rate=jnp.asarray(learning_rate, jnp.float32),
+        weight_decay=jnp.asarray(weight_decay, jnp.float32),
+        dropout_seed=jnp.asarray(seeds, jnp.int32),
+        alive=jnp.ones(len(learning_rate), bool),
+    )
