@@ -60,6 +60,8 @@ class TfdsSource:
         return len(self.data_source)
 
     def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):  # array_record raises ValueError, which would not end a for loop
+            raise IndexError(f"The source has the records 0 to {len(self) - 1}, not {index}.")
         record = {name: _plain(value) for name, value in self.data_source[index].items()}
         turns = record["messages"]
         record["messages"] = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]

@@ -70,6 +70,9 @@ def test_tfds_records_come_back_as_python():
     source = sources.TfdsSource([stored])
     assert len(source) == 1
     assert source[0] == {"id": "e1", "messages": CHAT, "right": True, "count": 3, "claimed": None}
+    assert list(source) == [source[0]]
+    with pytest.raises(IndexError, match="records 0 to 0, not 1"):
+        source[1]
 
 
 def test_importing_sources_leaves_tfds_out():
