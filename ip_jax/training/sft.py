@@ -45,8 +45,12 @@ def sft_step(state: TrainState, base, batch: Batch, *, graphdef, options: SftOpt
 
     def accumulate(total, scanned):
         micro, index = scanned
-        (_, losses), gradients = jax.value_and_grad(loss_sum, has_aux=True)(state.lora, micro, index)
-        return jax.tree.map(jnp.add, total, (losses, gradients)), None
+
+        def add(total):
+            (_, losses), gradients = jax.value_and_grad(loss_sum, has_aux=True)(state.lora, micro, index)
+            return jax.tree.map(jnp.add, total, (losses, gradients))
+
+        return jax.lax.cond(jnp.any(micro.response_weight > 0), add, lambda total: total, total), None  # empty ones cost nothing
 
     zero = (jnp.zeros_like(state.learning_rate), jax.tree.map(jnp.zeros_like, state.lora))
     (losses, gradients), _ = jax.lax.scan(accumulate, zero, (batch, jnp.arange(batch.tokens.shape[0])))

@@ -1,0 +1,101 @@
+"""Packing within a step's batch: the N examples of a step go into as few rows as they need, alike for all runs of a program."""
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from ip_jax.prompts.chat import Rendered
+
+ROW_QUANTUM = 16  # row lengths are multiples of this (128 where a TPU kernel asks for it)
+RESPONSE_QUANTUM = 32
+ATTENTION_COST = 4e-4  # attention's share of a token's cost, per key position, against all other products (SmolLM2's shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedShape:
+    """The one static shape of a program's batches: M micro-batches of B rows (each run) of `length` tokens.
+
+    `responses` is the number P of counted positions that a row has room for. A step that needs fewer micro-batches leaves the
+    last ones empty, and the training step skips those.
+    """
+
+    length: int
+    responses: int
+    micro_batches: int
+    micro_rows: int
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in rows whose sums are at most `capacity`: first fit, longest first, ties by index."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[i] > capacity:
+            raise ValueError(f"example {i} of the batch has {lengths[i]} tokens: a row holds {capacity}")
+        row = next((r for r, left in enumerate(room) if left >= lengths[i]), None)
+        if row is None:
+            rows.append([])
+            room.append(capacity)
+            row = len(rows) - 1
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
+
+
+def plan_shape(
+    lengths: Int[np.ndarray, "steps R N"], responses: Int[np.ndarray, "steps R N"], tokens_per_micro_batch: int, quantum: int = ROW_QUANTUM
+) -> PackedShape:
+    """The cheapest shape for a whole training run, whose token lengths are all known beforehand.
+
+    Tries row lengths from the longest example up and counts padded tokens and attention's growth with the row.
+    `tokens_per_micro_batch` bounds R * B * T of one micro-batch (at least one row of each run).
+    """
+    runs = lengths.shape[1]
+    shortest = -(-int(lengths.max()) // quantum) * quantum
+    best: tuple[float, PackedShape] | None = None
+    for length in range(shortest, 4 * shortest + 1, quantum):
+        packings = [[first_fit(run, length) for run in step] for step in lengths.tolist()]
+        rows = np.array([max(len(packing) for packing in step) for step in packings])  # [steps]
+        micro_rows = min(int(rows.max()), max(1, tokens_per_micro_batch // (runs * length)))
+        used = -(-rows // micro_rows)
+        cost = float(used.sum()) * micro_rows * length * (1 + ATTENTION_COST * length)
+        if best is None or cost < best[0]:
+            widest = max(
+                sum(responses[s, r, i] for i in row) for s, step in enumerate(packings) for r, packing in enumerate(step) for row in packing
+            )
+            width = -(-int(widest) // RESPONSE_QUANTUM) * RESPONSE_QUANTUM
+            best = (cost, PackedShape(length, width, int(used.max()), micro_rows))
+    return best[1]
+
+
+def pack_step(batch: Sequence[Sequence[Rendered]], shape: PackedShape) -> tuple[dict[str, np.ndarray], float]:
+    """The arrays of one step (see training.state.Batch: [M, R, B, T] and [M, R, B, P]) and real / padded tokens.
+
+    Rows are spread so that row i of every run lies in the same micro-batch. Micro-batches that no run needs do not count as padding.
+    `batch` holds each run's N rendered examples. Segments count from 1, positions restart in each; padding is segment 0.
+    """
+    packings = [first_fit([len(example.token_ids) for example in run], shape.length) for run in batch]
+    runs, micro, rows = len(batch), shape.micro_batches, shape.micro_rows
+    tokens = np.zeros((3, runs, micro * rows, shape.length), np.int32)  # ids, segments, positions
+    response = np.zeros((2, runs, micro * rows, shape.responses), np.int32)  # index, target
+    weight: Float[np.ndarray, "R B P"] = np.zeros((runs, micro * rows, shape.responses), np.float32)
+    for r, packing in enumerate(packings):
+        for b, row in enumerate(packing):
+            start = counted = 0
+            for segment, i in enumerate(row, start=1):
+                ids, mask = batch[r][i].token_ids, batch[r][i].response_mask
+                span = slice(start, start + len(ids))
+                tokens[0, r, b, span], tokens[1, r, b, span], tokens[2, r, b, span] = ids, segment, np.arange(len(ids))
+                where = np.flatnonzero(mask)
+                place = slice(counted, counted + len(where))
+                response[0, r, b, place], response[1, r, b, place], weight[r, b, place] = start + where - 1, ids[where], 1
+                start, counted = start + len(ids), counted + len(where)
+    fold = lambda a: np.moveaxis(a.reshape(runs, micro, rows, a.shape[-1]), 1, 0)  # noqa: E731
+    real = sum(len(example.token_ids) for run in batch for example in run)
+    used = -(-max(len(packing) for packing in packings) // rows)
+    arrays = dict(
+        tokens=fold(tokens[0]), segment_ids=fold(tokens[1]), positions=fold(tokens[2]),
+        response_index=fold(response[0]), response_target=fold(response[1]), response_weight=fold(weight),
+    )
+    return arrays, real / (used * runs * rows * shape.length)

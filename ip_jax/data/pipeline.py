@@ -1,0 +1,94 @@
+"""The Grain pipeline: source -> order of a seed -> prompt transform -> tokens and mask -> the packed batch of a step.
+
+Data order is a pure function of (seed, global step): nothing but the step number has to be stored to resume.
+"""
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from ip_jax.data.packing import PackedShape, pack_step, plan_shape
+from ip_jax.data.sources import Example
+from ip_jax.prompts.chat import Rendered, render_conversation
+from ip_jax.prompts.transforms import Transform
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSource:
+    """What one run reads: its arm's examples and training prompt, in the order of its seed. Arms of one seed share the order."""
+
+    name: str
+    examples: Sequence[Example]
+    transform: Transform
+    seed: int
+
+
+def run_dataset(source: RunSource, tokenizer, train_on: str = "last") -> grain.MapDataset:
+    """Element i is the i-th rendered example of an endless, reshuffled pass over the source, read by index."""
+    order = grain.MapDataset.range(len(source.examples)).seed(source.seed).shuffle().repeat()
+
+    @functools.cache
+    def read(index: int) -> Rendered:
+        example = source.transform(source.examples[index], source.seed)
+        return render_conversation(tokenizer, example["messages"], train_on)
+
+    return order.map(lambda index: read(int(index)))
+
+
+def fitting_examples(sources: Sequence[RunSource], tokenizer, max_length: int, drop_long: bool, train_on: str = "last"):
+    """(sources, how many examples were dropped). Every example must fit `max_length` tokens in every run that reads it.
+
+    Arms stay paired: an index that is too long for one run is dropped from all. Raises ValueError with the run, the index and
+    the length of the first example that is too long unless `drop_long`.
+    """
+    too_long: set[int] = set()
+    lengths: dict[tuple, int] = {}
+    for source in sources:
+        for index, example in enumerate(source.examples):
+            messages = source.transform(example, source.seed)["messages"]
+            key = tuple((message["role"], message["content"]) for message in messages)
+            if key not in lengths:
+                lengths[key] = len(render_conversation(tokenizer, messages, train_on).token_ids)
+            if lengths[key] > max_length and not drop_long:
+                raise ValueError(
+                    f"run {source.name}: example {index} ({example['id']}) has {lengths[key]} tokens, and max_length is {max_length}: "
+                    "raise max_length or set drop_long to leave such examples out"
+                )
+            if lengths[key] > max_length:
+                too_long.add(index)
+    if not too_long:
+        return list(sources), 0
+    kept = [[e for i, e in enumerate(source.examples) if i not in too_long] for source in sources]
+    if not all(kept):
+        raise ValueError(f"no training example fits max_length {max_length}")
+    return [dataclasses.replace(source, examples=examples) for source, examples in zip(sources, kept, strict=True)], len(too_long)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchReader:
+    """Packed batches of a program's runs by global step."""
+
+    datasets: tuple[grain.MapDataset, ...]
+    batch_size: int
+    shape: PackedShape
+
+    def __call__(self, step: int) -> tuple[dict[str, np.ndarray], float]:
+        """(arrays of training.state.Batch, real / padded tokens) of one step."""
+        return pack_step([_examples_of_step(dataset, step, self.batch_size) for dataset in self.datasets], self.shape)
+
+
+def batch_reader(
+    sources: Sequence[RunSource], tokenizer, batch_size: int, steps: int, tokens_per_micro_batch: int, train_on: str = "last"
+) -> BatchReader:
+    """Plans the packing of all steps of all runs and returns the reader of their batches."""
+    datasets = tuple(run_dataset(source, tokenizer, train_on) for source in sources)
+    batches = [[_examples_of_step(dataset, step, batch_size) for dataset in datasets] for step in range(steps)]
+    lengths = np.array([[[len(e.token_ids) for e in run] for run in step] for step in batches])
+    responses = np.array([[[e.response_mask.sum() for e in run] for run in step] for step in batches])
+    return BatchReader(datasets, batch_size, plan_shape(lengths, responses, tokens_per_micro_batch))
+
+
+def _examples_of_step(dataset: grain.MapDataset, step: int, batch_size: int) -> list[Rendered]:
+    return [dataset[step * batch_size + i] for i in range(batch_size)]
