@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 
 from ip_jax.prompts.chat import Rendered
 
-ROW_QUANTUM = 16  # row lengths are multiples of this (128 where a TPU kernel asks for it)
+ROW_QUANTUM = 8  # row lengths are multiples of this (128 where a TPU kernel asks for it)
 RESPONSE_QUANTUM = 32
 ATTENTION_COST = 4e-4  # attention's share of a token's cost, per key position, against all other products (SmolLM2's shape)
 
@@ -26,20 +26,23 @@ class PackedShape:
     micro_rows: int
 
 
-def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in rows whose sums are at most `capacity`: first fit, longest first, ties by index."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[i] > capacity:
-            raise ValueError(f"example {i} of the batch has {lengths[i]} tokens: a row holds {capacity}")
-        row = next((r for r, left in enumerate(room) if left >= lengths[i]), None)
-        if row is None:
-            rows.append([])
-            room.append(capacity)
-            row = len(rows) - 1
-        rows[row].append(i)
-        room[row] -= lengths[i]
+def balanced_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in the fewest rows of at most `capacity` that greedy balancing finds.
+
+    For k = fewest possible, k + 1, ...: the longest first, each into the emptiest of k rows (Graham's LPT rule), until all rows fit.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if lengths[longest_first[0]] > capacity:
+        raise ValueError(f"example {longest_first[0]} of the batch has {lengths[longest_first[0]]} tokens: a row holds {capacity}")
+    for count in range(-(-sum(lengths) // capacity), len(lengths) + 1):
+        rows: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for i in longest_first:
+            row = filled.index(min(filled))
+            rows[row].append(i)
+            filled[row] += lengths[i]
+        if max(filled) <= capacity:
+            break
     return rows
 
 
@@ -55,7 +58,7 @@ def plan_shape(
     shortest = -(-int(lengths.max()) // quantum) * quantum
     best: tuple[float, PackedShape] | None = None
     for length in range(shortest, 4 * shortest + 1, quantum):
-        packings = [[first_fit(run, length) for run in step] for step in lengths.tolist()]
+        packings = [[balanced_rows(run, length) for run in step] for step in lengths.tolist()]
         rows = np.array([max(len(packing) for packing in step) for step in packings])  # [steps]
         micro_rows = min(int(rows.max()), max(1, tokens_per_micro_batch // (runs * length)))
         used = -(-rows // micro_rows)
@@ -75,7 +78,7 @@ def pack_step(batch: Sequence[Sequence[Rendered]], shape: PackedShape) -> tuple[
     Rows are spread so that row i of every run lies in the same micro-batch. Micro-batches that no run needs do not count as padding.
     `batch` holds each run's N rendered examples. Segments count from 1, positions restart in each; padding is segment 0.
     """
-    packings = [first_fit([len(example.token_ids) for example in run], shape.length) for run in batch]
+    packings = [balanced_rows([len(example.token_ids) for example in run], shape.length) for run in batch]
     runs, micro, rows = len(batch), shape.micro_batches, shape.micro_rows
     tokens = np.zeros((3, runs, micro * rows, shape.length), np.int32)  # ids, segments, positions
     response = np.zeros((2, runs, micro * rows, shape.responses), np.int32)  # index, target
