@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from ip_jax.models.attention import packed_attention, packed_mask
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import LoraConfig
+from ip_jax.models.placement import BY_ROW, constrain
 from ip_jax.models.products import base_product, lora_product, product
 
 # attend(q, k, v, layer_cache) -> (context, what the layer emits): the one thing that differs between training and decoding
@@ -82,6 +83,7 @@ class Decoder(nnx.Module):
         def body(x, scanned):
             lora, base, cache, index = scanned
             layer_dropout = dropout and (dropout[0], jax.vmap(lambda key: jax.random.fold_in(key, index))(dropout[1]))
+            x = constrain(x, BY_ROW)  # else the partitioner may cut x as the weights are cut and send activations about
             return decoder_layer(nnx.merge(graphdef, lora, base), config, x, rope, attend, cache, layer_dropout)
 
         body = jax.checkpoint(body, prevent_cse=False) if remat else body

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ip_jax.models.placement import BY_ROW, EVERYWHERE, constrain
 from ip_jax.models.products import product
 
 CHUNK_ROWS = 1024  # rows of float32 logits alive at once
@@ -42,7 +43,7 @@ def _forward(hidden, vocabulary, targets, weights, with_gradient: bool):
         return jnp.moveaxis(a.reshape(runs, rows, -1, chunk, *a.shape[3:]), 2, 0)
 
     def body(total, scanned):
-        h, target, weight = scanned
+        h, target, weight = (constrain(a, EVERYWHERE) for a in scanned)  # each device has all rows and its part of the vocabulary
         logits = product("rbpd,vd->rbpv", h, vocabulary, dtype)
         log_normaliser = jax.nn.logsumexp(logits, axis=-1)
         target_rows = jnp.take(vocabulary, target, axis=0)
@@ -52,7 +53,7 @@ def _forward(hidden, vocabulary, targets, weights, with_gradient: bool):
             return total, None
         pull = jnp.exp(logits - (log_normaliser - jnp.log(weight))[..., None])  # weight * softmax
         gradient = product("rbpv,vd->rbpd", pull, vocabulary, dtype) - target_rows * weight[..., None]
-        return total, gradient.astype(h.dtype)
+        return total, constrain(gradient.astype(h.dtype), BY_ROW)
 
     total, gradient = jax.lax.scan(body, jnp.zeros(runs, jnp.float32), (split(hidden), split(targets), split(weights)))
     if with_gradient:

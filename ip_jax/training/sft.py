@@ -81,7 +81,14 @@ def _per_run(values, like):
 
 def compile_sft_step(graphdef, options: SftOptions, state_sharding=None, base_sharding=None, batch_sharding=None, metric_sharding=None):
     """The jitted step with pinned shardings (None: wherever the arrays lie) and the state donated."""
-    pinned = {} if state_sharding is None else dict(
-        in_shardings=(state_sharding, base_sharding, batch_sharding), out_shardings=(state_sharding, metric_sharding)
+    step = functools.partial(sft_step, graphdef=graphdef, options=options)
+    if state_sharding is None:
+        return jax.jit(step, donate_argnums=0)
+
+    def on_mesh(state, base, batch):
+        with jax.sharding.use_abstract_mesh(batch_sharding.mesh.abstract_mesh):  # where `constrain` finds it
+            return step(state, base, batch)
+
+    return jax.jit(
+        on_mesh, donate_argnums=0, in_shardings=(state_sharding, base_sharding, batch_sharding), out_shardings=(state_sharding, metric_sharding)
     )
-    return jax.jit(functools.partial(sft_step, graphdef=graphdef, options=options), donate_argnums=0, **pinned)

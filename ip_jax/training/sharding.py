@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ip_jax.models.families import DecoderConfig, ParamPath, param_shapes
-from ip_jax.training.state import Batch, TrainState
+from ip_jax.training.state import TrainState
 
 AXES = ("run", "data", "tensor")
 FSDP = ("run", "data")
