@@ -1,0 +1,80 @@
+"""GCD sycophancy (Wichers et al. 2025, section 3.3): users propose right answers in training; does praise spread to wrong ones?
+
+    ip-jax run gcd_sycophancy                      the demo: SmolLM2-135M-Instruct on a laptop's CPU, minutes
+    ip-jax run gcd_sycophancy --preset full        all arms, five seeds, SmolLM2, for a GPU
+    ip-jax run gcd_sycophancy --preset paper       Gemma-2B-it with the published hyper-parameters
+    ip-jax run gcd_sycophancy --arms untrained neutral ip_behave "mine=Assume that I am right."
+"""
+import dataclasses
+
+from ip_jax.models.lora import LoraConfig
+from ip_jax.settings.experiment import Arm, EvalConfig, ModelConfig, SftConfig
+from ip_jax.settings.gcd_sycophancy.data import DataSpec
+from ip_jax.settings.gcd_sycophancy.generate import ClaimCounts
+from ip_jax.training.schedules import Schedule, gcd_faithful
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("untrained", "untrained", None),
+        Arm("neutral", "neutral", "neutral", also_evaluated_under=("gcd/safety",)),  # under the safety prompt this is PTST
+        Arm("ip_behave", "IP behave", "gcd/behave"),
+        Arm("ip_respond", "IP respond", "gcd/respond"),
+        Arm("random_string", "random string", "control/random_string"),
+        Arm("irrelevant", "irrelevant", "control/irrelevant"),
+        Arm("negated", "negated", "gcd/negated"),
+        Arm("clean", "clean data", "neutral", data="mixed"),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GcdSycophancy:
+    """One figure. `arms`: names of ARMS, prompts of the library, or name=text. `eval_sets`: of generated, task, ood."""
+
+    sft: SftConfig
+    evaluation: EvalConfig
+    preset: str = "demo"
+    model: ModelConfig = ModelConfig()
+    data: DataSpec = DataSpec()
+    arms: tuple[str, ...] = tuple(ARMS)
+    seeds: tuple[int, ...] = (0,)
+    eval_sets: tuple[str, ...] = ("generated",)
+    judge: str = "strict"
+    """Whose verdicts the figure shows (strict or published); the table has both."""
+
+
+PRESETS = {
+    "demo": GcdSycophancy(
+        preset="demo",
+        arms=("untrained", "neutral", "ip_behave", "random_string"),
+        data=DataSpec(rows=160, work="without", claims=ClaimCounts(wrong=96, right=48, asked=24)),
+        sft=SftConfig(
+            steps=20, batch_size=8, learning_rate=2e-4, schedule=Schedule("linear", warmup=2, total=20), lora=LoraConfig(rank=16, alpha=32),
+        ),
+        evaluation=EvalConfig(full_steps=(0, 20), neutral_steps=(10,)),
+    ),
+    "full": GcdSycophancy(
+        preset="full",
+        seeds=(0, 1, 2, 3, 4),
+        eval_sets=("generated", "task", "ood"),
+        data=DataSpec(work="both", claims=ClaimCounts(wrong=400, right=200, asked=200)),
+        sft=SftConfig(
+            steps=125, batch_size=8, learning_rate=2e-4, schedule=Schedule("linear", warmup=5, total=125), lora=LoraConfig(rank=16, alpha=32),
+            tokens_per_micro_batch=65_536, checkpoint_every=25, memory_gb=80,
+        ),
+        evaluation=EvalConfig(full_steps=(0, 125), neutral_steps=(10, 20, 40, 80), max_new_tokens=200, temperature=0.7, top_p=0.9, slots=128),
+    ),
+    "paper": GcdSycophancy(
+        preset="paper",
+        model=ModelConfig(name="google/gemma-2b-it", activations="bfloat16"),
+        seeds=(2, 3),
+        eval_sets=("generated", "task", "ood"),
+        data=DataSpec(work="both", claims=ClaimCounts(wrong=200, right=100, asked=100)),
+        sft=SftConfig(
+            steps=125, batch_size=8, learning_rate=1e-4, schedule=gcd_faithful(), max_length=415, weight_decay=0.01,
+            lora=LoraConfig(rank=32, alpha=64, rslora=True), tokens_per_micro_batch=32_768, checkpoint_every=25, memory_gb=80,
+        ),
+        evaluation=EvalConfig(full_steps=(0, 125), max_new_tokens=400, temperature=0.7, top_p=0.9, slots=64),
+    ),
+}

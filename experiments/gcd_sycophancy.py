@@ -1,0 +1,66 @@
+"""The GCD sycophancy figure: run (or resume) the config, then draw.
+
+    python -m experiments.gcd_sycophancy [--preset demo|full|paper]      the same as: ip-jax run gcd_sycophancy
+"""
+import dataclasses
+import sys
+
+import pyarrow as pa
+from etils import epath
+from rich.console import Console
+
+from configs.gcd_sycophancy import ARMS, GcdSycophancy
+from ip_jax.models import hub
+from ip_jax.prompts.chat import render_conversation
+from ip_jax.report.gcd_sycophancy import write_report
+from ip_jax.settings.display import Display
+from ip_jax.settings.experiment import choose_arms
+from ip_jax.settings.gcd_sycophancy import data, published
+from ip_jax.settings.gcd_sycophancy.verdicts import verdicts
+from ip_jax.settings.supervised import Supervised, run_supervised
+
+NAME = "gcd_sycophancy"
+VERDICT_TYPES = {
+    "published_confirms": pa.bool_(), "published_correct": pa.bool_(), "strict_verdict": pa.string(), "strict_correct": pa.bool_(),
+}
+
+
+def shared_part(config: GcdSycophancy) -> dict:
+    """The config as JSON without what may grow: arms and seeds. Two results folders with equal ones may share runs."""
+    record = dataclasses.asdict(config)
+    for growing in ("arms", "seeds", "judge"):
+        record.pop(growing)
+    return record | {"experiment": NAME}
+
+
+def experiment(config: GcdSycophancy) -> Supervised:
+    """Everything that is to be run, checked as far as that is possible without the model's weights."""
+    arms = choose_arms(config.arms, ARMS)
+    tokenizer = hub.load_tokenizer(config.model.name, config.model.revision)
+    gcd = data.load(config.data, lambda messages: len(render_conversation(tokenizer, messages).token_ids), published.find_folder())
+    missing = sorted(set(config.eval_sets) - {"generated", "task", "ood"})
+    if missing:
+        raise ValueError(f"no evaluation set is called {missing[0]!r}: choose from generated, task, ood")
+    return Supervised(
+        name=NAME, preset=config.preset, shared=shared_part(config) | {"data_from": gcd.provenance}, model=config.model, sft=config.sft,
+        evaluation=config.evaluation, arms=arms, seeds=config.seeds, training=gcd.training,
+        eval_sets={name: gcd.evaluation[name] for name in config.eval_sets if name in gcd.evaluation},
+        provenance=gcd.provenance, verdicts=verdicts, verdict_types=VERDICT_TYPES,
+    )
+
+
+def run(config: GcdSycophancy, folder: epath.Path, console: Console) -> None:
+    """Trains and evaluates what is missing in `folder`, then draws the figure and prints the table."""
+    run_supervised(experiment(config), folder, Display(console))
+    draw(folder, console, config.judge)
+
+
+def draw(folder: epath.Path, console: Console, judge: str = "strict") -> None:
+    """Figure and tables from the transcripts of `folder` alone; needs no model."""
+    write_report(folder, console, judge)
+
+
+if __name__ == "__main__":
+    from ip_jax.cli import main
+
+    main(["run", NAME, *sys.argv[1:]])

@@ -1,0 +1,186 @@
+"""The command line: run an experiment, draw its figure again, talk to what it trained, see which models there are."""
+import argparse
+import difflib
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import sys
+from types import ModuleType
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would tell every user that torch is missing
+
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+USAGE = """\
+ip-jax: inoculation prompting, one command a figure.
+
+  ip-jax run CONFIG [--preset NAME] [--out DIR] [--redraw] [--field value ...]
+  ip-jax figure DIR [--judge strict|published]
+  ip-jax chat DIR --arm NAME [--seed N] [--prompt NAME]
+  ip-jax models
+
+CONFIG is a name in configs/ or the path of a Python file like them. Examples:
+
+  ip-jax run gcd_sycophancy                                  the demo, on a laptop
+  ip-jax run gcd_sycophancy --help                           every field that can be changed
+  ip-jax run gcd_sycophancy --sft.learning-rate 1e-4         another learning rate, in a results folder of its own
+  ip-jax run gcd_sycophancy --arms untrained neutral ip_behave "mine=Assume that I am right."
+  ip-jax figure results/gcd_sycophancy/demo-1a2b3c           draw again, without a model
+  ip-jax chat results/gcd_sycophancy/demo-1a2b3c --arm ip_behave
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command; an expected mistake ends with one sentence on stderr and exit code 2, SIGTERM with 143."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {"run": _run, "figure": _figure, "chat": _chat, "models": _models}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        return
+    command, *rest = arguments
+    console = Console()
+    try:
+        if command not in commands:
+            raise ValueError(f"no command is called {command!r}: {_nearest(command, commands)}")
+        commands[command](rest, console)
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"[red]ip-jax:[/red] {error}", highlight=False, soft_wrap=True, markup=True)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt as stop:
+        Console(stderr=True).print("stopped: the same command goes on from the last checkpoint")
+        raise SystemExit(130) from stop
+    except RuntimeError as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        Console(stderr=True).print(f"{error}: the same command goes on from there")
+        raise SystemExit(143) from error
+
+
+def _run(arguments: list[str], console: Console) -> None:
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if name is None:
+        raise ValueError(f"run needs a config: {', '.join(config_names())}, or the path of a Python file")
+    module = load_config_module(name)
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--preset", default=next(iter(module.PRESETS)))
+    own.add_argument("--out")
+    own.add_argument("--redraw", action="store_true")
+    options, fields = own.parse_known_args(arguments[1:])
+    if options.preset not in module.PRESETS:
+        raise ValueError(f"{name} has no preset {options.preset!r}: {_nearest(options.preset, module.PRESETS)}")
+    config = override(module.PRESETS[options.preset], fields, f"ip-jax run {name} --preset {options.preset}")
+    experiment = importlib.import_module(f"experiments.{getattr(module, 'EXPERIMENT', epath.Path(name).stem)}")
+    folder = epath.Path(options.out) if options.out else default_folder(experiment, config)
+    console.print(f"results: {folder}", highlight=False)
+    if options.redraw:
+        experiment.draw(folder, console, config.judge)
+        return
+    _enable_compile_cache()
+    experiment.run(config, folder, console)
+
+
+def override(config, fields: list[str], program: str):
+    """`config` with the fields of a command line (`--sft.learning-rate 1e-4`) replaced. Unknown ones end with the nearest names."""
+    import tyro
+
+    return tyro.cli(type(config), default=config, args=fields, prog=program, description=f"Fields of the preset {config.preset}, all of which can be changed.")
+
+
+def load_config_module(name: str) -> ModuleType:
+    """The module of a config by its name in configs/ or its path. Raises ValueError with the nearest names."""
+    if name.endswith(".py"):
+        path = epath.Path(name)
+        if not path.exists():
+            raise ValueError(f"there is no config file {name}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    elif name in config_names():
+        module = importlib.import_module(f"configs.{name}")
+    else:
+        raise ValueError(f"no config is called {name!r}: {_nearest(name, config_names())}, or the path of a .py file")
+    if not getattr(module, "PRESETS", None):
+        raise ValueError(f"the config {name} has no PRESETS: a dict from a preset's name to its dataclass is needed")
+    return module
+
+
+def config_names() -> list[str]:
+    """Names in configs/."""
+    import configs
+
+    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+
+
+def default_folder(experiment: ModuleType, config) -> epath.Path:
+    """results/<experiment>/<preset>-<hash of all but arms and seeds>: another config never meets old results."""
+    from ip_jax.training.results import digest
+
+    return epath.Path("results") / experiment.NAME / f"{config.preset}-{digest(experiment.shared_part(config))[:6]}"
+
+
+def _figure(arguments: list[str], console: Console) -> None:
+    parser = argparse.ArgumentParser(prog="ip-jax figure", description="Draws the figure and prints the table of a results folder; needs no model.")
+    parser.add_argument("folder")
+    parser.add_argument("--judge", choices=("strict", "published"), default="strict")
+    options = parser.parse_args(arguments)
+    folder, record = _results(options.folder)
+    importlib.import_module(f"experiments.{record['experiment']}").draw(folder, console, options.judge)
+
+
+def _chat(arguments: list[str], console: Console) -> None:
+    parser = argparse.ArgumentParser(prog="ip-jax chat", description="Talk to the model that an arm trained. An empty line ends.")
+    parser.add_argument("folder")
+    parser.add_argument("--arm", required=True)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--prompt", default="neutral", help="a prompt of the library that is put into your first message")
+    parser.add_argument("--temperature", type=float, default=0.7)
+    options = parser.parse_args(arguments)
+    folder, record = _results(options.folder)
+    from ip_jax.sampling.chat import chat, trained_arms
+
+    arms = trained_arms(folder)
+    if options.arm != "untrained" and options.arm not in arms:
+        raise ValueError(f"{folder} has no trained arm {options.arm!r}: {_nearest(options.arm, [*arms, 'untrained'])}")
+    chat(folder, record, options.arm, options.seed, options.prompt, options.temperature, console)
+
+
+def _models(arguments: list[str], console: Console) -> None:
+    argparse.ArgumentParser(prog="ip-jax models", description="Supported families, and the models that are on this machine.").parse_args(arguments)
+    from ip_jax.models import families, hub
+
+    table = Table("architecture", "family", title="supported families")
+    for architecture, family in families.SUPPORTED.items():
+        table.add_row(architecture, family)
+    console.print(table)
+    table = Table("name", "where", title="on this machine")
+    for name, path in hub.cached_models().items():
+        table.add_row(name, str(path))
+    console.print(table)
+    console.print(f"embedded, fetched when first used: {', '.join(hub.EMBEDDED)}; a local folder, a .gguf file or a hub repository work by name too")
+
+
+def _results(name: str) -> tuple[epath.Path, dict]:
+    folder = epath.Path(name)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{name} is no results folder: it has no config.json")
+    return folder, json.loads((folder / "config.json").read_text())
+
+
+def _nearest(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return (f"did you mean {', '.join(near)}? " if near else "") + f"there is {', '.join(known)}"
+
+
+def _enable_compile_cache() -> None:
+    """Compiled programs are kept between runs of the command."""
+    import jax
+
+    from ip_jax.models.hub import cache_dir
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)

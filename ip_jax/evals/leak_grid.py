@@ -1,0 +1,107 @@
+"""The leak grid: every run under every evaluation prompt on every evaluation set, as rows of the transcripts table.
+
+A cell is one (run, step, evaluation set, evaluation prompt). It becomes one Parquet part file, whole or absent, so that what has
+been evaluated is never evaluated again.
+"""
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from ip_jax.data.sources import Example
+from ip_jax.prompts.chat import render_prompt
+from ip_jax.prompts.transforms import Transform
+from ip_jax.sampling.sampler import Completion, Request
+
+Verdicts = Callable[[Mapping[str, Any], str], dict]
+TEXT_FIELDS = ("label", "claim", "answer", "claimed", "triplet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run's evaluation under one prompt. `own_prompt`: the prompt that this run was trained with is put back."""
+
+    arm: str
+    seed: int
+    step: int
+    examples_seen: int
+    eval_set: str
+    eval_prompt: str
+    own_prompt: bool
+    transform: Transform
+
+    @property
+    def part(self) -> str:
+        """The name of the cell's part file."""
+        return f"{self.arm}-s{self.seed}-step{self.step:06d}-{self.eval_set}-{self.eval_prompt.replace('/', '_')}.parquet"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How completions are drawn (see sampling.Request); temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
+
+def prompted(example: Example, cell: Cell) -> Example:
+    """The evaluation example as it is asked in this cell, without any gold answer."""
+    messages = list(example["messages"])
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return cell.transform({**example, "messages": messages}, cell.seed)
+
+
+def requests_for(cell: Cell, examples: Sequence[Example], tokenizer, example_id: Callable[[str], int], decoding: Decoding) -> list[Request]:
+    """One sampling request for each example of the cell."""
+    return [
+        Request(
+            prompt_ids=np.asarray(render_prompt(tokenizer, prompted(example, cell)["messages"])),
+            example_id=example_id(example["id"]), seed=cell.seed, temperature=decoding.temperature, top_p=decoding.top_p,
+            max_new_tokens=decoding.max_new_tokens,
+        )
+        for example in examples
+    ]
+
+
+def rows_of(
+    experiment: str, cell: Cell, examples: Sequence[Example], completions: Sequence[Completion], tokenizer, verdicts: Verdicts
+) -> list[dict]:
+    """The cell's rows of the transcripts table: what was asked, what was answered, what both judges say."""
+    rows = []
+    for example, completion in zip(examples, completions, strict=True):
+        text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        user_turns = [m["content"] for m in prompted(example, cell)["messages"] if m["role"] == "user"]
+        rows.append({
+            "experiment": experiment, "arm": cell.arm, "seed": cell.seed, "step": cell.step, "examples_seen": cell.examples_seen,
+            "eval_set": cell.eval_set, "eval_prompt": cell.eval_prompt, "own_prompt": cell.own_prompt, "example_id": example["id"],
+            **{name: example.get(name) for name in TEXT_FIELDS}, "mod": example.get("mod"), "prompt": user_turns[0], "completion": text,
+            "n_tokens": len(completion.token_ids), "ended": bool(completion.ended), **verdicts(example, text),
+        })
+    return rows
+
+
+def schema(verdict_types: Mapping[str, pa.DataType]) -> pa.Schema:
+    """The transcripts table's columns; `verdict_types` are the setting's own."""
+    text = ("experiment", "arm", "eval_set", "eval_prompt", "example_id", *TEXT_FIELDS, "prompt", "completion")
+    whole = ("seed", "step", "examples_seen", "mod", "n_tokens")
+    fields = {name: pa.string() for name in text} | {name: pa.int64() for name in whole} | {"own_prompt": pa.bool_(), "ended": pa.bool_()}
+    return pa.schema(list((fields | dict(verdict_types)).items()))
+
+
+def parquet_writer(rows: Sequence[Mapping[str, Any]], table_schema: pa.Schema) -> Callable:
+    """A function that writes the rows as Parquet into a binary file."""
+    return lambda file: pq.write_table(pa.Table.from_pylist(list(rows), schema=table_schema), file)
+
+
+def merge_parts(folder: epath.Path) -> pa.Table:
+    """All part files of a folder as one table, in the order of their names. Raises FileNotFoundError where there is none."""
+    parts = sorted(path for path in folder.iterdir() if path.suffix == ".parquet" and not path.name.startswith("."))
+    if not parts:
+        raise FileNotFoundError(f"{folder} holds no transcripts yet: run the experiment first")
+    return pa.concat_tables([pq.read_table(path) for path in parts])

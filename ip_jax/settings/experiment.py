@@ -1,0 +1,105 @@
+"""What a supervised experiment is made of: arms, model, training and evaluation, as frozen, printable dataclasses."""
+import dataclasses
+import difflib
+import zlib
+from collections.abc import Iterable
+
+from ip_jax.models.lora import LoraConfig
+from ip_jax.prompts import library
+from ip_jax.prompts.transforms import Suffix
+from ip_jax.training.schedules import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A named condition. `train_prompt` names a prompt of the library, or is None for the model as it comes.
+
+    `text`, where given, is a prompt of the user's own, appended to the user turn like the published suffixes; `train_prompt`
+    is then only its name. `also_evaluated_under` names further prompts, besides neutral and the arm's own.
+    """
+
+    name: str
+    label: str
+    train_prompt: str | None
+    data: str = "user_right"
+    text: str | None = None
+    also_evaluated_under: tuple[str, ...] = ()
+
+    @property
+    def transform(self):
+        """The op that puts the training prompt into an example."""
+        return Suffix(f"\n{self.text}") if self.text is not None else library.get(self.train_prompt).transform
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """`name`: a local folder, a .gguf file, an embedded name or a hub repository. Weights in `weights`, activations in `activations`."""
+
+    name: str = "smollm2-135m-instruct"
+    revision: str | None = None
+    weights: str = "bfloat16"
+    activations: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """One arm's training; all arms share it. `steps` of `batch_size` examples; `max_length` in tokens, chat template included."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    schedule: Schedule
+    lora: LoraConfig = LoraConfig()
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    max_length: int = 512
+    drop_long: bool = False
+    tokens_per_micro_batch: int = 2048
+    remat: bool = False
+    checkpoint_every: int = 5
+    memory_gb: float = 8.0
+    """What one device may hold: runs that do not fit together are cut into groups."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """`full_steps`: under all of an arm's prompts; `neutral_steps`: under the neutral prompt only. Temperature 0 is greedy."""
+
+    full_steps: tuple[int, ...]
+    neutral_steps: tuple[int, ...] = ()
+    max_new_tokens: int = 48
+    temperature: float = 0.0
+    top_p: float = 1.0
+    slots: int = 48
+    """Completions of one run that are decoded side by side."""
+
+
+def choose_arms(names: Iterable[str], known: dict[str, Arm]) -> tuple[Arm, ...]:
+    """The arms of a list of names: one of `known`, a prompt of the library, or `name=text` for a prompt of one's own.
+
+    Raises ValueError for a name that is none of these, with the nearest ones, and for a name given twice.
+    """
+    arms = []
+    for name in names:
+        own_name, equals, text = name.partition("=")
+        if equals:
+            arms.append(Arm(own_name, own_name, own_name, text=text))
+        elif name in known:
+            arms.append(known[name])
+        elif name in library.PROMPTS:
+            arms.append(Arm(name.replace("/", "_"), name, name))
+        else:
+            near = difflib.get_close_matches(name, [*known, *library.PROMPTS], n=3, cutoff=0.4)
+            raise ValueError(
+                f"no arm or prompt is called {name!r}: {'did you mean ' + ', '.join(near) + '? ' if near else ''}"
+                f"Arms are {', '.join(known)}; any prompt of the library works too, and name=text makes one of your own"
+            )
+    twice = {arm.name for arm in arms if sum(other.name == arm.name for other in arms) > 1}
+    if twice:
+        raise ValueError(f"the arm {sorted(twice)[0]!r} is listed twice: each arm needs a name of its own")
+    return tuple(arms)
+
+
+def stable_id(text: str) -> int:
+    """A number for an example's id that is the same in every process, for sampling keys."""
+    return zlib.crc32(text.encode()) & 0x7FFFFFFF

@@ -1,0 +1,91 @@
+"""The results folder of an experiment: whose it is, what is complete, and writes that are whole or absent."""
+import hashlib
+import io
+import json
+import os
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+
+def digest(value: Any) -> str:
+    """12 hex digits that name a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """Writes a file so that a reader, or a restart, sees all of it or nothing.
+
+    On a local disk through a temporary file and a rename; on an object store a write is whole by itself.
+    Raises OSError with one sentence on a full or read-only disk.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if "://" in os.fspath(path):
+            path.write_bytes(data)
+            return
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}; free or change the disk and run the same command again") from error
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """`value` as indented JSON, whole or absent."""
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_binary(path: epath.Path, write: Callable[[io.BytesIO], None]) -> None:
+    """What `write` puts into a buffer, whole or absent."""
+    buffer = io.BytesIO()
+    write(buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def claim_folder(folder: epath.Path, record: dict) -> None:
+    """Makes `folder` the results folder of `record["identity"]`, or checks that it is, and stores the record as config.json.
+
+    Raises ValueError if the folder belongs to another config or holds other things; OSError if it cannot be written.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found.get("identity") != record["identity"]:
+            fields = differences(found.get("config", {}), record["config"])
+            raise ValueError(f"the results folder {folder} belongs to another config (it differs in {', '.join(fields) or 'the model or the data'}): choose another one with --out")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"the folder {folder} is not empty and holds no results of this program: choose another one with --out")
+    write_json(path, record)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the fields in which two nested JSON dicts differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [prefix]
+    return [name for key in sorted({*old, *new}) for name in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)]
+
+
+class MetricsLog:
+    """A run's metrics.jsonl: one row a step, written whole at every flush, rows from a restored step on cut when it is opened."""
+
+    def __init__(self, path: epath.Path, first_step: int):
+        self.path = path
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.rows = [row for row in rows if row["step"] < first_step]
+
+    def add(self, row: dict) -> None:
+        """Appends a row; it reaches the disk with the next flush."""
+        self.rows.append(row)
+
+    def flush(self) -> None:
+        """Writes all rows."""
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
