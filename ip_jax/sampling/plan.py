@@ -1,0 +1,169 @@
+"""The host half of the sampler: requests, which rows share a prompt, sizes of the program, what goes into which slot."""
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from ip_jax.sampling.slots import Refill, SlotShape
+
+RING_STEP = 16  # ring sizes are multiples of this, so that nearby length limits share a program
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """`n_samples` completions of one prompt. Sample i draws its bits from (seed, example_id, first_sample + i, token index)."""
+
+    prompt_ids: np.ndarray  # int32 [T]
+    example_id: int
+    n_samples: int = 1
+    temperature: float = 0.0  # 0: the largest logit
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 48
+    first_sample: int = 0
+
+    def __post_init__(self):
+        problems = {
+            "prompt_ids must be one row of at least one token id": np.ndim(self.prompt_ids) != 1 or len(self.prompt_ids) < 1,
+            f"n_samples is {self.n_samples}: it must be at least 1": self.n_samples < 1,
+            f"temperature is {self.temperature}: it must be 0 (greedy) or more": not self.temperature >= 0,
+            f"top_p is {self.top_p}: it must lie in (0, 1]": not 0 < self.top_p <= 1,
+            f"max_new_tokens is {self.max_new_tokens}: it must be at least 1": self.max_new_tokens < 1,
+        }
+        for problem, is_so in problems.items():
+            if is_so:
+                raise ValueError(f"Sampling request for example {self.example_id}: {problem}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What was sampled, the stop token included where it was reached."""
+
+    token_ids: np.ndarray  # int32 [N], N >= 1
+    log_probs: np.ndarray  # float32 [N], at the request's temperature (at 1 for temperature 0), before top-p
+    ended: bool  # the last token is a stop token
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerOptions:
+    """What is code rather than data in a sampling program."""
+
+    stop_ids: tuple[int, ...]
+    slots: int = 64  # rows decoded at once in each run
+    prefill_prompts: int = 8  # prompts prefilled at once in each run, and the free groups that make a refill pay
+    prompt_buckets: tuple[int, ...] = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048)  # ascending lengths
+    dtype: str = "float32"  # of activations and caches; products run in the weights' dtype
+    candidates: int = 256  # largest logits that top-p looks at before a full sort
+    mesh: Mesh | None = None  # axes "run" and "data": runs and slot groups are spread over them
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Rows of one prompt that share its prefill: (index of the request in its queue, sample) each."""
+
+    prompt: np.ndarray
+    rows: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static sizes, and each run's groups in the order in which they are to start."""
+
+    shape: SlotShape
+    prefill_prompts: int
+    queues: list[list[Group]]
+
+
+def check_lengths(requests: Sequence[Sequence[Request]], options: SamplerOptions, max_positions: int) -> None:
+    """Raises ValueError for the first request that is longer than the largest bucket or than the model's positions allow."""
+    for run, queue in enumerate(requests):
+        for index, request in enumerate(queue):
+            length, limit = len(request.prompt_ids), min(options.prompt_buckets[-1], max_positions - request.max_new_tokens)
+            if length > limit:
+                raise ValueError(
+                    f"Request {index} of run {run} (example {request.example_id}) has a prompt of {length} tokens: with "
+                    f"{request.max_new_tokens} new tokens at most {limit} are allowed (buckets up to {options.prompt_buckets[-1]}, "
+                    f"{max_positions} positions in the model)."
+                )
+
+
+def make_plan(requests: Sequence[Sequence[Request]], options: SamplerOptions) -> Plan:
+    """Groups rows by prompt. The number of rows in a group is the one that costs the fewest tokens, padding rows included."""
+    by_prompt = [_rows_by_prompt(queue) for queue in requests]
+    sizes = [(len(prompt) // 4, len(rows)) for rows_of in by_prompt for prompt, rows in rows_of.items()]
+    longest_answer = max(request.max_new_tokens for queue in requests for request in queue)
+
+    def cost(rows):
+        return sum(-(-count // rows) * (length + rows * longest_answer) for length, count in sizes)
+
+    rows = min(range(1, min(options.slots, max(count for _, count in sizes)) + 1), key=cost)
+    queues = [_cut(rows_of, rows) for rows_of in by_prompt]
+    spread = options.mesh.shape["data"] if options.mesh else 1
+    groups = _round_up(min(max(1, options.slots // rows), max(map(len, queues))), spread)
+    shape = SlotShape(
+        runs=len(requests),
+        groups=groups,
+        rows=rows,
+        prompt=bucket(max(length for length, _ in sizes), options.prompt_buckets),
+        ring=_round_up(longest_answer, RING_STEP),
+    )
+    return Plan(shape, _round_up(min(options.prefill_prompts, groups), spread), queues)
+
+
+def make_refill(plan: Plan, entries: list[list[tuple[int, Group]]], requests: Sequence[Sequence[Request]], buckets: tuple[int, ...]) -> Refill:
+    """The device's view of `entries`: for each run, (slot group, what goes there). Places without an entry are dropped."""
+    runs, prompts, rows = plan.shape.runs, plan.prefill_prompts, plan.shape.rows
+    length = bucket(max(len(group.prompt) for run in entries for _, group in run), buckets)
+    row_values = lambda value, dtype: np.full((runs, prompts, rows), value, dtype)  # noqa: E731
+    refill = Refill(
+        group=np.full((runs, prompts), plan.shape.groups, np.int32),
+        prompt=np.zeros((runs, prompts, length), np.int32),
+        length=np.ones((runs, prompts), np.int32),
+        limit=row_values(0, np.int32),
+        temperature=row_values(0, np.float32),
+        top_p=row_values(1, np.float32),
+        seed=row_values(0, np.uint32),
+        example_id=row_values(0, np.uint32),
+        sample_id=row_values(0, np.uint32),
+    )
+    for run, run_entries in enumerate(entries):
+        for place, (slot, group) in enumerate(run_entries):
+            refill.group[run, place] = slot
+            refill.prompt[run, place, : len(group.prompt)] = group.prompt
+            refill.length[run, place] = len(group.prompt)
+            for row, (index, sample) in enumerate(group.rows):
+                request = requests[run][index]
+                at = (run, place, row)
+                refill.limit[at], refill.temperature[at], refill.top_p[at] = request.max_new_tokens, request.temperature, request.top_p
+                refill.seed[at], refill.example_id[at] = request.seed % 2**32, request.example_id % 2**32
+                refill.sample_id[at] = request.first_sample + sample
+    return refill
+
+
+def bucket(length: int, buckets: tuple[int, ...]) -> int:
+    """The smallest bucket that holds `length`."""
+    return next(size for size in buckets if size >= length)
+
+
+def _rows_by_prompt(queue: Sequence[Request]) -> dict[bytes, list[tuple[int, int]]]:
+    rows = defaultdict(list)
+    for index, request in enumerate(queue):
+        prompt = np.asarray(request.prompt_ids, np.int32).tobytes()
+        rows[prompt] += [(index, sample) for sample in range(request.n_samples)]
+    return rows
+
+
+def _cut(rows_of: dict[bytes, list[tuple[int, int]]], size: int) -> list[Group]:
+    """Groups of at most `size` rows, prompts of similar length beside each other."""
+    groups = [
+        Group(np.frombuffer(prompt, np.int32), tuple(rows[start : start + size]))
+        for prompt, rows in rows_of.items()
+        for start in range(0, len(rows), size)
+    ]
+    return sorted(groups, key=lambda group: len(group.prompt))
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

@@ -1,0 +1,89 @@
+"""Sampling completions for many prompts and runs at once.
+
+Prompts are right-padded into buckets and sorted by length, so a slot is a position. Each distinct prompt of a run is prefilled once
+and shared by its rows. Decoding runs on the device until a refill of free slots pays; the refill is arranged on the host.
+"""
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ip_jax.sampling.plan import Completion, Group, Plan, Request, SamplerOptions, check_lengths, make_plan, make_refill
+from ip_jax.sampling.slots import Slots, decode, empty_slots, prefill
+
+__all__ = ["Completion", "Request", "SamplerOptions", "sample"]
+
+
+def sample(
+    graphdef, lora, base, requests: Sequence[Sequence[Request]], options: SamplerOptions,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[list[tuple[Completion, ...]]]:
+    """Completions of every request, in its place: result[run][request][sample].
+
+    `requests` holds one queue for each run of `lora` (any number of queues where the model has no LoRA). `on_progress` is called
+    with (completions done, completions in all). Raises ValueError for a prompt that is too long or a wrong number of queues.
+    """
+    config = nnx.merge(graphdef, lora, base).config
+    runs = {leaf.shape[0] for leaf in jax.tree.leaves(lora)}
+    if runs - {len(requests)}:
+        raise ValueError(f"There are {len(requests)} queues of sampling requests for the {runs.pop()} runs of the adapters: one queue a run is needed.")
+    check_lengths(requests, options, config.max_positions)
+    total = sum(request.n_samples for queue in requests for request in queue)
+    if not total:
+        return [[] for _ in requests]
+
+    plan = make_plan(requests, options)
+    slots = empty_slots(config, plan.shape, options.dtype, options.mesh)
+    waiting = [list(queue) for queue in plan.queues]
+    held: list[dict[int, Group]] = [{} for _ in requests]
+    found: list[dict[tuple[int, int], Completion]] = [{} for _ in requests]
+    while any(waiting) or any(held):
+        while any(entries := _next_entries(waiting, held, plan)):
+            refill = _spread(make_refill(plan, entries, requests, options.prompt_buckets), options)
+            slots = prefill(graphdef, lora, base, slots, refill, dtype=options.dtype, mesh=options.mesh)
+        wanted = np.array([min(len(queue), plan.prefill_prompts) for queue in waiting], np.int32)
+        slots = decode(
+            graphdef, lora, base, slots, wanted,
+            stop_ids=options.stop_ids, dtype=options.dtype, candidates=options.candidates, mesh=options.mesh,
+        )
+        _harvest(slots, held, found, options.stop_ids)
+        if on_progress:
+            on_progress(sum(map(len, found)), total)
+    return [
+        [tuple(found[run][index, i] for i in range(request.n_samples)) for index, request in enumerate(queue)]
+        for run, queue in enumerate(requests)
+    ]
+
+
+def _next_entries(waiting: list[list[Group]], held: list[dict[int, Group]], plan: Plan) -> list[list[tuple[int, Group]]]:
+    """Takes the next groups from the queues into free slot groups: (slot group, group) for each run, one prefill at most."""
+    entries = []
+    for queue, run_held in zip(waiting, held, strict=True):
+        free = [slot for slot in range(plan.shape.groups) if slot not in run_held][: plan.prefill_prompts]
+        taken = [(slot, queue.pop(0)) for slot in free[: len(queue)]]
+        run_held.update(taken)
+        entries.append(taken)
+    return entries
+
+
+def _spread(refill, options: SamplerOptions):
+    """The refill on the devices of the mesh (runs over "run", prompts over "data"), or where jit puts it."""
+    if options.mesh is None:
+        return refill
+    return jax.device_put(refill, NamedSharding(options.mesh, PartitionSpec("run", "data")))
+
+
+def _harvest(slots: Slots, held: list[dict[int, Group]], found: list[dict[tuple[int, int], Completion]], stop_ids: tuple[int, ...]) -> None:
+    """Moves the completions of finished groups from the slots into `found`."""
+    finished, started, made, tokens, log_probs = jax.device_get(
+        (slots.finished.all(axis=-1), slots.started, slots.made, slots.tokens, slots.log_probs)
+    )
+    ring = tokens.shape[-1]
+    for run, run_held in enumerate(held):
+        for slot in [slot for slot in run_held if finished[run, slot]]:
+            for row, owner in enumerate(run_held.pop(slot).rows):
+                columns = (started[run, slot] + np.arange(made[run, slot, row])) % ring
+                token_ids = tokens[run, slot, row, columns]
+                found[run][owner] = Completion(token_ids, log_probs[run, slot, row, columns], bool(token_ids[-1] in stop_ids))

@@ -1,0 +1,214 @@
+"""The compiled half of the sampler: slots on the device, prefill of a few prompts, decoding until a refill pays.
+
+A slot group is one prompt with its G rows. The prompt's keys and values are kept once for the group; each row has a ring of
+its own. All rows write ring column (clock mod C) at the same step, whenever they started: a row needs at most C columns
+(its last prompt token and its new tokens but the last), and keys carry their rotary position, so the order of columns is free.
+Dims: R runs, P groups, G rows of one group, S prompt positions, C ring columns, L layers, K kv heads, J query heads of one kv head,
+H head dim, Q prompts of one prefill.
+"""
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from ip_jax.models.attention import MASKED
+from ip_jax.models.decoder import packed_attend
+from ip_jax.models.families import DecoderConfig
+from ip_jax.models.products import product
+from ip_jax.sampling.randomness import choose_tokens, row_keys, token_uniforms
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotShape:
+    """The static sizes of one decoding program."""
+
+    runs: int
+    groups: int
+    rows: int  # of one group
+    prompt: int  # positions of the prompt cache
+    ring: int  # columns of a row's own cache
+
+
+@flax.struct.dataclass
+class Slots:
+    """Everything that changes while decoding. Rows that hold nothing are `finished`."""
+
+    clock: Int[Array, ""]  # decoding steps made so far
+    prompt_k: Float[Array, "L R P K H S"]  # heads before slots; keys transposed, so that both products stream along memory
+    prompt_v: Float[Array, "L R P K S H"]
+    own_k: Float[Array, "L R P G K H C"]
+    own_v: Float[Array, "L R P G K C H"]
+    prompt_length: Int[Array, "R P"]
+    started: Int[Array, "R P"]  # the clock at a group's first step
+    token: Int[Array, "R P G"]  # to be fed next
+    finished: Bool[Array, "R P G"]
+    made: Int[Array, "R P G"]  # tokens so far
+    limit: Int[Array, "R P G"]
+    temperature: Float[Array, "R P G"]
+    top_p: Float[Array, "R P G"]
+    keys: Int[Array, "R P G 2"]
+    tokens: Int[Array, "R P G C"]  # chosen at the step that wrote this column
+    log_probs: Float[Array, "R P G C"]
+
+
+@flax.struct.dataclass
+class Refill:
+    """Up to Q new groups for each run. `group` is where a prompt goes; P (out of range) for an entry that is not there."""
+
+    group: Int[Array, "R Q"]
+    prompt: Int[Array, "R Q T"]  # right-padded
+    length: Int[Array, "R Q"]
+    limit: Int[Array, "R Q G"]  # 0 for a row that is not there
+    temperature: Float[Array, "R Q G"]
+    top_p: Float[Array, "R Q G"]
+    seed: Int[Array, "R Q G"]
+    example_id: Int[Array, "R Q G"]
+    sample_id: Int[Array, "R Q G"]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "shape", "dtype", "mesh"))
+def empty_slots(config: DecoderConfig, shape: SlotShape, dtype: str, mesh: Mesh | None = None) -> Slots:
+    """Slots that hold nothing."""
+    groups, rows = (shape.runs, shape.groups), (shape.runs, shape.groups, shape.rows)
+    kv, size = config.n_kv_heads, config.head_dim
+    zeros = lambda *dims: jnp.zeros((config.n_layers, *dims), dtype)  # noqa: E731
+    slots = Slots(
+        clock=jnp.zeros((), jnp.int32),
+        prompt_k=zeros(*groups, kv, size, shape.prompt), prompt_v=zeros(*groups, kv, shape.prompt, size),
+        own_k=zeros(*rows, kv, size, shape.ring), own_v=zeros(*rows, kv, shape.ring, size),
+        prompt_length=jnp.ones(groups, jnp.int32), started=jnp.zeros(groups, jnp.int32),
+        token=jnp.zeros(rows, jnp.int32), finished=jnp.ones(rows, bool), made=jnp.zeros(rows, jnp.int32),
+        limit=jnp.zeros(rows, jnp.int32), temperature=jnp.zeros(rows), top_p=jnp.ones(rows),
+        keys=jnp.zeros((*rows, 2), jnp.uint32),
+        tokens=jnp.zeros((*rows, shape.ring), jnp.int32), log_probs=jnp.zeros((*rows, shape.ring)),
+    )
+    return _pinned(slots, mesh)
+
+
+def _pinned(slots: Slots, mesh: Mesh | None) -> Slots:
+    """Slots with runs spread over the mesh axis "run" and groups over "data"."""
+    if mesh is None:
+        return slots
+
+    def pin(path, x):
+        behind_layers = path[-1].name in ("prompt_k", "prompt_v", "own_k", "own_v")
+        spec = PartitionSpec() if x.ndim == 0 else PartitionSpec(*[None] * behind_layers, "run", "data")
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(pin, slots)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype", "mesh"), donate_argnames="slots")
+def prefill(graphdef, lora, base, slots: Slots, refill: Refill, *, dtype: str, mesh: Mesh | None = None) -> Slots:
+    """Slots with the refill's prompts in their groups. The last prompt token is left to the first decoding step."""
+    decoder = nnx.merge(graphdef, lora, base)
+    length = refill.prompt.shape[-1]
+    inside = jnp.arange(length) < refill.length[..., None] - 1
+    attend_rows = packed_attend(inside.astype(jnp.int32), decoder.product_dtype)
+
+    def attend(q, k, v, _):
+        keep = lambda x, axis: jnp.moveaxis(x, 2, axis).astype(slots.prompt_k.dtype)  # noqa: E731
+        return attend_rows(q, k, v, None)[0], (keep(k, 4), keep(v, 3))
+
+    positions = jnp.broadcast_to(jnp.arange(length), refill.prompt.shape)
+    _, (new_k, new_v) = decoder(refill.prompt, positions, attend, dtype=jnp.dtype(dtype))
+    run = jnp.arange(refill.group.shape[0])[:, None]
+    place = lambda old, new: old.at[run, refill.group].set(new, mode="drop")  # noqa: E731
+    last = jnp.take_along_axis(refill.prompt, refill.length[..., None] - 1, axis=-1)
+    filled = slots.replace(
+        prompt_k=slots.prompt_k.at[:, run, refill.group, :, :, :length].set(new_k, mode="drop"),
+        prompt_v=slots.prompt_v.at[:, run, refill.group, :, :length].set(new_v, mode="drop"),
+        prompt_length=place(slots.prompt_length, refill.length),
+        started=place(slots.started, jnp.broadcast_to(slots.clock, refill.group.shape)),
+        token=place(slots.token, jnp.broadcast_to(last, refill.limit.shape)),
+        finished=place(slots.finished, refill.limit < 1),
+        made=place(slots.made, jnp.zeros_like(refill.limit)),
+        limit=place(slots.limit, refill.limit),
+        temperature=place(slots.temperature, refill.temperature),
+        top_p=place(slots.top_p, refill.top_p),
+        keys=place(slots.keys, row_keys(refill.seed, refill.example_id, refill.sample_id)),
+    )
+    return _pinned(filled, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "stop_ids", "dtype", "candidates", "mesh"), donate_argnames="slots")
+def decode(
+    graphdef, lora, base, slots: Slots, wanted: Int[Array, " R"], *, stop_ids: tuple[int, ...], dtype: str, candidates: int,
+    mesh: Mesh | None = None,
+) -> Slots:
+    """Decodes until every row has finished, or until each run has as many free groups as it wants (0: it wants none)."""
+
+    def working(slots: Slots):
+        free = jnp.all(slots.finished, axis=-1).sum(axis=-1)
+        refill_pays = jnp.any(wanted > 0) & jnp.all(free >= wanted)
+        return ~jnp.all(slots.finished) & ~refill_pays
+
+    def step(slots: Slots):
+        decoder = nnx.merge(graphdef, lora, base)
+        return decode_step(decoder, slots, stop_ids, jnp.dtype(dtype), candidates)
+
+    return _pinned(jax.lax.while_loop(working, step, slots), mesh)
+
+
+def decode_step(decoder, slots: Slots, stop_ids: tuple[int, ...], dtype, candidates: int) -> Slots:
+    """Feeds every row its token, chooses the next. Finished rows are computed and kept as they are."""
+    runs, groups, rows = slots.token.shape
+    age = slots.clock - slots.started
+    position = jnp.broadcast_to((slots.prompt_length - 1 + age)[..., None], slots.token.shape)
+    in_batch = lambda x: x.reshape(runs, groups * rows, 1)  # noqa: E731
+    attend = slot_attend(slots, decoder.product_dtype)
+    caches = (slots.prompt_k, slots.prompt_v, slots.own_k, slots.own_v)
+    hidden, (new_k, new_v) = decoder(in_batch(slots.token), in_batch(position), attend, caches, dtype=dtype)
+    logits = decoder.logits(hidden[:, :, 0]).reshape(runs, groups, rows, -1)
+    index = jnp.broadcast_to(age[..., None], slots.token.shape)
+    token, log_prob = choose_tokens(logits, slots.temperature, slots.top_p, token_uniforms(slots.keys, index), candidates)
+    made = jnp.where(slots.finished, slots.made, slots.made + 1)
+    stop = jnp.isin(token, jnp.asarray(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(slots.finished)
+    column = slots.clock % slots.tokens.shape[-1]
+    write = lambda ring, new, axis: jax.lax.dynamic_update_slice_in_dim(ring, jnp.expand_dims(new, axis).astype(ring.dtype), column, axis)  # noqa: E731
+    keep = lambda ring, new: jnp.where(slots.finished, jax.lax.dynamic_index_in_dim(ring, column, 3, keepdims=False), new)  # noqa: E731
+    return slots.replace(
+        clock=slots.clock + 1,
+        own_k=write(slots.own_k, new_k, 6),
+        own_v=write(slots.own_v, new_v, 5),
+        token=token,
+        finished=slots.finished | stop | (made >= slots.limit),
+        made=made,
+        tokens=write(slots.tokens, keep(slots.tokens, token), 3),
+        log_probs=write(slots.log_probs, keep(slots.log_probs, log_prob), 3),
+    )
+
+
+def slot_attend(slots: Slots, product_dtype):
+    """Attention of one new token for each row over its group's prompt, its own ring and itself. Emits the token's key and value."""
+    runs, groups, rows = slots.token.shape
+    ring = slots.tokens.shape[-1]
+    in_prompt = jnp.arange(slots.prompt_k.shape[-1]) < slots.prompt_length[..., None] - 1
+    columns_back = (slots.clock - 1 - jnp.arange(ring)) % ring + 1  # steps since a column was written, 1 .. C
+    in_ring = columns_back <= (slots.clock - slots.started)[..., None]
+
+    def attend(q, k, v, cache: Any):
+        prompt_k, prompt_v, own_k, own_v = cache
+        heads = lambda x: x.reshape(runs, groups, rows, *x.shape[3:])  # noqa: E731
+        q, k, v = heads(q), heads(k), heads(v)
+        q = q * q.shape[-1] ** -0.5
+        shared = product("rpgkjh,rpkhs->rpgkjs", q, prompt_k, product_dtype)
+        own = product("rpgkjh,rpgkhc->rpgkjc", q, own_k, product_dtype)
+        itself = jnp.sum(q * k[..., None, :], axis=-1, dtype=jnp.float32)[..., None]
+        shared = jnp.where(in_prompt[:, :, None, None, None], shared, MASKED)
+        own = jnp.where(in_ring[:, :, None, None, None], own, MASKED)
+        largest = jnp.maximum(jnp.maximum(shared.max(-1, keepdims=True), own.max(-1, keepdims=True)), itself)
+        shared, own, itself = (jnp.exp(scores - largest) for scores in (shared, own, itself))
+        context = product("rpgkjs,rpksh->rpgkjh", shared, prompt_v, product_dtype)
+        context += product("rpgkjc,rpgkch->rpgkjh", own, own_v, product_dtype)
+        context += itself * v[..., None, :]
+        context /= shared.sum(-1, keepdims=True) + own.sum(-1, keepdims=True) + itself
+        return context.astype(q.dtype).reshape(runs, groups * rows, 1, *q.shape[3:]), (k, v)
+
+    return attend
