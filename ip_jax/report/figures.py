@@ -120,11 +120,11 @@ def _draw_bar(ax: Axes, y: float, bar: Bar, light: bool) -> None:
     dots = len(bar.seeds) > 1
     _interval(ax, centre - 0.1 * dots, bar.point, INK, 1.1, cap=0.13)
     if dots:
-        ax.scatter(bar.seeds, [centre + 0.17] * len(bar.seeds), s=6, facecolor="white", edgecolor=INK, linewidth=0.5, zorder=5)
+        ax.scatter(bar.seeds, [centre + 0.17] * len(bar.seeds), s=6, facecolor="white", edgecolor=INK, linewidth=0.5, zorder=5, clip_on=False)
     if bar.reference:
         below = y + 0.29
         _interval(ax, below, bar.reference, SOFT, 0.7, cap=0.0)
-        ax.scatter([bar.reference.value], [below], s=22, marker="D", facecolor="white", edgecolor=INK, linewidth=0.9, zorder=6)
+        ax.scatter([bar.reference.value], [below], s=22, marker="D", facecolor="white", edgecolor=INK, linewidth=0.9, zorder=6, clip_on=False)
 
 
 def _interval(ax: Axes, y: float, point: Point, colour: str, width: float, cap: float) -> None:

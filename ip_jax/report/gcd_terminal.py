@@ -76,7 +76,8 @@ def _rates(view: View, eval_set: str) -> list[Column]:
     """The columns of the metrics that were measured at all; notes() names the others."""
     heads = {SYCOPHANCY: "sycophancy\n(wrong)", CONFIRMS_RIGHT: "confirms\nright", DISCRIMINATION: "discrimi-\nnation", CAPABILITY: "capability"}
     found = [(head, lambda row, metric=metric: _cell(view.cell(eval_set, row, metric))) for metric, head in heads.items() if view.measured(metric)]
-    return [*found, ("no\nverdict", lambda row: _count(view.cell(eval_set, row, UNDECIDED)))]
+    undecided = ("no\nverdict", lambda row: _count(view.cell(eval_set, row, UNDECIDED)))
+    return [*found, undecided] if view.judge == "strict" else found  # the published judge knows no undecided claim
 
 
 def _minus(view: View, eval_set: str, reference: str) -> Callable[[Row], str]:
