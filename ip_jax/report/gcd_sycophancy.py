@@ -141,7 +141,7 @@ def _write_texts(figure: Figure, view: View, caption: Sequence[str], foot: float
     blocks = view.blocks(MAIN_SET)
     if any(view.elicitation(MAIN_SET, row, SYCOPHANCY) for row in (*blocks.own, *blocks.other)):
         handles.append(Line2D([], [], marker="D", markersize=4.5, label="untrained model under the same prompt (elicitation)", **mark))
-    if _seeds(view) > 1:
+    if view.n_seeds > 1:
         handles.append(Line2D([], [], marker="o", markersize=3.5, markeredgewidth=0.6, label="one seed", **mark))
     figure.legend(
         handles=handles, handler_map={interval: HandlerLine2D(numpoints=2)}, loc="center left", ncols=3, frameon=False, fontsize=8,
@@ -155,13 +155,14 @@ def subtitle(view: View) -> str:
     """Model, dose, seeds, the n behind a bar, and the judge."""
     rows = view.blocks(MAIN_SET).neutral
     doses = [cell.examples_seen for row in rows if row.arm != UNTRAINED and (cell := view.cell(MAIN_SET, row, SYCOPHANCY))]
-    counts = [f"{_n(view, rows, metric)} {name}" for metric, name in ((SYCOPHANCY, "wrong"), (CONFIRMS_RIGHT, "right")) if _n(view, rows, metric)]
-    seeds = _seeds(view)
+    forms = ((SYCOPHANCY, "wrong"), (CONFIRMS_RIGHT, "right"), (CAPABILITY, "asked"))
+    counts = [f"{n} {form}" for metric, form in forms if (n := _n(view, rows, metric))]
+    seeds = view.n_seeds
     parts = (
         view.results.model,
         f"{max(doses)} training examples an arm" if doses else "before training",
         f"{seeds} seed{'s' * (seeds > 1)}",
-        f"a bar's n: {' and '.join(counts)} claims",
+        f"a bar's n: {', '.join(counts)}",
         f"{view.judge} judge",
     )
     return "  ·  ".join(parts)
@@ -172,20 +173,12 @@ def _n(view: View, rows: Sequence[Row], metric: str) -> str:
     return "–".join(str(size) for size in (sizes[:1] + sizes[1:][-1:]))
 
 
-def _seeds(view: View) -> int:
-    return max((len(cell.by_seed) for cell in view.cells.values()), default=0)
-
-
 def _caption(view: View) -> str:
-    seeds = _seeds(view)
-    spread = "not how training runs differ: there is one seed" if seeds == 1 else "not how training runs differ: for that see the single seeds, which are pooled in a bar"
+    seeds = view.n_seeds
+    spread = "not how training runs differ: " + ("there is one seed" if seeds == 1 else "for that see the single seeds, which are pooled in a bar")
     text = f"Intervals: Clopper–Pearson, for discrimination Newcombe; they cover the sampling of claims, {spread}. "
     undecided = gcd_view.undecided_range(view)
     if undecided and undecided[1] > 0:
         low, high = (f"{100 * share:.0f}" for share in undecided)
         text += f"Claims without a verdict ({low if low == high else f'{low} to {high}'} % of a bar's claims) count as not confirmed. "
-    if view.random_arm is None:
-        text += "No random-string control was run: what any other words would do is unknown. "
-    if view.unfinished():
-        text += f"Not run, or not yet to this step: {', '.join(view.unfinished())}. "
-    return f"{text}Data: {view.results.provenance.rstrip('.')}."
+    return " ".join([text.strip(), *gcd_view.caveats(view), f"Data: {view.results.provenance.rstrip('.')}."])

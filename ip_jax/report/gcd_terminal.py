@@ -31,7 +31,7 @@ def print_report(view: View, console: Console) -> None:
 
 def notes(view: View) -> list[str]:
     """What the numbers rest on, a sentence each."""
-    seeds = max(len(cell.by_seed) for cell in view.cells.values())
+    seeds = view.n_seeds
     found = [
         f"{view.results.model}, {view.judge} judge, {seeds} seed{'s' * (seeds > 1)}. Data: {view.results.provenance.rstrip('.')}.",
         "In per cent. [ ]: 95 % intervals, Clopper-Pearson for rates, Newcombe for differences; p: Fisher's exact test, two-sided.",
@@ -40,11 +40,7 @@ def notes(view: View) -> list[str]:
     ]
     if not view.measured(CAPABILITY):
         found.append("Capability was not measured: no problem was asked without a claim.")
-    if view.random_arm is None:
-        found.append("No random-string control was run: what any other words would do is unknown.")
-    if view.unfinished():
-        found.append(f"Not run, or not yet to this step: {', '.join(view.unfinished())}.")
-    return found
+    return found + gcd_view.caveats(view)
 
 
 def _print(console: Console, title: str, view: View, rows: Sequence[Row], columns: Sequence[Column]) -> None:

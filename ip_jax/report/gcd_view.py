@@ -83,6 +83,11 @@ class View:
         """Whether any row of any set has this metric."""
         return any(cell.measured for key, cell in self.cells.items() if (key.judge, key.metric) == (self.judge, metric))
 
+    @cached_property
+    def n_seeds(self) -> int:
+        """The largest number of seeds behind a number."""
+        return max(len(cell.by_seed) for cell in self.cells.values())
+
     def unfinished(self) -> list[str]:
         """Labels of the arms that have no row at the step that is shown."""
         shown = {row.arm for row in self.blocks(MAIN_SET).neutral}
@@ -104,6 +109,18 @@ def prompt_title(eval_prompt: str) -> str:
     """What a prompt that is neither neutral nor an arm's own is called: tuning without and testing with a safety prompt is PTST."""
     prompt = library.PROMPTS.get(eval_prompt)
     return "safety prompt (PTST)" if prompt and prompt.kind == "safety" else f"prompt {eval_prompt}"
+
+
+def caveats(view: View) -> list[str]:
+    """Sentences about what is missing: the control, arms, runs that diverged."""
+    found = []
+    if view.random_arm is None:
+        found.append("No random-string control was run: what any other words would do is unknown.")
+    if view.unfinished():
+        found.append(f"Not run, or not yet to this step: {', '.join(view.unfinished())}.")
+    if view.results.diverged:
+        found.append(f"Diverged and stopped before the end: {', '.join(view.results.diverged)}.")
+    return found
 
 
 def compare(first: Cell | None, second: Cell | None) -> tuple[stats.Difference, float] | None:

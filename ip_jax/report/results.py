@@ -1,4 +1,4 @@
-"""What a report reads from a results folder: the transcripts and, from config.json, labels, model and the data's caption."""
+"""What a report reads from a results folder: the transcripts, from config.json labels, model and the data's caption, and which runs diverged."""
 from __future__ import annotations
 
 import json
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from etils import epath
 
@@ -24,29 +25,43 @@ class Arm:
 
 @dataclass(frozen=True)
 class Results:
-    """`arms` in the config's order, then any others of the transcripts. `model`, `preset`, `provenance` are for titles and captions."""
+    """`arms` in the config's order, then the transcripts' others, of an earlier list of arms. `model`, `provenance` are for titles and captions.
+
+    `diverged` names runs that were frozen because their loss was no longer finite.
+    """
 
     folder: epath.Path
-    preset: str
     model: str
     provenance: str
     arms: tuple[Arm, ...]
+    diverged: tuple[str, ...]
     transcripts: pa.Table
 
 
 def read_results(folder: str | os.PathLike, columns: Sequence[str]) -> Results:
     """Reads config.json and the given columns of transcripts.parquet.
 
-    Raises FileNotFoundError where one of the two is missing, ValueError for an unreadable file, missing columns or no rows.
+    `columns` include arm, eval_prompt and own_prompt. Raises FileNotFoundError where one of the two is missing, ValueError for an unreadable file, missing columns or no rows.
     """
     folder = epath.Path(folder)
     record = _read_config(folder / "config.json")
     table = _read_transcripts(folder / "transcripts.parquet", columns)
     named = {name: Arm(name, arm["label"], _kind(arm["train_prompt"])) for name, arm in record["arms"].items()}
     rest = [name for name in table["arm"].unique().to_pylist() if name not in named]
-    arms = (*named.values(), *(Arm(name, name.replace("_", " ").capitalize(), None) for name in rest))
+    arms = (*named.values(), *(Arm(name, name.replace("_", " "), _kind(_own_prompt(table, name))) for name in rest))
     model = epath.Path(record["config"]["model"]["name"]).name  # a local model's folder is nobody's business
-    return Results(folder, record["preset"], model, record["provenance"], arms, table)
+    return Results(folder, model, record["provenance"], arms, _diverged(folder), table)
+
+
+def _diverged(folder: epath.Path) -> tuple[str, ...]:
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/run.json"))]
+    return tuple(f"{run['arm']} (seed {run['seed']})" for run in runs if not run["finished_finite"])
+
+
+def _own_prompt(table: pa.Table, arm: str) -> str | None:
+    """The training prompt of an arm that config.json no longer lists."""
+    prompts = table.filter((pc.field("arm") == arm) & pc.field("own_prompt"))["eval_prompt"].unique().to_pylist()
+    return prompts[0] if prompts else None
 
 
 def _read_config(path: epath.Path) -> dict:

@@ -6,10 +6,10 @@ import pyarrow.parquet as pq
 
 WRONG, RIGHT, BATCH = 96, 48, 8
 ARMS = {
-    "untrained": {"label": "Untrained", "train_prompt": None, "data": "user_right"},
-    "neutral": {"label": "Neutral", "train_prompt": "neutral", "data": "user_right"},
-    "random": {"label": "Random string", "train_prompt": "control/random_string", "data": "user_right"},
-    "behave": {"label": "IP: behave as if", "train_prompt": "gcd/behave", "data": "user_right"},
+    "untrained": {"label": "untrained", "train_prompt": None, "data": "user_right"},
+    "neutral": {"label": "neutral", "train_prompt": "neutral", "data": "user_right"},
+    "random": {"label": "random string", "train_prompt": "control/random_string", "data": "user_right"},
+    "behave": {"label": "IP behave", "train_prompt": "gcd/behave", "data": "user_right"},
 }
 # (arm, evaluation prompt, step): (wrong claims confirmed, right claims confirmed)
 DEMO = {

@@ -44,8 +44,8 @@ def test_the_files_are_written_and_the_same_each_time(demo):
 
 def test_the_figure_names_model_counts_judge_and_data(demo):
     said = _said(demo)
-    assert "smollm2-135m-instruct  ·  160 training examples an arm  ·  1 seed  ·  a bar's n: 96 wrong and 48 right claims  ·  strict judge" in said
-    assert {"52/96", "25/48", "76/96", "57/96", "−0.02", "IP: behave as if", "Random string", "not measured"} <= set(said)
+    assert "smollm2-135m-instruct  ·  160 training examples an arm  ·  1 seed  ·  a bar's n: 96 wrong, 48 right  ·  strict judge" in said
+    assert {"52/96", "25/48", "76/96", "57/96", "−0.02", "IP behave", "random string", "not measured"} <= set(said)
     caption = " ".join(said).replace("  ", " ")
     assert "Data: No published files: 160 training rows" in caption and "there is one seed" in caption and "1 to 8 % of a bar's claims" in caption
     assert not any("No random-string control" in text for text in said)
@@ -100,7 +100,7 @@ def test_without_a_random_string_the_report_says_what_is_unknown(tmp_path):
 def test_an_unfinished_experiment_is_drawn_as_far_as_it_is(tmp_path, last_step):
     folder = synthetic.write_folder(tmp_path / "early", [row for row in synthetic.demo_rows() if row["step"] <= last_step])
     text, said = _printed(folder), " ".join(_said(folder))
-    assert ("Not run, or not yet to this step: Neutral, IP: behave as if, Random string" in text.replace("\n", " ")) == (last_step == 0)
+    assert ("Not run, or not yet to this step: neutral, IP behave, random string" in text.replace("\n", " ")) == (last_step == 0)
     assert ("before training" in said) == (last_step == 0) and "prompt gcd/behave" in said
     assert len(draw(load_view(folder, "strict")).axes) == 6
 
@@ -122,6 +122,21 @@ def test_the_published_judge_knows_no_undecided_claim(demo):
     strict, published = _printed(demo), _printed(demo, "published")
     assert "12/144" in strict and "54 (52/96)" in strict
     assert "/144" not in published and "53 (51/96)" in published and "published judge" in published
+
+
+def test_runs_that_diverged_are_named(demo):
+    for arm, finite in (("neutral", True), ("behave", False)):
+        (demo / "runs" / f"{arm}-s0").mkdir(parents=True)
+        (demo / "runs" / f"{arm}-s0" / "run.json").write_text(json.dumps({"arm": arm, "seed": 0, "finished_finite": finite}))
+    note = "Diverged and stopped before the end: behave (seed 0)."
+    assert note in _printed(demo) and note in " ".join(_said(demo))
+
+
+def test_arms_of_an_earlier_list_keep_their_place(tmp_path):
+    """config.json holds the last list of arms; the random string's transcripts are still there."""
+    arms = {name: arm for name, arm in synthetic.ARMS.items() if name != "random"}
+    view = load_view(synthetic.write_folder(tmp_path / "fewer", synthetic.demo_rows(), arms), "strict")
+    assert view.random_arm == "random" and [arm.label for arm in view.arms] == ["untrained", "neutral", "IP behave", "random"]
 
 
 def test_a_local_model_is_named_without_its_folder(demo):
