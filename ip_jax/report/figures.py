@@ -158,7 +158,7 @@ def _names(ax: Axes, blocks: Sequence[Block], labels: bool) -> None:
             )
         top += HEADING + len(block.bars) + GAP
     for y, _, bar in _positions(blocks) if labels else ():
-        text = textwrap.wrap(bar.label, 22)
+        text = textwrap.wrap(bar.label, 21)
         size, spacing = (9, 1) if len(text) == 1 else (7, 0.95)
         ax.annotate(
             "\n".join(text), (0, y), (-6, 0), ax.get_yaxis_transform(), textcoords="offset points", ha="right", va="center",
