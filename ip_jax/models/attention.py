@@ -3,8 +3,6 @@
 Heads are grouped: G query heads share one key/value head.
 Dims: R runs, B rows, T query positions, S key positions, K kv heads, G query heads of one kv head, H head dim.
 """
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -21,16 +19,15 @@ def packed_mask(segment_ids: Int[Array, "R B T"]) -> Bool[Array, "R B T T"]:
     return causal & (segment_ids[..., :, None] == segment_ids[..., None, :])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@jax.custom_vjp
 def packed_attention(
-    q: Float[Array, "R B T K G H"], k: Float[Array, "R B T K H"], v: Float[Array, "R B T K H"], mask: Bool[Array, "R B T T"],
-    product_dtype=jnp.float32,
+    q: Float[Array, "R B T K G H"], k: Float[Array, "R B T K H"], v: Float[Array, "R B T K H"], mask: Bool[Array, "R B T T"]
 ) -> Float[Array, "R B T K G H"]:
-    """Softmax attention within rows, scaled by 1 / sqrt(H): products in `product_dtype`, scores and softmax in float32.
+    """Softmax attention within rows, scaled by 1 / sqrt(H): products in q's dtype, scores and softmax in float32.
 
     Nothing of size T x T is kept for the backward pass, which makes the probabilities again from the log normaliser.
     """
-    return _packed_forward(q, k, v, mask, product_dtype)[0]
+    return _packed_forward(q, k, v, mask)[0]
 
 
 def _heads_first(x):
@@ -39,25 +36,25 @@ def _heads_first(x):
     return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
 
-def _packed_forward(q, k, v, mask, dtype):
-    groups, head_dim = q.shape[4:]
+def _packed_forward(q, k, v, mask):
+    groups, head_dim, dtype = *q.shape[4:], q.dtype
     q_rows, k_rows, v_rows = _heads_first(q), _heads_first(k), _heads_first(v)
     scores = product("rbkth,rbksh->rbkts", q_rows, k_rows, dtype) * head_dim**-0.5
     scores = jnp.where(jnp.repeat(mask, groups, axis=2)[:, :, None], scores, MASKED)
     normaliser = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.exp(scores - normaliser[..., None])
-    out = product("rbkts,rbksh->rbkth", weights, v_rows, dtype).astype(q.dtype)
+    out = product("rbkts,rbksh->rbkth", weights, v_rows, dtype).astype(dtype)
     return jnp.moveaxis(out.reshape(*out.shape[:3], -1, groups, head_dim), 2, 3), normaliser
 
 
-def _packed_fwd(q, k, v, mask, dtype):
-    out, normaliser = _packed_forward(q, k, v, mask, dtype)
+def _packed_fwd(q, k, v, mask):
+    out, normaliser = _packed_forward(q, k, v, mask)
     return out, (q, k, v, mask, out, normaliser)
 
 
-def _packed_bwd(dtype, residuals, cotangent):
+def _packed_bwd(residuals, cotangent):
     q, k, v, mask, out, normaliser = residuals
-    groups, head_dim = q.shape[4:]
+    groups, head_dim, dtype = *q.shape[4:], q.dtype
     q_rows, k_rows, v_rows, d_rows = (_heads_first(x) for x in (q, k, v, cotangent))
     delta = jnp.einsum("rbtkgh,rbtkgh->rbtkg", cotangent, out, preferred_element_type=jnp.float32)
     delta = jnp.moveaxis(delta, 3, 2).reshape(normaliser.shape)
@@ -67,11 +64,11 @@ def _packed_bwd(dtype, residuals, cotangent):
     weights = jnp.where(visible, jnp.exp(scores - normaliser[..., None, :]), 0)
     d_weights = product("rbksh,rbkth->rbkst", v_rows, d_rows, dtype)
     d_scores = weights * (d_weights - delta[..., None, :]) * head_dim**-0.5
-    dv = product("rbkst,rbkth->rbksh", weights, d_rows, dtype).astype(v.dtype)
-    dk = product("rbkst,rbkth->rbksh", d_scores, q_rows, dtype).astype(k.dtype)
-    dq = product("rbkst,rbksh->rbkth", d_scores, k_rows, dtype).astype(q.dtype)
+    dv = product("rbkst,rbkth->rbksh", weights, d_rows, dtype).astype(dtype)
+    dk = product("rbkst,rbkth->rbksh", d_scores, q_rows, dtype).astype(dtype)
+    dq = product("rbkst,rbksh->rbkth", d_scores, k_rows, dtype)
     dq = jnp.moveaxis(dq.reshape(*dq.shape[:3], -1, groups, head_dim), 2, 3)
-    return dq, jnp.moveaxis(dk, 2, 3), jnp.moveaxis(dv, 2, 3), None
+    return dq.astype(dtype), jnp.moveaxis(dk, 2, 3), jnp.moveaxis(dv, 2, 3), None
 
 
 packed_attention.defvjp(_packed_fwd, _packed_bwd)

@@ -42,8 +42,7 @@ class Projection(nnx.Module):
             rate, keys = dropout
             keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
             x = jnp.where(keep, x / (1 - rate), 0)
-        dtype = self.kernel[...].dtype
-        return y + lora_product(x, self.lora_a[...].astype(dtype), (self.lora_b[...] * self.scale).astype(dtype))
+        return y + lora_product(x, self.lora_a[...].astype(x.dtype), (self.lora_b[...] * self.scale).astype(x.dtype))
 
 
 class Layers(nnx.Module):
@@ -94,11 +93,6 @@ class Decoder(nnx.Module):
         """Float32 next-token logits."""
         vocabulary = self.vocabulary()
         return product("...d,vd->...v", hidden, vocabulary, vocabulary.dtype)
-
-    @property
-    def product_dtype(self):
-        """The dtype of the weights, in which every matrix product is made."""
-        return self.embed[...].dtype
 
     def vocabulary(self) -> Float[Array, "V D"]:
         """The output embedding, one row a token."""
@@ -157,12 +151,12 @@ def apply_rope(x: Float[Array, "R B T K G H"], rope) -> Float[Array, "R B T K G 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def packed_attend(segment_ids: Int[Array, "R B T"], product_dtype=jnp.float32) -> Attend:
-    """Attention for whole rows: causal within each packed segment, products in `product_dtype`. Emits nothing."""
+def packed_attend(segment_ids: Int[Array, "R B T"]) -> Attend:
+    """Attention for whole rows: causal within each packed segment. Emits nothing."""
     mask = packed_mask(segment_ids)
 
     def attend(q, k, v, _):
-        return packed_attention(q, k, v, mask, product_dtype), None
+        return packed_attention(q, k, v, mask), None
 
     return attend
 

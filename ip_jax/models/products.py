@@ -1,8 +1,10 @@
-"""The matrix products of a layer: operands in the weights' dtype, sums in float32, backward passes written out.
+"""The matrix products of a layer, summed in float32, with their backward passes written out.
 
-With bfloat16 weights and float32 activations a CPU with bfloat16 instructions makes these products twice as fast as in
-float32, but only while the result is asked for in float32. The written-out backward passes keep that form (autodiff would mix
-dtypes) and keep the narrow LoRA matrix on the side that must be transposed: transposing wide activations costs more than the products.
+Products with base weights run in the weights' dtype, everything that belongs to a run (LoRA, attention) in the activations'.
+With bfloat16 weights and float32 activations a CPU with bfloat16 instructions makes the large products twice as fast as in
+float32, as long as the result is asked for in float32; XLA:CPU has no such product with batch dimensions in every layout, and
+for those bfloat16 gains nothing. The backward passes keep this form (autodiff would mix dtypes) and keep the narrow LoRA
+matrix on the side that must be transposed: transposing wide activations costs more than the products.
 """
 import jax
 import jax.numpy as jnp

@@ -110,7 +110,7 @@ def prefill(graphdef, lora, base, slots: Slots, refill: Refill, *, dtype: str, m
     decoder = nnx.merge(graphdef, lora, base)
     length = refill.prompt.shape[-1]
     inside = jnp.arange(length) < refill.length[..., None] - 1
-    attend_rows = packed_attend(inside.astype(jnp.int32), decoder.product_dtype)
+    attend_rows = packed_attend(inside.astype(jnp.int32))
 
     def attend(q, k, v, _):
         keep = lambda x, axis: jnp.moveaxis(x, 2, axis).astype(slots.prompt_k.dtype)  # noqa: E731
@@ -162,7 +162,7 @@ def decode_step(decoder, slots: Slots, stop_ids: tuple[int, ...], dtype, candida
     age = slots.clock - slots.started
     position = jnp.broadcast_to((slots.prompt_length - 1 + age)[..., None], slots.token.shape)
     in_batch = lambda x: x.reshape(runs, groups * rows, 1)  # noqa: E731
-    attend = slot_attend(slots, decoder.product_dtype)
+    attend = slot_attend(slots, dtype)
     caches = (slots.prompt_k, slots.prompt_v, slots.own_k, slots.own_v)
     hidden, (new_k, new_v) = decoder(in_batch(slots.token), in_batch(position), attend, caches, dtype=dtype)
     logits = decoder.logits(hidden[:, :, 0]).reshape(runs, groups, rows, -1)

@@ -132,9 +132,9 @@ class Evaluator:
         name = f"evaluating step {step}" if decoder else "evaluating the untrained model"
         done = 0
         with self.display.phase(name, sum(map(len, queues)), "completions") as advance:
-            def progress(finished: int, tokens_per_second: float):
+            def progress(finished: int, _total: int):
                 nonlocal done
-                advance(finished - done, f"{tokens_per_second:.0f} tokens/s")
+                advance(finished - done)
                 done = finished
 
             completions = sample(*(decoder or self.bare), queues, self.options, progress)

@@ -1,0 +1,35 @@
+# make demo: the main job; make test: the tests; make bench: the benchmarks. Each makes the environment that it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := $(wildcard ../shared/data)
+export IP_JAX_DATA_DIR ?= $(if $(DATA),$(abspath $(DATA)),)
+
+.PHONY: demo test test-all bench lint clean
+demo: $(VENV)/ready
+	$(BIN)/ip-jax run gcd_sycophancy --preset demo
+
+test: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+
+test-all: $(VENV)/ready-dev
+	$(BIN)/python -m pytest $(PYTEST)
+
+bench: $(VENV)/ready-dev
+	$(BIN)/python -m benchmarks.run
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check .
+
+# The constraints file holds the versions that were tested together.
+$(VENV)/ready: setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
