@@ -1,0 +1,142 @@
+"""Small random models for tests: a transformers model and our params from the same weights, adapters, batches."""
+import functools
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ip_jax.models import hf
+from ip_jax.models.decoder import packed_attend, split_decoder
+from ip_jax.models.families import DecoderConfig, RopeScaling, param_shapes
+from ip_jax.models.lora import LoraConfig, projection_shapes
+from ip_jax.training.state import Batch
+
+SIZES = dict(
+    vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=256, tie_word_embeddings=False,
+)  # fmt: skip
+LLAMA_31 = dict(rope_type="llama3", rope_theta=1000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+HF_MODELS = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", dict(tie_word_embeddings=True, vocab_size=97)),
+    "llama-wide-heads": ("Llama", dict(head_dim=16)),  # heads * head_dim is not the model's width; the shape of CONFIG
+    "llama-all-heads": ("Llama", dict(num_key_value_heads=4)),
+    "llama-3.1": ("Llama", dict(rope_parameters=LLAMA_31)),
+    "gemma": ("Gemma", dict(head_dim=24, num_key_value_heads=1, tie_word_embeddings=True)),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-tied-one-kv-head": ("Qwen2", dict(tie_word_embeddings=True, num_key_value_heads=1, rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+}  # fmt: skip
+CONFIG = DecoderConfig("llama", 101, 32, 48, 3, 4, 2, 16, 1000.0, 1e-5, 256, True)
+SCALED_ROPE = RopeScaling(8.0, 1.0, 4.0, 32)
+
+
+def hf_model(kind: str, **changes):
+    """A transformers model in float32 whose every parameter matters: norms and biases are random too, logits of order 1."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    family, options = HF_MODELS[kind]
+    config = getattr(transformers, f"{family}Config")(**SIZES | options | changes, attn_implementation="eager")
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            if "norm" in name:
+                parameter.add_(0.2 * noise)  # around 1, or around 0 where the family stores w - 1
+            else:
+                parameter.copy_(noise * (0.3 if parameter.ndim == 1 else 0.7 * parameter.shape[1] ** -0.5))
+    return model
+
+
+def from_hf(model, dtype=jnp.float32) -> tuple[DecoderConfig, dict]:
+    """(config, params) by way of the files that transformers writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        config = hf.read_config(folder)
+        return config, hf.read_params(folder, config, dtype)
+
+
+def random_params(config: DecoderConfig, dtype=np.float32, seed: int = 0) -> dict:
+    """Params of a config as numpy arrays, scaled so that logits are of order 1."""
+    rng, params = np.random.default_rng(seed), {}
+    for path, shape in param_shapes(config).items():
+        branch = params
+        for key in path[:-1]:
+            branch = branch.setdefault(key, {})
+        noise = rng.standard_normal(shape)
+        fan_in = shape[-1] if path == ("embed",) else shape[-2] if len(shape) > 1 else 1
+        branch[path[-1]] = (1 + 0.2 * noise if "norm" in path[-1] else noise * fan_in**-0.5).astype(dtype)
+    return params
+
+
+def random_lora(config: DecoderConfig, lora: LoraConfig, runs: int, seed: int = 0) -> dict:
+    """Non-zero A and B that differ by run, as numpy arrays."""
+    rng, layers, shapes = np.random.default_rng(seed), config.n_layers, projection_shapes(config)
+
+    def noise(*shape, scale):
+        return (rng.standard_normal(shape) * scale).astype(np.float32)
+
+    return {
+        target: {
+            "a": noise(runs, layers, shapes[target][0], lora.rank, scale=shapes[target][0] ** -0.5),
+            "b": noise(runs, layers, lora.rank, shapes[target][1], scale=0.2 * lora.rank**-0.5),
+        }
+        for target in lora.targets
+    }
+
+
+def of_run(tree, run: int):
+    """The part of one run, with a run axis of 1 (for a pytree whose leaves all lead with the run axis)."""
+    return jax.tree.map(lambda a: a[run : run + 1], tree)
+
+
+def hidden_states(config, params, tokens, lora=None, lora_config=None, positions=None, segment_ids=None, **options):
+    """(hidden [R, B, T, D], logits [R, B, T, V]) as numpy arrays, of rows [R, B, T] that are one segment each unless told otherwise."""
+    graphdef, lora_state, base = split_decoder(config, params, lora, lora_config)
+    tokens = jnp.asarray(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape) if positions is None else jnp.asarray(positions)
+    segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
+
+    return jax.device_get(_hidden_and_logits(graphdef, lora_state, base, tokens, positions, segment_ids, tuple(options.items())))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _hidden_and_logits(graphdef, lora_state, base, tokens, positions, segment_ids, options):
+    decoder = nnx.merge(graphdef, lora_state, base)
+    hidden, _ = decoder(tokens, positions, packed_attend(segment_ids), **dict(options))
+    return hidden, decoder.logits(hidden)
+
+
+def pack(examples: list[list[list[tuple[list[int], int]]]], length: int, responses: int, micro_batches: int = 1) -> Batch:
+    """A Batch from examples[run][row] = [(token ids, how many of the first are prompt), ...]: each packed in turn into its row.
+
+    Written for the tests apart from ip_jax.data.packing. Rows are dealt out to the micro-batches in order.
+    """
+    runs, rows = len(examples), len(examples[0])
+    fields = {name: np.zeros((runs, rows, length), np.int32) for name in ("tokens", "segment_ids", "positions")}
+    fields |= {name: np.zeros((runs, rows, responses), np.int32) for name in ("response_index", "response_target")}
+    fields["response_weight"] = np.zeros((runs, rows, responses), np.float32)
+    for r, run in enumerate(examples):
+        for b, row in enumerate(run):
+            start = counted = 0
+            for segment, (ids, n_prompt) in enumerate(row, start=1):
+                for position, token in enumerate(ids):
+                    at = r, b, start + position
+                    fields["tokens"][at], fields["segment_ids"][at], fields["positions"][at] = token, segment, position
+                    if position >= n_prompt:
+                        at = r, b, counted
+                        fields["response_index"][at], fields["response_target"][at] = start + position - 1, token
+                        fields["response_weight"][at] = 1
+                        counted += 1
+                start += len(ids)
+    split = lambda a: jnp.asarray(np.moveaxis(a.reshape(runs, micro_batches, rows // micro_batches, -1), 1, 0))  # noqa: E731
+    return Batch(**{name: split(array) for name, array in fields.items()})
+
+
+def random_examples(runs: int, lengths: tuple[int, ...], vocab: int = 101, seed: int = 0):
+    """[run][example] = (token ids, how many of them are prompt), every run its own."""
+    rng = np.random.default_rng(seed)
+    return [[(rng.integers(0, vocab, n).tolist(), int(rng.integers(1, n - 1))) for n in lengths] for _ in range(runs)]
