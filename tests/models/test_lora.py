@@ -106,27 +106,27 @@ def test_a_fresh_adapter_is_a_function_of_its_seed():
     assert len(np.unique(seen)) > 0.99 * seen.size  # seeds, targets and layers all differ
 
 
-def projected(seeds, rate, adapter_scale=1.0):
-    """(with dropout, without, base alone), each [R, B, T, out]: the same input and the same adapter for every run."""
+@jax.jit
+def project(x, kernel, a, b, rate, seeds):
+    projection = Projection(kernel, None, {"a": a, "b": b}, 0.5)
+    return projection(x, (rate, jax.vmap(jax.random.key)(seeds))), projection(x), x @ kernel
+
+
+def projected(rate, adapter_scale=1.0, runs=2000):
+    """(with dropout, without, base alone), each [R, B, T, out]: the same input and the same adapter for every run, seeds differ."""
     rng = np.random.default_rng(0)
     x, kernel, a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((1, 2, 5, 12), (12, 7), (1, 12, 4), (1, 4, 7)))
-    x, a, b = (np.repeat(array, len(seeds), axis=0) for array in (x, adapter_scale * a, b))
-
-    @jax.jit
-    def run(kernel, a, b, rate, seeds):
-        projection = Projection(kernel, None, {"a": a, "b": b}, 0.5)
-        return projection(x, (rate, jax.vmap(jax.random.key)(seeds))), projection(x), x @ kernel
-
-    return jax.device_get(run(kernel, a, b, rate, seeds))
+    x, a, b = (np.repeat(array, runs, axis=0) for array in (x, adapter_scale * a, b))
+    return jax.device_get(project(x, kernel, a, b, rate, np.arange(runs)))
 
 
 def test_dropout_is_on_the_adapters_input_and_keeps_its_mean():
-    dropped, plain, base = projected(np.arange(4000), rate=0.3)
+    dropped, plain, base = projected(rate=0.3)
     draws = dropped - base
     assert np.abs(draws[0] - draws[1]).max() > 0.1
-    error = np.abs(draws.mean(axis=0) - (plain - base)[0]) / (draws.std(axis=0) / np.sqrt(4000))
+    error = np.abs(draws.mean(axis=0) - (plain - base)[0]) / (draws.std(axis=0) / np.sqrt(2000))
     assert error.max() < 4.5  # standard errors, 70 values
-    np.testing.assert_allclose(projected(np.arange(4000), rate=0.3, adapter_scale=0.0)[0], base, atol=1e-5)
+    np.testing.assert_allclose(projected(rate=0.3, adapter_scale=0.0)[0], base, atol=1e-5)
 
 
 def test_dropout_drops_inputs_at_its_rate():
@@ -145,7 +145,7 @@ def test_dropout_drops_inputs_at_its_rate():
 
 
 def test_no_dropout_is_rate_zero():
-    dropped, plain, _ = projected(np.arange(4000), rate=0.0)
+    dropped, plain, _ = projected(rate=0.0)
     np.testing.assert_array_equal(dropped, plain)
 
 
