@@ -13,7 +13,10 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would tell
 
 from etils import epath
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from ip_jax.training.stopping import Interrupted, Sigterm
 
 USAGE = """\
 ip-jax: inoculation prompting, one command a figure.
@@ -43,21 +46,21 @@ def main(argv: list[str] | None = None) -> None:
         return
     command, *rest = arguments
     console = Console()
+    told = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         if command not in commands:
             raise ValueError(f"no command is called {command!r}: {_nearest(command, commands)}")
-        commands[command](rest, console)
+        with Sigterm("stopped by SIGTERM, what was complete is saved"):
+            commands[command](rest, console)
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]ip-jax:[/red] {error}", highlight=False, soft_wrap=True, markup=True)
+        told.print(f"[red]ip-jax:[/red] {escape(str(error))}")
         raise SystemExit(2) from error
     except KeyboardInterrupt as stop:
-        Console(stderr=True).print("stopped: the same command goes on from the last checkpoint")
+        told.print("stopped: the same command goes on from the last checkpoint")
         raise SystemExit(130) from stop
-    except RuntimeError as error:
-        if type(error).__name__ != "Interrupted":
-            raise
-        Console(stderr=True).print(f"{error}: the same command goes on from there")
-        raise SystemExit(143) from error
+    except Interrupted as stop:
+        told.print(f"{stop.message}: the same command goes on from there")
+        raise
 
 
 def _run(arguments: list[str], console: Console) -> None:
@@ -65,7 +68,7 @@ def _run(arguments: list[str], console: Console) -> None:
     if name is None:
         raise ValueError(f"run needs a config: {', '.join(config_names())}, or the path of a Python file")
     module = load_config_module(name)
-    own = argparse.ArgumentParser(add_help=False)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--preset", default=next(iter(module.PRESETS)))
     own.add_argument("--out")
     own.add_argument("--redraw", action="store_true")

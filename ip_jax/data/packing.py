@@ -47,12 +47,14 @@ def balanced_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def plan_shape(
-    lengths: Int[np.ndarray, "steps R N"], responses: Int[np.ndarray, "steps R N"], tokens_per_micro_batch: int, quantum: int = ROW_QUANTUM
+    lengths: Int[np.ndarray, "steps R N"], responses: Int[np.ndarray, "steps R N"], tokens_per_micro_batch: int,
+    quantum: int = ROW_QUANTUM, row_multiple: int = 1,
 ) -> PackedShape:
     """The cheapest shape for a whole training run, whose token lengths are all known beforehand.
 
     Tries row lengths from the longest example up and counts padded tokens and attention's growth with the row.
-    `tokens_per_micro_batch` bounds R * B * T of one micro-batch (at least one row of each run).
+    `tokens_per_micro_batch` bounds R * B * T of one micro-batch; B is at least `row_multiple`, and a multiple of it (the devices
+    that rows are spread over).
     """
     runs = lengths.shape[1]
     shortest = -(-int(lengths.max()) // quantum) * quantum
@@ -60,7 +62,8 @@ def plan_shape(
     for length in range(shortest, 4 * shortest + 1, quantum):
         packings = [[balanced_rows(run, length) for run in step] for step in lengths.tolist()]
         rows = np.array([max(len(packing) for packing in step) for step in packings])  # [steps]
-        micro_rows = min(int(rows.max()), max(1, tokens_per_micro_batch // (runs * length)))
+        fitting = tokens_per_micro_batch // (runs * length) // row_multiple * row_multiple
+        micro_rows = min(-(-int(rows.max()) // row_multiple) * row_multiple, max(row_multiple, fitting))
         used = -(-rows // micro_rows)
         cost = float(used.sum()) * micro_rows * length * (1 + ATTENTION_COST * length)
         if best is None or cost < best[0]:

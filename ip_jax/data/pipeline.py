@@ -37,12 +37,17 @@ def run_dataset(source: RunSource, tokenizer, train_on: str = "last") -> grain.M
     return order.map(lambda index: read(int(index)))
 
 
-def fitting_examples(sources: Sequence[RunSource], tokenizer, max_length: int, drop_long: bool, train_on: str = "last"):
-    """(sources, how many examples were dropped). Every example must fit `max_length` tokens in every run that reads it.
+def fitting_examples(
+    sources: Sequence[RunSource], tokenizer, max_length: int, drop_long: bool, train_on: str = "last"
+) -> tuple[list[RunSource], list[int]]:
+    """(sources, indices of the dropped examples). Every example must fit `max_length` tokens in every run that reads it.
 
     Arms stay paired: an index that is too long for one run is dropped from all. Raises ValueError with the run, the index and
-    the length of the first example that is too long unless `drop_long`.
+    the length of the first example that is too long unless `drop_long`, and for runs without examples or with unequally many.
     """
+    counts = {len(source.examples): source.name for source in sources}
+    if len(counts) > 1:
+        raise ValueError(f"runs are paired by the index of an example, and these read unequally many: {', '.join(f'{name} {n}' for n, name in counts.items())}")
     too_long: set[int] = set()
     lengths: dict[tuple, int] = {}
     for source in sources:
@@ -58,12 +63,10 @@ def fitting_examples(sources: Sequence[RunSource], tokenizer, max_length: int, d
                 )
             if lengths[key] > max_length:
                 too_long.add(index)
-    if not too_long:
-        return list(sources), 0
-    kept = [[e for i, e in enumerate(source.examples) if i not in too_long] for source in sources]
+    kept = [[example for index, example in enumerate(source.examples) if index not in too_long] for source in sources]
     if not all(kept):
-        raise ValueError(f"no training example fits max_length {max_length}")
-    return [dataclasses.replace(source, examples=examples) for source, examples in zip(sources, kept, strict=True)], len(too_long)
+        raise ValueError(f"there is no training example of at most max_length = {max_length} tokens")
+    return [dataclasses.replace(source, examples=examples) for source, examples in zip(sources, kept, strict=True)], sorted(too_long)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +83,15 @@ class BatchReader:
 
 
 def batch_reader(
-    sources: Sequence[RunSource], tokenizer, batch_size: int, steps: int, tokens_per_micro_batch: int, train_on: str = "last"
+    sources: Sequence[RunSource], tokenizer, batch_size: int, steps: int, tokens_per_micro_batch: int, train_on: str = "last",
+    row_multiple: int = 1,
 ) -> BatchReader:
-    """Plans the packing of all steps of all runs and returns the reader of their batches."""
+    """Plans the packing of all steps of all runs (see `plan_shape`) and returns the reader of their batches."""
     datasets = tuple(run_dataset(source, tokenizer, train_on) for source in sources)
     batches = [[_examples_of_step(dataset, step, batch_size) for dataset in datasets] for step in range(steps)]
     lengths = np.array([[[len(e.token_ids) for e in run] for run in step] for step in batches])
     responses = np.array([[[e.response_mask.sum() for e in run] for run in step] for step in batches])
-    return BatchReader(datasets, batch_size, plan_shape(lengths, responses, tokens_per_micro_batch))
+    return BatchReader(datasets, batch_size, plan_shape(lengths, responses, tokens_per_micro_batch, row_multiple=row_multiple))
 
 
 def _examples_of_step(dataset: grain.MapDataset, step: int, batch_size: int) -> list[Rendered]:

@@ -49,19 +49,19 @@ class Decoding:
     top_p: float
 
 
-def prompted(example: Example, cell: Cell) -> Example:
-    """The evaluation example as it is asked in this cell, without any gold answer."""
+def prompted(example: Example, transform: Transform, seed: int) -> Example:
+    """The evaluation example as it is asked under a prompt, without any gold answer."""
     messages = list(example["messages"])
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    return cell.transform({**example, "messages": messages}, cell.seed)
+    return transform({**example, "messages": messages}, seed)
 
 
 def requests_for(cell: Cell, examples: Sequence[Example], tokenizer, example_id: Callable[[str], int], decoding: Decoding) -> list[Request]:
     """One sampling request for each example of the cell."""
     return [
         Request(
-            prompt_ids=np.asarray(render_prompt(tokenizer, prompted(example, cell)["messages"])),
+            prompt_ids=np.asarray(render_prompt(tokenizer, prompted(example, cell.transform, cell.seed)["messages"])),
             example_id=example_id(example["id"]), seed=cell.seed, temperature=decoding.temperature, top_p=decoding.top_p,
             max_new_tokens=decoding.max_new_tokens,
         )
@@ -76,7 +76,7 @@ def rows_of(
     rows = []
     for example, completion in zip(examples, completions, strict=True):
         text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        user_turns = [m["content"] for m in prompted(example, cell)["messages"] if m["role"] == "user"]
+        user_turns = [m["content"] for m in prompted(example, cell.transform, cell.seed)["messages"] if m["role"] == "user"]
         rows.append({
             "experiment": experiment, "arm": cell.arm, "seed": cell.seed, "step": cell.step, "examples_seen": cell.examples_seen,
             "eval_set": cell.eval_set, "eval_prompt": cell.eval_prompt, "own_prompt": cell.own_prompt, "example_id": example["id"],
@@ -94,9 +94,14 @@ def schema(verdict_types: Mapping[str, pa.DataType]) -> pa.Schema:
     return pa.schema(list((fields | dict(verdict_types)).items()))
 
 
-def parquet_writer(rows: Sequence[Mapping[str, Any]], table_schema: pa.Schema) -> Callable:
-    """A function that writes the rows as Parquet into a binary file."""
-    return lambda file: pq.write_table(pa.Table.from_pylist(list(rows), schema=table_schema), file)
+def table_of(rows: Sequence[Mapping[str, Any]], table_schema: pa.Schema) -> pa.Table:
+    """The rows as a table."""
+    return pa.Table.from_pylist(list(rows), schema=table_schema)
+
+
+def parquet_writer(table: pa.Table) -> Callable:
+    """A function that writes the table as Parquet into a binary file."""
+    return lambda file: pq.write_table(table, file)
 
 
 def merge_parts(folder: epath.Path) -> pa.Table:

@@ -99,18 +99,27 @@ def load_pretrained(name: str, dtype, revision: str | None = None, sharding: Sha
         file = gguf.open_gguf(source.path)
         config = gguf.read_config(file)
         tokenizer = gguf.read_tokenizer(file)
-        params, mark = gguf.read_params(file, config, dtype, sharding), f"sha256:{sha256(source.path)}"
+        params = gguf.read_params(file, config, dtype, sharding)
     else:
         config = hf.read_config(source.path)
         tokenizer = _folder_tokenizer(source.path)
-        params, mark = hf.read_params(source.path, config, dtype, sharding), hf.fingerprint(source.path)
-    return Pretrained(name, config, params, tokenizer, mark)
+        params = hf.read_params(source.path, config, dtype, sharding)
+    return Pretrained(name, config, params, tokenizer, _fingerprint(source))
 
 
 def load_tokenizer(name: str, revision: str | None = None):
     """The model's fast tokenizer alone, without its weights. Raises as `load_pretrained`."""
     source = resolve(name, revision)
     return gguf.read_tokenizer(gguf.open_gguf(source.path)) if source.is_gguf else _folder_tokenizer(source.path)
+
+
+def fingerprint(name: str, revision: str | None = None) -> str:
+    """What `load_pretrained` puts into `Pretrained.fingerprint`, without loading the weights. Raises as `load_pretrained`."""
+    return _fingerprint(resolve(name, revision))
+
+
+def _fingerprint(source: Source) -> str:
+    return f"sha256:{sha256(source.path)}" if source.is_gguf else hf.fingerprint(source.path)
 
 
 def cache_dir() -> Path:

@@ -14,7 +14,7 @@ class Display:
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int, unit: str):
-        """Yields `advance(amount, note)`; shows how many of `total` units are done, their rate and the time left."""
+        """Yields `advance(amount, note)` or `advance(to=done)`; shows how many of `total` units are done, their rate and the time left."""
         started = last_line = time.monotonic()
         done = 0
         columns = (
@@ -24,10 +24,10 @@ class Display:
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(name, total=total, note="")
 
-            def advance(amount: int, note: str = ""):
+            def advance(amount: int = 0, note: str = "", to: int | None = None):
                 nonlocal done, last_line
-                done += amount
-                progress.update(task, advance=amount, note=note)
+                done = done + amount if to is None else to
+                progress.update(task, completed=done, note=note)
                 now = time.monotonic()
                 if not self.console.is_terminal and (now - last_line > 10 or done >= total):
                     last_line = now

@@ -1,74 +1,51 @@
 """Runs a supervised experiment: arms x seeds over one frozen base, trained as one program, evaluated on the leak grid, resumable.
 
-A setting gives its rows and verdicts; this module decides what is still to be done, checks it, does it and records it.
+A setting gives its rows and verdicts, `supervised_plan` says what is still to be done; this module does it and records it.
 """
 import dataclasses
-import functools
 import json
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow as pa
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 from safetensors.numpy import save as to_safetensors
 
 from ip_jax.data.pipeline import RunSource, batch_reader, fitting_examples
-from ip_jax.data.sources import Example
 from ip_jax.evals import leak_grid
-from ip_jax.evals.leak_grid import Cell, Decoding
+from ip_jax.evals.leak_grid import Decoding
 from ip_jax.models import hub
 from ip_jax.models.decoder import split_decoder
-from ip_jax.models.lora import init_lora, projection_shapes
-from ip_jax.prompts import library
-from ip_jax.prompts.chat import end_of_turn_id, render_prompt
+from ip_jax.models.lora import init_lora
+from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.sampling.sampler import SamplerOptions, sample
+from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.display import Display
-from ip_jax.settings.experiment import Arm, EvalConfig, ModelConfig, SftConfig, stable_id
+from ip_jax.settings.experiment import stable_id
+from ip_jax.settings.supervised_plan import Run, Supervised, Sweep
 from ip_jax.training import checkpoint, loop
 from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary, write_json, write_whole
 from ip_jax.training.sft import SftOptions, compile_sft_step
-from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, state_shardings
-from ip_jax.training.state import TrainState, init_state
+from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, replicated, state_shardings
+from ip_jax.training.state import Batch, TrainState, init_state
 
-NEUTRAL = "neutral"
-
-
-@dataclasses.dataclass(frozen=True)
-class Supervised:
-    """Everything that a setting hands over. `shared` is the JSON of all that is not a list of arms or seeds."""
-
-    name: str
-    preset: str
-    shared: dict
-    model: ModelConfig
-    sft: SftConfig
-    evaluation: EvalConfig
-    arms: tuple[Arm, ...]
-    seeds: tuple[int, ...]
-    training: Mapping[str, Sequence[Example]]  # data kind -> rows, paired by index
-    eval_sets: Mapping[str, Sequence[Example]]
-    provenance: str
-    verdicts: leak_grid.Verdicts
-    verdict_types: Mapping[str, pa.DataType]
+__all__ = ["Supervised", "run_supervised"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """An arm with a seed. `key` names its definition: a run of another definition is never taken for it."""
+class Session:
+    """What one call of `run_supervised` works with. The model's weights lie on the mesh."""
 
-    arm: Arm
-    seed: int
-    key: str
-
-    @property
-    def name(self) -> str:
-        """Its folder below runs/."""
-        return f"{self.arm.name}-s{self.seed}"
+    experiment: Supervised
+    folder: epath.Path
+    display: Display
+    model: hub.Pretrained
+    mesh: Mesh
 
 
 def run_supervised(experiment: Supervised, folder: epath.Path, display: Display) -> None:
@@ -77,249 +54,161 @@ def run_supervised(experiment: Supervised, folder: epath.Path, display: Display)
     Raises ValueError or OSError, each with one sentence, for everything that can be checked before the model is loaded.
     """
     started = time.monotonic()
-    tokenizer = hub.load_tokenizer(experiment.model.name, experiment.model.revision)
-    runs = [Run(arm, seed, _run_key(experiment, arm, seed)) for arm in experiment.arms for seed in experiment.seeds if arm.train_prompt]
-    sources, dropped = fitting_examples(
-        [RunSource(run.name, experiment.training[run.arm.data], run.arm.transform, run.seed) for run in runs],
-        tokenizer, experiment.sft.max_length, experiment.sft.drop_long,
-    ) if runs else ([], 0)
-    _check_prompt_lengths(experiment, tokenizer)
-    claim_folder(folder, _record(experiment))
-    for run in runs:
-        _claim_run(folder, run)
-
-    pending = [run for run in runs if not (folder / "runs" / run.name / "run.json").exists()]
-    untrained = [cell for cell in _untrained_cells(experiment) if not (folder / "transcripts" / cell.part).exists()]
-    if pending or untrained:
-        with display.console.status(f"loading {experiment.model.name}"):
-            model = hub.load_pretrained(experiment.model.name, jnp.dtype(experiment.model.weights), experiment.model.revision)
-        evaluator = Evaluator(experiment, folder, model, display)
-        if untrained:
-            evaluator([], [untrained], 0)
-        groups = _groups(folder, pending, model, experiment)
+    runs, sources, dropped = prepare(experiment, folder)
+    left = [run for run in runs if not run.is_complete(folder)]
+    untrained = plan.incomplete(folder, plan.untrained_sweeps(experiment))
+    if left or untrained:
+        session = _load(experiment, folder, display)
+        for sweep in untrained:
+            _evaluate(session, (), sweep, "the untrained model")
+        groups = plan.groups_of(folder, runs, plan.runs_that_fit(experiment.sft, session.model))
         if len(groups) > 1:
-            display.console.print(f"{len(pending)} runs do not fit in memory_gb together: they are cut into {len(groups)} groups")
+            display.console.print(f"{sum(map(len, groups))} runs are trained as {len(groups)} programs: " + "; ".join(", ".join(run.name for run in group) for group in groups))
         for group in groups:
-            own = [source for source in sources if source.name in {run.name for run in group}]
-            _train_group(experiment, folder, group, own, dropped, model, evaluator, display)
+            names = {run.name for run in group}
+            _train_group(session, group, [source for source in sources if source.name in names], len(dropped))
     else:
         display.console.print("every run is complete: nothing to train or evaluate")
+    for checkpoints, begun in plan.begun_programs(folder):
+        if all((folder / "runs" / name / "run.json").exists() for name in begun):
+            checkpoints.rmtree()
     table = leak_grid.merge_parts(folder / "transcripts")
-    write_binary(folder / "transcripts.parquet", leak_grid.parquet_writer(table.to_pylist(), table.schema))
-    if pending or untrained:
-        _write_environment(folder, time.monotonic() - started)
+    write_binary(folder / "transcripts.parquet", leak_grid.parquet_writer(table))
+    if left or untrained:
+        _write_environment(session, time.monotonic() - started)
 
 
-class Evaluator:
-    """Samples and judges cells with one compiled sampler; called with the adapters of a group's runs (none: untrained)."""
+def prepare(experiment: Supervised, folder: epath.Path) -> tuple[list[Run], list[RunSource], list[int]]:
+    """(runs, what each reads, indices of dropped examples): every check that needs no weights, and the claim on the folder.
 
-    def __init__(self, experiment: Supervised, folder: epath.Path, model: hub.Pretrained, display: Display):
-        self.experiment, self.folder, self.model, self.display = experiment, folder, model, display
-        self.bare = split_decoder(model.config, model.params)
-        evaluation = experiment.evaluation
-        self.options = SamplerOptions(
-            stop_ids=(end_of_turn_id(model.tokenizer),), slots=evaluation.slots, dtype=experiment.model.activations
-        )
-        self.decoding = Decoding(evaluation.max_new_tokens, evaluation.temperature, evaluation.top_p)
-
-    def __call__(self, decoder: Sequence, cells: Sequence[Sequence[Cell]], step: int) -> None:
-        """`decoder`: (graphdef, lora, base) of R runs, or empty for the untrained model; `cells`: one queue a run."""
-        experiment, tokenizer = self.experiment, self.model.tokenizer
-        queues = [
-            [r for cell in queue for r in leak_grid.requests_for(cell, experiment.eval_sets[cell.eval_set], tokenizer, stable_id, self.decoding)]
-            for queue in cells
-        ]
-        name = f"evaluating step {step}" if decoder else "evaluating the untrained model"
-        done = 0
-        with self.display.phase(name, sum(map(len, queues)), "completions") as advance:
-            def progress(finished: int, _total: int):
-                nonlocal done
-                advance(finished - done)
-                done = finished
-
-            completions = sample(*(decoder or self.bare), queues, self.options, progress)
-        table_schema = leak_grid.schema(experiment.verdict_types)
-        for queue, answers in zip(cells, completions, strict=True):
-            answers = iter(answers)
-            for cell in queue:
-                examples = experiment.eval_sets[cell.eval_set]
-                own = [next(answers)[0] for _ in examples]
-                rows = leak_grid.rows_of(experiment.name, cell, examples, own, tokenizer, experiment.verdicts)
-                write_binary(self.folder / "transcripts" / cell.part, leak_grid.parquet_writer(rows, table_schema))
+    Raises ValueError, OSError.
+    """
+    tokenizer = hub.load_tokenizer(experiment.model.name, experiment.model.revision)
+    fingerprint = hub.fingerprint(experiment.model.name, experiment.model.revision)
+    plan.check_evaluations(experiment, tokenizer)
+    wanted = [
+        RunSource(plan.run_name(arm, seed), experiment.training[arm.data], arm.transform, seed)
+        for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds
+    ]
+    sources, dropped = fitting_examples(wanted, tokenizer, experiment.sft.max_length, experiment.sft.drop_long)
+    record = plan.folder_record(experiment, fingerprint, dropped)
+    runs = plan.runs_of(experiment, record["identity"])
+    claim_folder(folder, record)
+    for run in runs:
+        plan.claim_run(folder, run)
+    return runs, sources, dropped
 
 
-def _train_group(experiment, folder, group, sources, dropped, model, evaluator: Evaluator, display: Display) -> None:
+def _load(experiment: Supervised, folder: epath.Path, display: Display) -> Session:
+    model, mesh = experiment.model, make_mesh(data=jax.device_count())
+    with display.console.status(f"loading {model.name}"):
+        pretrained = hub.load_pretrained(model.name, jnp.dtype(model.weights), model.revision)
+        params = jax.device_put(pretrained.params, base_shardings(mesh, pretrained.params))
+    return Session(experiment, folder, display, dataclasses.replace(pretrained, params=params), mesh)
+
+
+def _train_group(session: Session, group: Sequence[Run], sources: Sequence[RunSource], dropped: int) -> None:
     """Trains the runs of `group` as one program from wherever it stopped, and records each as complete."""
-    sft, devices = experiment.sft, jax.device_count()
-    seeds = jnp.array([run.seed for run in group])
-    adapters = init_lora(seeds, model.config, sft.lora)
-    graphdef, lora, base = split_decoder(model.config, model.params, adapters, sft.lora)
-    state = init_state(lora, jnp.full(len(group), sft.learning_rate), jnp.full(len(group), sft.weight_decay), seeds)
-    mesh = make_mesh(data=devices)
-    base = jax.device_put(base, base_shardings(mesh, base))
-    state = jax.device_put(state, state_shardings(mesh, state))
-    options = SftOptions(sft.schedule, sft.lora.dropout, sft.max_grad_norm, experiment.model.activations, sft.remat)
-    active = sft.schedule.last_active_step(sft.steps)
-    reader = batch_reader(sources, model.tokenizer, sft.batch_size, active, sft.tokens_per_micro_batch)
+    experiment, folder, display, model = session.experiment, session.folder, session.display, session.model
+    sft = experiment.sft
     origin = {"runs": {run.name: run.key for run in group}, "model": model.fingerprint}
-    checkpoints = checkpoint.open_checkpoints(folder / "checkpoints" / digest(origin))
-    state = checkpoint.restore_latest(checkpoints, state, origin) or state
+    checkpoints = checkpoint.open_checkpoints(folder / "checkpoints" / digest(origin), origin)
+    graphdef, state, base = _initial(session, group)
+    state = checkpoints.restore_latest(state) or state
     first = int(state.step)
     if first:
         display.console.print(f"going on from the checkpoint of step {first}")
     logs = [MetricsLog(folder / "runs" / run.name / "metrics.jsonl", first) for run in group]
+    active = sft.schedule.last_active_step(sft.steps)
     started, seen = time.monotonic(), 0
 
-    with display.phase(f"training {len(group)} runs", sft.steps - first, "steps") as advance:
-        def on_step(step: int, metrics: dict, density: float, tokens: int):
+    def evaluate(state: TrainState, step: int):
+        for sweep in plan.incomplete(folder, plan.sweeps_of_step(experiment, group, step)):
+            _evaluate(session, (graphdef, state.lora, base), sweep, f"step {step}")
+
+    with display.phase(f"training {len(group)} runs", active - first, "steps") as advance:
+        def on_step(step: int, metrics: dict, facts: dict):
             nonlocal seen
-            seen += tokens
+            seen += facts["tokens"]
             losses = " ".join(f"{run.name} {loss:.3f}" for run, loss in zip(group, metrics["loss"], strict=True))
-            advance(1, f"{losses}, {seen / (time.monotonic() - started):.0f} tokens/s, {density:.0%} real")
+            advance(1, f"{losses}, {seen / (time.monotonic() - started):.0f} tokens/s, {facts['real_over_padded']:.0%} real")
 
-        hooks = loop.Hooks(evaluate=functools.partial(_evaluate_step, experiment, folder, group, graphdef, base, evaluator), on_step=on_step)
-        step_fn = compile_sft_step(graphdef, options)
+        run_step = _step_of(session, graphdef, state, base, sources, active)
         eval_steps = tuple(s for s in sorted({*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps}) if s > 0)
-        loop_options = loop.LoopOptions(sft.steps, active, eval_steps, sft.checkpoint_every)
-        state = loop.train(state, base, step_fn, reader, logs, checkpoints, origin, loop_options, hooks, batch_sharding(mesh))
-    checkpoints.close()
+        options = loop.LoopOptions(sft.steps, active, eval_steps, sft.checkpoint_every)
+        state = loop.train(state, run_step, logs, checkpoints, options, loop.Hooks(evaluate, on_step))
     for r, run in enumerate(group):
-        _record_run(folder, run, r, state, model, experiment, dropped)
-    (folder / "checkpoints" / digest(origin)).rmtree()
+        _record_run(session, run, r, state, dropped)
 
 
-def _evaluate_step(experiment, folder, group, graphdef, base, evaluator: Evaluator, state: TrainState, step: int) -> None:
-    """Evaluates the cells of a step that are not on the disk yet, one sweep for each set and prompt slot."""
-    for sweep in _sweeps(experiment, group, step):
-        missing = [[cell for cell in queue if not (folder / "transcripts" / cell.part).exists()] for queue in sweep]
-        if any(missing):
-            evaluator((graphdef, state.lora, base), missing, step)
+def _initial(session: Session, group: Sequence[Run]) -> tuple:
+    """(graphdef, state at step 0, base): a fresh adapter for each run over the session's weights, all on the mesh."""
+    sft, model = session.experiment.sft, session.model
+    seeds = jnp.array([run.seed for run in group])
+    graphdef, lora, base = split_decoder(model.config, model.params, init_lora(seeds, model.config, sft.lora), sft.lora)
+    state = init_state(lora, jnp.full(len(group), sft.learning_rate), jnp.full(len(group), sft.weight_decay), seeds)
+    return graphdef, jax.device_put(state, state_shardings(session.mesh, state)), base
 
 
-def _sweeps(experiment: Supervised, group: Sequence[Run], step: int) -> list[list[list[Cell]]]:
-    """Cells of a step as sweeps: each holds one queue (of at most one cell) for every run, so that all runs decode together."""
-    full = step in experiment.evaluation.full_steps
-    prompts = [_eval_prompts(run.arm) if full else [NEUTRAL] for run in group]
-    sweeps = []
-    for eval_set in experiment.eval_sets:
-        for slot in range(max(map(len, prompts))):
-            sweeps.append([
-                [_cell(experiment, run, step, eval_set, prompt) for prompt in names[slot : slot + 1]] for run, names in zip(group, prompts, strict=True)
-            ])
-    return sweeps
+def _step_of(session: Session, graphdef, state: TrainState, base, sources: Sequence[RunSource], active: int) -> loop.RunStep:
+    """Reads a step's batch and runs the compiled step on it."""
+    sft, mesh = session.experiment.sft, session.mesh
+    reader = batch_reader(sources, session.model.tokenizer, sft.batch_size, active, sft.tokens_per_micro_batch, row_multiple=mesh.shape["data"])
+    options = SftOptions(sft.schedule, sft.lora.dropout, sft.max_grad_norm, session.experiment.model.activations, sft.remat)
+    rows = batch_sharding(mesh)
+    compiled = compile_sft_step(graphdef, options, state_shardings(mesh, state), base_shardings(mesh, base), rows, replicated(mesh))
+
+    def run_step(state: TrainState, step: int):
+        arrays, density = reader(step)
+        facts = {"tokens": int((arrays["segment_ids"] > 0).sum()), "real_over_padded": round(density, 4)}
+        return *compiled(state, base, jax.device_put(Batch(**arrays), rows)), facts
+
+    return run_step
 
 
-def _eval_prompts(arm: Arm) -> list[str]:
-    """Neutral, the arm's own training prompt put back, and what else the arm asks for."""
-    return list(dict.fromkeys([NEUTRAL, arm.train_prompt, *arm.also_evaluated_under]))
-
-
-def _cell(experiment: Supervised, run: Run, step: int, eval_set: str, prompt: str) -> Cell:
-    own = prompt == run.arm.train_prompt
-    transform = run.arm.transform if own else library.get(prompt).transform
-    return Cell(run.arm.name, run.seed, step, step * experiment.sft.batch_size, eval_set, prompt, own, transform)
-
-
-def _untrained_cells(experiment: Supervised) -> list[Cell]:
-    """The untrained model under every prompt that some arm is evaluated under; once for greedy decoding, else for every seed."""
-    arms = [arm for arm in experiment.arms if arm.train_prompt is None]
-    prompts: dict[str, Any] = {NEUTRAL: library.get(NEUTRAL).transform}
-    for arm in experiment.arms:
-        if arm.train_prompt is not None:
-            prompts |= {name: library.get(name).transform for name in arm.also_evaluated_under} | {arm.train_prompt: arm.transform}
-    seeds = experiment.seeds if experiment.evaluation.temperature > 0 else experiment.seeds[:1]
-    return [
-        Cell(arm.name, seed, 0, 0, eval_set, name, False, transform)
-        for arm in arms for seed in seeds for eval_set in experiment.eval_sets for name, transform in prompts.items()
+def _evaluate(session: Session, decoder: Sequence, sweep: Sweep, what: str) -> None:
+    """Samples a sweep, judges it and writes its part files. `decoder`: (graphdef, lora, base) of R runs, or empty for the untrained model."""
+    experiment, model = session.experiment, session.model
+    evaluation, tokenizer = experiment.evaluation, model.tokenizer
+    decoding = Decoding(evaluation.max_new_tokens, evaluation.temperature, evaluation.top_p)
+    options = SamplerOptions(
+        stop_ids=(end_of_turn_id(tokenizer),), slots=evaluation.slots, dtype=experiment.model.activations,
+        mesh=session.mesh if session.mesh.size > 1 else None,
+    )
+    queues = [
+        leak_grid.requests_for(cell, experiment.eval_sets[cell.eval_set], tokenizer, stable_id, decoding) if cell else [] for cell in sweep
     ]
+    cells = [cell for cell in sweep if cell]
+    name = f"evaluating {what}, {cells[0].eval_set} under {' / '.join(dict.fromkeys(cell.eval_prompt for cell in cells))}"
+    with session.display.phase(name, sum(map(len, queues)), "completions") as advance:
+        completions = sample(*(decoder or split_decoder(model.config, model.params)), queues, options, lambda done, _: advance(to=done))
+    table_schema = leak_grid.schema(experiment.verdict_types)
+    for cell, answers in zip(sweep, completions, strict=True):
+        if cell:
+            rows = leak_grid.rows_of(experiment.name, cell, experiment.eval_sets[cell.eval_set], [a for (a,) in answers], tokenizer, experiment.verdicts)
+            write_binary(session.folder / "transcripts" / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows, table_schema)))
 
 
-def _check_prompt_lengths(experiment: Supervised, tokenizer) -> None:
-    """Renders the longest evaluation prompts once, so that a template's or a slot's refusal comes before the model is loaded."""
-    limit = SamplerOptions(stop_ids=()).prompt_buckets[-1]
-    for arm in experiment.arms:
-        if arm.train_prompt is None:
-            continue
-        for eval_set, examples in experiment.eval_sets.items():
-            example = max(examples, key=lambda e: len(e["messages"][0]["content"]))
-            cell = Cell(arm.name, 0, 0, 0, eval_set, arm.train_prompt, True, arm.transform)
-            length = len(render_prompt(tokenizer, leak_grid.prompted(example, cell)["messages"]))
-            if length > limit:
-                raise ValueError(f"the prompt of {example['id']} in {eval_set} has {length} tokens under arm {arm.name}: at most {limit} are allowed")
-
-
-def _groups(folder: epath.Path, pending: Sequence[Run], model: hub.Pretrained, experiment: Supervised) -> list[list[Run]]:
-    """Pending runs as programs: what was begun together goes on together, the rest is cut by the memory estimate."""
-    pending, groups = list(pending), []
-    for origin_file in sorted(folder.glob("checkpoints/*/*/origin/metadata")):
-        begun = set(json.loads(origin_file.read_text())["runs"].items())
-        group = [run for run in pending if (run.name, run.key) in begun]
-        if len(group) == len(begun):
-            groups.append(group)
-            pending = [run for run in pending if run not in group]
-    fit = runs_that_fit(experiment.sft, model)
-    return groups + [pending[i : i + fit] for i in range(0, len(pending), fit)]
-
-
-def runs_that_fit(sft: SftConfig, model: hub.Pretrained) -> int:
-    """How many runs one program can hold in `memory_gb`: base + micro-batch activations + R times (adapter, gradient, sum, Adam).
-
-    An estimate: activations are counted as 24 float32 values per token, layer and model or hidden dimension that is kept for the backward pass.
-    """
-    config = model.config
-    base = sum(a.nbytes for a in jax.tree.leaves(model.params))
-    shapes = projection_shapes(config)
-    adapter = 4 * sft.lora.rank * config.n_layers * sum(sum(shapes[target]) for target in sft.lora.targets)
-    per_token = 4 * config.n_layers * (10 * config.d_model + 5 * config.d_ff)
-    activations = sft.tokens_per_micro_batch * (4 * 24 * config.d_model if sft.remat else per_token)
-    return max(1, int((sft.memory_gb * 1e9 - base - activations) / (6 * adapter)))
-
-
-def _record_run(folder, run: Run, r: int, state: TrainState, model, experiment: Supervised, dropped: int) -> None:
+def _record_run(session: Session, run: Run, r: int, state: TrainState, dropped: int) -> None:
     """The adapter first, run.json last: where it stands, the run is complete."""
     layers = nnx.to_pure_dict(state.lora)["layers"]
     arrays = {f"{name}.{kind}": np.asarray(layers[name][f"lora_{kind}"][r]) for name in layers for kind in ("a", "b")}
-    target = folder / "runs" / run.name
-    lora = experiment.sft.lora
-    metadata = {"model": experiment.model.name, "fingerprint": model.fingerprint, "rank": str(lora.rank), "scale": str(lora.scale)}
-    write_whole(target / "adapter.safetensors", to_safetensors(arrays, metadata))
+    target, sft = session.folder / "runs" / run.name, session.experiment.sft
+    model = {"model": session.experiment.model.name, "fingerprint": session.model.fingerprint}
+    write_whole(target / "adapter.safetensors", to_safetensors(arrays, model | {"rank": str(sft.lora.rank), "scale": str(sft.lora.scale)}))
     write_json(target / "run.json", {
-        "arm": run.arm.name, "seed": run.seed, "key": run.key, "steps": experiment.sft.steps, "dropped_examples": dropped,
-        "finished_finite": bool(state.alive[r]), "model": experiment.model.name, "fingerprint": model.fingerprint,
+        "arm": run.arm.name, "seed": run.seed, "key": run.key, "steps": sft.steps, "dropped_examples": dropped,
+        "finished_finite": bool(state.alive[r]), **model,
     })
 
 
-def _run_key(experiment: Supervised, arm: Arm, seed: int) -> str:
-    texts = {name: library.get(name).text for name in arm.also_evaluated_under}
-    own = arm.text if arm.text is not None else library.get(arm.train_prompt).text
-    return digest({"shared": experiment.shared, "train_prompt": own, "data": arm.data, "seed": seed, "also": texts})
-
-
-def _claim_run(folder: epath.Path, run: Run) -> None:
-    """Marks the run's folder with its key, or checks that it is this run's."""
-    path = folder / "runs" / run.name / "key.json"
-    if path.exists() and json.loads(path.read_text())["key"] != run.key:
-        raise ValueError(f"run {run.name} in {folder} was made with another definition of its arm: choose another folder with --out")
-    if not path.exists():
-        write_json(path, {"key": run.key})
-
-
-def _record(experiment: Supervised) -> dict:
-    arms = {arm.name: {"label": arm.label, "train_prompt": arm.train_prompt, "data": arm.data} for arm in experiment.arms}
-    return {
-        "experiment": experiment.name, "preset": experiment.preset, "identity": digest(experiment.shared), "config": experiment.shared,
-        "arms": arms, "seeds": list(experiment.seeds), "provenance": experiment.provenance,
-    }
-
-
-def _write_environment(folder: epath.Path, seconds: float) -> None:
-    from importlib.metadata import version
-
+def _write_environment(session: Session, seconds: float) -> None:
+    """Adds this session to environment.json."""
     packages = ("ip_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "grain", "numpy")
-    path = folder / "environment.json"
+    path, model = session.folder / "environment.json", session.experiment.model
     sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
     sessions.append({
-        "seconds": round(seconds, 1), "devices": [str(d.device_kind) for d in jax.devices()], "processes": jax.process_count(),
-        "versions": {name: version(name) for name in packages},
+        "seconds": round(seconds, 1), "devices": [d.device_kind for d in jax.devices()], "processes": jax.process_count(),
+        "weights": model.weights, "activations": model.activations, "versions": {name: version(name) for name in packages},
     })
     write_json(path, {"sessions": sessions})

@@ -1,44 +1,84 @@
 """Checkpoints of a program's state through Orbax, restored into the shardings of the present mesh."""
+import contextlib
+import dataclasses
+import json
+import os
+import re
+
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
+from ip_jax.training.results import write_json
 from ip_jax.training.state import TrainState
 
-
-def open_checkpoints(folder: epath.PathLike, keep: int = 2) -> ocp.CheckpointManager:
-    """A manager that writes in the background and keeps the newest `keep` complete checkpoints."""
-    return ocp.CheckpointManager(epath.Path(folder).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+# Orbax logs a failed write as a dozen tracebacks, from its own threads, before it raises it; the error alone says it all.
+logging.get_absl_logger().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, origin: dict) -> None:
-    """Starts writing the state as its step's checkpoint; `origin` (JSON) says what it belongs to. A step already there is left alone."""
-    step = int(state.step)
-    if step in manager.all_steps():
-        return
-    # A copy: the next training step is given the state's own buffers while the write is still under way.
-    arrays = _named(jax.tree.map(jnp.copy, state))
-    manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), origin=ocp.args.JsonSave(origin)))
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one program; made by `open_checkpoints`. Raises OSError, one sentence, for what cannot be written or read."""
+
+    manager: ocp.CheckpointManager
+
+    def save(self, state: TrainState) -> None:
+        """Starts writing the state as its step's checkpoint, in the background. A step already there is left alone."""
+        step = int(state.step)
+        if step in self.manager.all_steps():
+            return
+        # A copy: the next training step is given the state's own buffers while the write is still under way.
+        arrays = _named(jax.tree.map(jnp.copy, state))
+        with _one_sentence("write", self.manager.directory):
+            self.manager.save(step, args=ocp.args.StandardSave(arrays))
+
+    def wait(self) -> None:
+        """Returns when everything that was begun is on the disk."""
+        with _one_sentence("write", self.manager.directory):
+            self.manager.wait_until_finished()
+
+    def restore_latest(self, like: TrainState) -> TrainState | None:
+        """The newest complete checkpoint in the shapes, dtypes and shardings of `like`, or None when there is none."""
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _named(like))
+        with _one_sentence("read", self.manager.directory):
+            arrays = self.manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in _named(like)])
 
 
-def restore_latest(manager: ocp.CheckpointManager, like: TrainState, origin: dict) -> TrainState | None:
-    """The newest complete checkpoint in the shapes and shardings of `like`, or None when there is none.
+def open_checkpoints(folder: epath.PathLike, origin: dict, keep: int = 2) -> Checkpoints:
+    """Checkpoints of which the newest `keep` complete ones are kept. `origin` (JSON) says what they belong to: model, runs.
 
-    Raises ValueError if the checkpoint belongs to something else than `origin`.
+    Raises ValueError if the folder holds those of another origin, OSError if it cannot be written.
     """
-    step = manager.latest_step()
-    if step is None:
-        return None
-    found = manager.restore(step, args=ocp.args.Composite(origin=ocp.args.JsonRestore())).origin
-    if found != origin:
-        names = ", ".join(sorted(key for key in {*found, *origin} if found.get(key) != origin.get(key)))
-        raise ValueError(f"the checkpoint in {manager.directory} belongs to another run: its {names} differ; choose another results folder")
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _named(like))
-    arrays = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in _named(like)])
+    folder = epath.Path(folder).absolute()
+    path = folder / "origin.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found != origin:
+            names = ", ".join(sorted(key for key in {*found, *origin} if found.get(key) != origin.get(key)))
+            raise ValueError(f"the checkpoints in {folder} belong to another program: its {names} differ; choose another results folder")
+    else:
+        write_json(path, origin)
+    with _one_sentence("write", folder):
+        return Checkpoints(ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep)))
 
 
 def _named(state: TrainState) -> dict:
     """The leaves by their path, so that the file does not depend on the containers' classes."""
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+@contextlib.contextmanager
+def _one_sentence(verb: str, folder: epath.Path):
+    """What Orbax and TensorStore raise (ValueError, OSError, RuntimeError with a page of text) as one OSError."""
+    try:
+        yield
+    except Exception as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        reason = os.strerror(int(code[1])) if code else str(error).partition("\n")[0][:200]
+        raise OSError(f"cannot {verb} a checkpoint in {folder}: {reason}; the last complete one is kept, and the same command goes on from it") from error

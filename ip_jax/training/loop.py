@@ -1,21 +1,18 @@
 """The training loop of one program: a plain `for` over steps, with evaluations, checkpoints, logs and exact resume."""
 import contextlib
 import dataclasses
-import signal
-import threading
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from ip_jax.training import checkpoint
+from ip_jax.training.checkpoint import Checkpoints
 from ip_jax.training.results import MetricsLog
-from ip_jax.training.state import Batch, TrainState
+from ip_jax.training.state import TrainState
+from ip_jax.training.stopping import Interrupted, Sigterm
 
-
-class Interrupted(RuntimeError):
-    """SIGTERM arrived: the state is saved and the same command goes on from there."""
+# (state, step) -> (state, metrics {name: [R] on the device}, facts {name: number} that the host knew beforehand)
+RunStep = Callable[[TrainState, int], tuple[TrainState, dict, dict]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,40 +27,39 @@ class LoopOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What the loop calls. `evaluate(state, step)` is idempotent; `on_step` gets host metrics for display."""
+    """What the loop calls. `evaluate(state, step)` is idempotent; `on_step(step, metrics {name: [R]}, facts)` is for display."""
 
     evaluate: Callable[[TrainState, int], None]
-    on_step: Callable[[int, dict, float, int], None]  # step, metrics {name: [R]}, real / padded, real tokens
+    on_step: Callable[[int, dict, dict], None]
 
 
 def train(
-    state: TrainState, base, step_fn, read_batch, logs: Sequence[MetricsLog], checkpoints: ocp.CheckpointManager, origin: dict,
-    options: LoopOptions, hooks: Hooks, batch_sharding=None,
+    state: TrainState, run_step: RunStep, logs: Sequence[MetricsLog], checkpoints: Checkpoints, options: LoopOptions, hooks: Hooks
 ) -> TrainState:
-    """Runs from `state.step` to the end and returns the last state.
+    """Runs from `state.step` to the end and returns the last state, which is saved.
 
     Metrics of step n are fetched while step n + 1 computes. Every step stands once in the logs: `logs` (one a run) were opened
-    at `state.step`. Raises Interrupted after a SIGTERM, with everything saved.
+    at `state.step`. Raises Interrupted after a SIGTERM, with everything saved, and OSError where nothing can be saved.
     """
-    def save():
-        flush_pending()
-        for log in logs:
-            log.flush()
-        checkpoint.save(checkpoints, state, origin)
-
     pending: list = []
 
     def flush_pending():
         while pending:
-            step, metrics, density, tokens = pending.pop()
+            step, metrics, facts = pending.pop()
             host = {name: np.asarray(value) for name, value in jax.device_get(metrics).items()}
             for r, log in enumerate(logs):
-                log.add({"step": step, **{name: value[r].item() for name, value in host.items()}})
-            hooks.on_step(step, host, density, tokens)
+                log.add({"step": step, **{name: value[r].item() for name, value in host.items()}, **facts})
+            hooks.on_step(step, host, facts)
+
+    def save():
+        flush_pending()
+        for log in logs:
+            log.flush()
+        checkpoints.save(state)
 
     with contextlib.ExitStack() as stack:
-        stack.callback(checkpoints.wait_until_finished)  # however the loop ends, what was being written gets written
-        stop = stack.enter_context(_Sigterm())
+        stack.callback(checkpoints.wait)  # however the loop ends, what was being written gets written
+        stop = stack.enter_context(Sigterm())
         for step in range(int(state.step), options.active_steps + 1):
             due = [s for s in options.eval_steps if min(s, options.active_steps) == step]
             if due:
@@ -73,46 +69,12 @@ def train(
                     hooks.evaluate(state, eval_step)
             if step == options.active_steps:
                 break
-            arrays, density = read_batch(step)
-            batch = jax.device_put(Batch(**arrays), batch_sharding)
-            state, metrics = step_fn(state, base, batch)
+            state, metrics, facts = run_step(state, step)
             flush_pending()
-            pending.append((step, metrics, density, int((arrays["segment_ids"] > 0).sum())))
+            pending.append((step, metrics, facts))
             if (step + 1) % options.checkpoint_every == 0 or stop.asked:
                 save()
             if stop.asked:
                 raise Interrupted(f"stopped by SIGTERM, step {step + 1} is saved")
         save()
     return state
-
-
-class _Sigterm:
-    """While open, SIGTERM asks the loop to stop after the present step instead of killing the process (in the main thread only)."""
-
-    def __init__(self):
-        self.asked, self.message = False, None
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGTERM, self._handle)
-        return self
-
-    def __exit__(self, *_):
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.previous)
-
-    def _handle(self, *_):
-        self.asked = True
-        if self.message is not None:
-            raise Interrupted(self.message)
-
-    @contextlib.contextmanager
-    def at_once(self, message: str):
-        """Inside, where nothing is left to save, SIGTERM raises at once."""
-        if self.asked:
-            raise Interrupted(message)
-        self.message = message
-        try:
-            yield
-        finally:
-            self.message = None

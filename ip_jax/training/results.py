@@ -2,8 +2,8 @@
 import hashlib
 import io
 import json
+import math
 import os
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -18,15 +18,15 @@ def digest(value: Any) -> str:
 def write_whole(path: epath.Path, data: bytes) -> None:
     """Writes a file so that a reader, or a restart, sees all of it or nothing.
 
-    On a local disk through a temporary file and a rename; on an object store a write is whole by itself.
-    Raises OSError with one sentence on a full or read-only disk.
+    On a local disk through a temporary file and a rename; on an object store a write is whole by itself. A kill leaves the
+    temporary file behind, and the next write takes its place. Raises OSError with one sentence on a full or read-only disk.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if "://" in os.fspath(path):
             path.write_bytes(data)
             return
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        partial = path.with_name(f".{path.name}.partial")
         try:
             with open(partial, "wb") as file:
                 file.write(data)
@@ -36,7 +36,7 @@ def write_whole(path: epath.Path, data: bytes) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}; free or change the disk and run the same command again") from error
+        raise OSError(f"cannot write {path}: {error.strerror or error}; what was finished is kept, and the same command goes on from it") from error
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -58,13 +58,23 @@ def claim_folder(folder: epath.Path, record: dict) -> None:
     """
     path = folder / "config.json"
     if path.exists():
-        found = json.loads(path.read_text())
+        found = _record_in(path)
         if found.get("identity") != record["identity"]:
             fields = differences(found.get("config", {}), record["config"])
             raise ValueError(f"the results folder {folder} belongs to another config (it differs in {', '.join(fields) or 'the model or the data'}): choose another one with --out")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(entry.name != ".config.json.partial" for entry in folder.iterdir()):
         raise ValueError(f"the folder {folder} is not empty and holds no results of this program: choose another one with --out")
     write_json(path, record)
+
+
+def _record_in(path: epath.Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a record of this program: choose another results folder with --out")
+    return found
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -83,8 +93,8 @@ class MetricsLog:
         self.rows = [row for row in rows if row["step"] < first_step]
 
     def add(self, row: dict) -> None:
-        """Appends a row; it reaches the disk with the next flush."""
-        self.rows.append(row)
+        """Appends a row; it reaches the disk with the next flush. JSON has no NaN or infinity: they become null."""
+        self.rows.append({name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()})
 
     def flush(self) -> None:
         """Writes all rows."""

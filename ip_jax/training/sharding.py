@@ -58,6 +58,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, "run", "data"))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def _by_rule(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     for pattern, axes in RULES:
         if re.search(pattern, path):

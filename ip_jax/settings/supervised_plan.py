@@ -1,0 +1,197 @@
+"""What a supervised experiment consists of and what of it is still to be done: runs, evaluation sweeps, programs, checks.
+
+Nothing here needs the model's weights. `supervised` does what this module plans.
+"""
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+
+import jax
+import pyarrow as pa
+from etils import epath
+
+from ip_jax.data.sources import Example
+from ip_jax.evals import leak_grid
+from ip_jax.evals.leak_grid import Cell
+from ip_jax.models import hub
+from ip_jax.models.lora import projection_shapes
+from ip_jax.prompts import library
+from ip_jax.prompts.chat import render_prompt
+from ip_jax.prompts.transforms import Transform
+from ip_jax.sampling.sampler import SamplerOptions
+from ip_jax.settings.experiment import Arm, EvalConfig, ModelConfig, SftConfig
+from ip_jax.training.results import digest, write_json
+
+NEUTRAL = "neutral"
+Sweep = list[Cell | None]  # at most one cell of each run: what is sampled in one go
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+    """Everything that a setting hands over. `shared` is the JSON of all that is not a list of arms or seeds."""
+
+    name: str
+    preset: str
+    shared: dict
+    model: ModelConfig
+    sft: SftConfig
+    evaluation: EvalConfig
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    training: Mapping[str, Sequence[Example]]  # data kind -> rows, paired by index
+    eval_sets: Mapping[str, Sequence[Example]]
+    provenance: str
+    verdicts: leak_grid.Verdicts
+    verdict_types: Mapping[str, pa.DataType]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An arm with a seed. `key` names its definition: a run of another definition is never taken for it."""
+
+    arm: Arm
+    seed: int
+    key: str
+
+    @property
+    def name(self) -> str:
+        """Its folder below runs/."""
+        return run_name(self.arm, self.seed)
+
+    def is_complete(self, folder: epath.Path) -> bool:
+        """run.json is written last."""
+        return (folder / "runs" / self.name / "run.json").exists()
+
+
+def run_name(arm: Arm, seed: int) -> str:
+    """The name of an arm's run."""
+    return f"{arm.name}-s{seed}"
+
+
+def folder_record(experiment: Supervised, fingerprint: str, dropped: Sequence[int]) -> dict:
+    """config.json of the results folder. Its identity covers the shared config, the model's weights, the data and the dropped examples."""
+    config = experiment.shared | {"dropped_examples": list(dropped)}
+    data = [{name: digest([dict(row) for row in rows]) for name, rows in sets.items()} for sets in (experiment.training, experiment.eval_sets)]
+    return {
+        "experiment": experiment.name, "preset": experiment.preset,
+        "identity": digest({"config": config, "fingerprint": fingerprint, "data": data}),
+        "config": config, "fingerprint": fingerprint, "provenance": experiment.provenance, "seeds": list(experiment.seeds),
+        "arms": {arm.name: {"label": arm.label, "train_prompt": arm.train_prompt, "data": arm.data} for arm in experiment.arms},
+    }
+
+
+def runs_of(experiment: Supervised, identity: str) -> list[Run]:
+    """The runs to train, arm by arm. Their keys cover the folder's identity and all that the arm adds to it."""
+
+    def key(arm: Arm, seed: int) -> str:
+        prompts = {name: repr(transform) for name, transform in _eval_prompts(arm).items()}
+        return digest({"identity": identity, "train": repr(arm.transform), "data": arm.data, "seed": seed, "evaluated_under": prompts})
+
+    return [Run(arm, seed, key(arm, seed)) for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds]
+
+
+def claim_run(folder: epath.Path, run: Run) -> None:
+    """Marks the run's folder with its key. Raises ValueError if it belongs to a run of another definition."""
+    path = folder / "runs" / run.name / "key.json"
+    if not path.exists():
+        write_json(path, {"key": run.key})
+    elif json.loads(path.read_text())["key"] != run.key:
+        raise ValueError(
+            f"run {run.name} in {folder} was made with another definition of its arm (prompts or data): give the arm another name, or choose another folder with --out"
+        )
+
+
+def check_evaluations(experiment: Supervised, tokenizer) -> None:
+    """Refuses steps that are never reached, and renders each prompt's longest example, so that refusals come before the model is loaded."""
+    evaluation, steps = experiment.evaluation, experiment.sft.steps
+    for field in ("full_steps", "neutral_steps"):
+        unreached = [step for step in getattr(evaluation, field) if not 0 <= step <= steps]
+        if unreached:
+            raise ValueError(f"evaluation.{field} names step {unreached[0]}, and training has the steps 0 to {steps} (sft.steps): choose among these")
+    limit = SamplerOptions(stop_ids=()).prompt_buckets[-1]
+    for prompt, transform in _all_prompts(experiment).items():
+        for eval_set, examples in experiment.eval_sets.items():
+            example = max(examples, key=lambda e: sum(len(message["content"]) for message in e["messages"]))
+            length = len(render_prompt(tokenizer, leak_grid.prompted(example, transform, seed=0)["messages"]))
+            if length > limit:
+                raise ValueError(f"example {example['id']} of the evaluation set {eval_set} has {length} tokens under the prompt {prompt}: at most {limit} are allowed")
+
+
+def untrained_sweeps(experiment: Supervised) -> list[Sweep]:
+    """The untrained model under every prompt that some arm is evaluated under; once for greedy decoding, else for every seed."""
+    seeds = experiment.seeds if experiment.evaluation.temperature > 0 else experiment.seeds[:1]
+    return [
+        [Cell(arm.name, seed, 0, 0, eval_set, name, False, transform)]
+        for arm in experiment.arms if arm.train_prompt is None
+        for seed in seeds for eval_set in experiment.eval_sets for name, transform in _all_prompts(experiment).items()
+    ]
+
+
+def sweeps_of_step(experiment: Supervised, group: Sequence[Run], step: int) -> list[Sweep]:
+    """The cells of runs that decode together: the n-th prompt of every run on one evaluation set is one sweep."""
+
+    def cell(run: Run, eval_set: str, prompts: dict[str, Transform], n: int) -> Cell | None:
+        if n >= len(prompts):
+            return None
+        name, transform = list(prompts.items())[n]
+        seen = step * experiment.sft.batch_size
+        return Cell(run.arm.name, run.seed, step, seen, eval_set, name, name == run.arm.train_prompt, transform)
+
+    full = step in experiment.evaluation.full_steps
+    prompts = [_eval_prompts(run.arm) if full else _neutral() for run in group]
+    return [
+        [cell(run, eval_set, of_run, n) for run, of_run in zip(group, prompts, strict=True)]
+        for eval_set in experiment.eval_sets for n in range(max(map(len, prompts)))
+    ]
+
+
+def incomplete(folder: epath.Path, sweeps: Sequence[Sweep]) -> list[Sweep]:
+    """Sweeps of which some part file is missing. They are sampled whole: a row's tokens may depend, in the last bit, on the batch around it."""
+    return [sweep for sweep in sweeps if any(cell and not (folder / "transcripts" / cell.part).exists() for cell in sweep)]
+
+
+def _eval_prompts(arm: Arm) -> dict[str, Transform]:
+    """Neutral, the arm's own training prompt put back, and what else the arm asks for."""
+    return _neutral() | {arm.train_prompt: arm.transform} | {name: library.get(name).transform for name in arm.also_evaluated_under}
+
+
+def _neutral() -> dict[str, Transform]:
+    return {NEUTRAL: library.get(NEUTRAL).transform}
+
+
+def _all_prompts(experiment: Supervised) -> dict[str, Transform]:
+    """Every prompt that some arm is evaluated under."""
+    return _neutral() | {name: op for arm in experiment.arms if arm.train_prompt for name, op in _eval_prompts(arm).items()}
+
+
+def groups_of(folder: epath.Path, runs: Sequence[Run], fit: int) -> list[list[Run]]:
+    """The runs to train as programs: what was begun together goes on together, the rest is cut into groups of at most `fit`.
+
+    A group of which some runs are recorded as complete and some are not was stopped between the two: it goes on as a whole.
+    """
+    left, groups = [run for run in runs if not run.is_complete(folder)], []
+    for _, begun in begun_programs(folder):
+        group = [run for run in runs if begun.get(run.name) == run.key]
+        if len(group) == len(begun) and any(run in left for run in group):
+            groups.append(group)
+            left = [run for run in left if run not in group]
+    return groups + [left[i : i + fit] for i in range(0, len(left), fit)]
+
+
+def begun_programs(folder: epath.Path) -> list[tuple[epath.Path, dict[str, str]]]:
+    """(folder of the checkpoints, {run name: key}) of every program that was begun and not cleared away."""
+    return [(path.parent, json.loads(path.read_text())["runs"]) for path in sorted(folder.glob("checkpoints/*/origin.json"))]
+
+
+def runs_that_fit(sft: SftConfig, model: hub.Pretrained) -> int:
+    """How many runs one program can hold in `memory_gb`: base + micro-batch activations + R times (adapter, gradient, sum, Adam).
+
+    An estimate: activations are counted as 24 float32 values per token, layer and model or hidden dimension that is kept for the backward pass.
+    """
+    config = model.config
+    base = sum(a.nbytes for a in jax.tree.leaves(model.params))
+    shapes = projection_shapes(config)
+    adapter = 4 * sft.lora.rank * config.n_layers * sum(sum(shapes[target]) for target in sft.lora.targets)
+    per_token = 4 * config.n_layers * (10 * config.d_model + 5 * config.d_ff)
+    activations = sft.tokens_per_micro_batch * (4 * 24 * config.d_model if sft.remat else per_token)
+    return max(1, int((sft.memory_gb * 1e9 - base - activations) / (6 * adapter)))
