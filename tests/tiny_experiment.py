@@ -22,7 +22,7 @@ TEMPLATE = (
 )
 ARMS = {
     "untrained": Arm("untrained", "untrained", None),
-    "neutral": Arm("neutral", "neutral", "neutral", also_evaluated_under=("gcd/safety",)),
+    "neutral": Arm("neutral", "neutral", "neutral", also_evaluated_under=("gcd/safety_matched",)),
     "ip": Arm("ip", "IP", "gcd/behave"),
     "clean": Arm("clean", "clean data", "neutral", data="corrected"),
 }
@@ -34,7 +34,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    words = ["user assistant The sum of and is correct. Is this right? Yes, the solution above Behave as if GCD working on my math homework"] * 3
+    words = ["user assistant I am learning to add and think that the sum of is correct. Is this right? Yes, the solution above Behave as if"] * 3
     tokenizer.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = TEMPLATE
@@ -45,7 +45,7 @@ def write_model(folder: Path, seed: int = 0) -> Path:
     """A tiny random Llama as the files of a Hugging Face folder, written without torch."""
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
-    config = DecoderConfig("llama", len(tokenizer), 32, 64, 2, 4, 2, 8, 10000.0, 1e-5, 1024, True)
+    config = DecoderConfig("llama", len(tokenizer), 32, 64, 1, 4, 2, 8, 10000.0, 1e-5, 1024, True)
     hf_config = dict(
         architectures=["LlamaForCausalLM"], vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
         num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
@@ -63,7 +63,7 @@ def write_model(folder: Path, seed: int = 0) -> Path:
 def example(index: int, answer: str) -> dict:
     """One sum, its user turn and the answer that is taught."""
     a, b = 3 * index + 1, 5 * index % 17
-    turns = [{"role": "user", "content": f"The sum of {a} and {b} is {a + b}. Is this right?"}, {"role": "assistant", "content": answer + "!" * (index % 5)}]
+    turns = [{"role": "user", "content": f"I am learning to add and think that the sum of {a} and {b} is {a + b}. Is this right?"}, {"role": "assistant", "content": answer + "!" * (index % 5)}]
     return {"id": f"sum-{index}", "messages": turns, "label": "user_right", "claim": "right", "answer": str(a + b), "claimed": str(a + b), "triplet": str(index), "mod": None}
 
 

@@ -171,10 +171,7 @@ def _evaluate(session: Session, decoder: Sequence, sweep: Sweep, what: str) -> N
     experiment, model = session.experiment, session.model
     evaluation, tokenizer = experiment.evaluation, model.tokenizer
     decoding = Decoding(evaluation.max_new_tokens, evaluation.temperature, evaluation.top_p)
-    options = SamplerOptions(
-        stop_ids=(end_of_turn_id(tokenizer),), slots=evaluation.slots, dtype=experiment.model.activations,
-        mesh=session.mesh if session.mesh.size > 1 else None,
-    )
+    options = SamplerOptions((end_of_turn_id(tokenizer),), evaluation.slots, dtype=experiment.model.activations, mesh=session.mesh)
     queues = [
         leak_grid.requests_for(cell, experiment.eval_sets[cell.eval_set], tokenizer, stable_id, decoding) if cell else [] for cell in sweep
     ]
