@@ -88,6 +88,29 @@ def random_lora(config: DecoderConfig, lora: LoraConfig, runs: int, seed: int = 
     }
 
 
+def peft_model(model, lora: LoraConfig, adapter: dict | None = None):
+    """PEFT's LoRA around `model`, with the weights of one run where `adapter` is given ({target: {"a": [L, in, r], "b": [L, r, out]}})."""
+    import peft
+    import torch
+
+    names = [f"{target}_proj" for target in lora.targets]
+    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.rslora, lora_dropout=lora.dropout, target_modules=names)
+    wrapped = peft.get_peft_model(model, config)
+    if adapter is not None:
+        with torch.no_grad():
+            for target, layer, which, parameter in peft_parameters(wrapped):
+                parameter.copy_(torch.tensor(np.asarray(adapter[target][which][layer]).T))
+    return wrapped
+
+
+def peft_parameters(wrapped):
+    """(target, layer, "a" | "b", parameter [out, in]) of every trained matrix."""
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parts = name.split(".")
+            yield next(p for p in parts if p.endswith("_proj")).removesuffix("_proj"), int(parts[parts.index("layers") + 1]), "ab"["lora_B" in name], parameter
+
+
 def of_run(tree, run: int):
     """The part of one run, with a run axis of 1 (for a pytree whose leaves all lead with the run axis)."""
     return jax.tree.map(lambda a: a[run : run + 1], tree)

@@ -18,32 +18,11 @@ SETTINGS = {
 }
 
 
-def peft_model(model, lora: LoraConfig, adapter: dict | None = None):
-    """PEFT's LoRA around `model`, with the weights of one run where `adapter` is given ({target: {"a": [L, in, r], "b": [L, r, out]}})."""
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
-    names = [f"{target}_proj" for target in lora.targets]
-    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.rslora, lora_dropout=lora.dropout, target_modules=names)
-    wrapped = peft.get_peft_model(model, config)
-    if adapter is not None:
-        with torch.no_grad():
-            for target, layer, which, parameter in peft_parameters(wrapped):
-                parameter.copy_(torch.tensor(np.asarray(adapter[target][which][layer]).T))
-    return wrapped
-
-
-def peft_parameters(wrapped):
-    """(target, layer, "a" | "b", parameter [out, in]) of every trained matrix."""
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            parts = name.split(".")
-            yield next(p for p in parts if p.endswith("_proj")).removesuffix("_proj"), int(parts[parts.index("layers") + 1]), "ab"["lora_B" in name], parameter
-
-
 @pytest.mark.parametrize(
     ("setting", "family"), [("plain", "llama"), ("rank-stabilised", "gemma"), ("rank-stabilised", "qwen2"), ("two targets", "llama")]
 )
 def test_logits_and_gradients_equal_peft(setting, family):
-    torch = pytest.importorskip("torch")
+    torch, _ = pytest.importorskip("torch"), pytest.importorskip("peft")
     lora = SETTINGS[setting]
     config, params = tiny.from_hf(tiny.hf_model(family))
     adapters = tiny.random_lora(config, lora, runs=2)
@@ -52,11 +31,11 @@ def test_logits_and_gradients_equal_peft(setting, family):
     pull = rng.standard_normal((2, 3, 14, config.vocab_size)).astype(np.float32)
     logits, gradients = logits_and_gradients(config, params, adapters, lora, tokens, pull)
     for run in range(2):
-        wrapped = peft_model(tiny.hf_model(family), lora, jax.tree.map(lambda a, run=run: a[run], adapters))
+        wrapped = tiny.peft_model(tiny.hf_model(family), lora, jax.tree.map(lambda a, run=run: a[run], adapters))
         expected = wrapped(torch.tensor(tokens[run])).logits
         np.testing.assert_allclose(logits[run], expected.detach().numpy(), atol=2e-5)
         expected.backward(torch.tensor(pull[run]))
-        for target, layer, which, parameter in peft_parameters(wrapped):
+        for target, layer, which, parameter in tiny.peft_parameters(wrapped):
             reference = parameter.grad.numpy().T
             mine = gradients[target][which][run, layer]
             np.testing.assert_allclose(mine, reference, atol=1e-5 * np.abs(reference).max(), rtol=1e-4, err_msg=f"{target}.{which} of layer {layer}")
@@ -81,11 +60,11 @@ def logits_and_gradients(config, params, adapters, lora, tokens, pull):
 
 def test_fresh_adapters_have_pefts_distribution():
     """PEFT's A: uniform within 1 / sqrt(inputs), so variance 1 / (3 inputs); B: zero."""
-    pytest.importorskip("torch")
+    pytest.importorskip("peft")
     lora = LoraConfig(rank=8)
     config, _ = tiny.from_hf(tiny.hf_model("llama-wide-heads"))
     ours = jax.device_get(init_lora(jnp.arange(4), config, lora))
-    for target, layer, which, parameter in peft_parameters(peft_model(tiny.hf_model("llama-wide-heads"), lora)):
+    for target, layer, which, parameter in tiny.peft_parameters(tiny.peft_model(tiny.hf_model("llama-wide-heads"), lora)):
         theirs, mine = parameter.detach().numpy().T, ours[target][which][:, layer]
         assert mine.shape == (4, *theirs.shape)
         if which == "b":

@@ -1,0 +1,167 @@
+"""The step on meshes of eight fake devices: the results of one device, shards of the promised size, no wide all-gather."""
+import functools
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_models as tiny
+from jax.sharding import PartitionSpec
+
+from ip_jax.models.assemble import assemble
+from ip_jax.models.decoder import split_decoder
+from ip_jax.models.families import DecoderConfig, param_shapes
+from ip_jax.models.lora import LoraConfig
+from ip_jax.models.placement import BY_ROW, constrain
+from ip_jax.training.schedules import Schedule
+from ip_jax.training.sft import SftOptions, compile_sft_step
+from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, param_shardings, state_shardings
+from ip_jax.training.state import init_state
+
+# The vocabulary outweighs a layer, and one kernel of all layers outweighs one whole layer, so that a gather of either is seen.
+CONFIG = DecoderConfig("llama", 2048, 32, 48, 12, 8, 4, 8, 1000.0, 1e-5, 256, True)
+LORA = LoraConfig(rank=4, alpha=4)
+OPTIONS = SftOptions(Schedule("constant", total=100), max_grad_norm=1.0)
+RUNS, STEPS = 2, 2
+MESHES = [dict(data=8), dict(run=2, data=4), dict(run=2, data=2, tensor=2), dict(data=2, tensor=4)]
+KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    jax.config.update("jax_disable_most_optimizations", True)  # LLVM's; XLA's own passes are untouched
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def program(config: DecoderConfig = CONFIG, runs: int = RUNS):
+    """(graphdef, state, base) on the host."""
+    graphdef, lora, base = split_decoder(config, tiny.random_params(config), tiny.random_lora(config, LORA, runs), LORA)
+    state = init_state(lora, np.linspace(1e-4, 2e-4, runs), np.full(runs, 0.01), np.arange(runs))
+    return graphdef, jax.device_get(state), base
+
+
+@functools.cache
+def batches():
+    """Two micro-batches of 8 rows for each run."""
+    examples = [tiny.random_examples(RUNS, (14, 9, 12, 10) * 4, CONFIG.vocab_size, seed) for seed in range(STEPS)]
+    return [tiny.pack([[[e] for e in run] for run in step], length=16, responses=12, micro_batches=2) for step in examples]
+
+
+@functools.cache
+def single_device():
+    graphdef, state, base = program()
+    return run_steps(compile_sft_step(graphdef, OPTIONS), state, base, batches())
+
+
+def run_steps(step, state, base, batches):
+    """(adapters, [metrics]) on the host."""
+    seen = []
+    for batch in batches:
+        state, metrics = step(state, base, batch)
+        seen.append(jax.device_get(metrics))
+    return jax.device_get(state.lora), seen
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_a_mesh_gives_the_results_of_one_device(axes):
+    graphdef, state, base = program()
+    mesh = make_mesh(**axes)
+    places = state_shardings(mesh, state), base_shardings(mesh, base), batch_sharding(mesh)
+    step = compile_sft_step(graphdef, OPTIONS, *places)
+    base = jax.device_put(base, places[1])
+    for kernel in KERNELS:  # 12 layers are whole, all else is cut over all eight devices
+        array = base["layers"][kernel]["kernel"].get_value()
+        assert {shard.data.nbytes for shard in array.addressable_shards} == {array.nbytes // 8}
+    assert {shard.data.shape for shard in base["embed"].get_value().addressable_shards} == {(2048 // 8, 32)}
+    placed = [jax.device_put(batch, places[2]) for batch in batches()]
+
+    text = step.lower(jax.device_put(state, places[0]), base, placed[0]).compile().as_text()
+    layer = sum(int(np.prod(shape[1:])) for path, shape in param_shapes(CONFIG).items() if path[0] == "layers")
+    gathers = gathered_sizes(text)
+    assert max(gathers) <= layer < min(CONFIG.vocab_size * 32, 12 * 32 * 32)
+    assert max(gathers) >= 32 * 48 / axes.get("tensor", 1)  # kernels are gathered one by one, where they are used
+
+    first, again = (run_steps(step, jax.device_put(state, places[0]), base, placed) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), first, single_device())
+    assert step._cache_size() == 1
+
+
+def gathered_sizes(text: str) -> list[int]:
+    """Elements of every result of an all-gather in compiled HLO (of each member, where several are combined)."""
+    results = re.findall(r"= (\(.*?\)|\S+) all-gather(?:-start)?\(", text)
+    return [int(np.prod([int(n) for n in shape.split(",")])) for result in results for shape in re.findall(r"\w+\[([\d,]+)\]", result)]
+
+
+def test_a_gathered_embedding_would_be_seen():
+    """The measure of the test above on a program that does gather the embedding."""
+    mesh = make_mesh(data=8)
+    place = base_shardings(mesh, {"embed": np.zeros((2048, 32), np.float32)})["embed"]
+    whole = jax.sharding.NamedSharding(mesh, PartitionSpec())
+    text = jax.jit(lambda x: x + 1, in_shardings=place, out_shardings=whole).lower(np.zeros((2048, 32), np.float32)).compile().as_text()
+    assert max(gathered_sizes(text)) == 2048 * 32
+
+
+def test_rules():
+    mesh = make_mesh(run=2, data=2, tensor=2)
+    config = DecoderConfig("qwen2", 64, 32, 48, 3, 4, 2, 8, 1000.0, 1e-5, 256, tied_embeddings=False, qkv_bias=True)
+    specs = {path: param_shardings(mesh, config)(path).spec for path in param_shapes(config)}
+    every, fsdp, tensor = ("run", "data", "tensor"), ("run", "data"), ("tensor",)
+    inward, outward = PartitionSpec(None, fsdp, tensor), PartitionSpec(None, tensor, fsdp)
+    assert specs[("embed",)] == PartitionSpec(every, None) and specs[("head",)] == PartitionSpec(None, every)
+    assert {name: specs["layers", name] for name in KERNELS} == {name: outward if name in ("o", "down") else inward for name in KERNELS}
+    assert {specs["layers", f"{name}_bias"] for name in "qkv"} == {PartitionSpec(None, tensor)}
+    assert {specs[path] for path in specs if "norm" in path[-1]} == {PartitionSpec()}
+
+
+def test_loading_places_weights_where_the_step_wants_them():
+    """By path before loading, and by the frozen state's own structure: the same shardings, biases and head included."""
+    mesh = make_mesh(run=2, data=2, tensor=2)
+    config = DecoderConfig("qwen2", 101, 32, 48, 3, 4, 2, 8, 1000.0, 1e-5, 256, tied_embeddings=False, qkv_bias=True)
+    source = tiny.random_params(config)
+
+    def read(path, layer):
+        return source[path[0]] if layer is None else source["layers"][path[1]][layer]
+
+    params = assemble(config, read, np.float32, param_shardings(mesh, config), Path("tests"))
+    _, _, base = split_decoder(config, params)
+    wanted = base_shardings(mesh, base)
+    assert jax.tree.leaves(jax.tree.map(lambda array, place: array.sharding.is_equivalent_to(place, array.ndim), base, wanted)) == [True] * 15
+    jax.tree.map(np.testing.assert_array_equal, params, source)
+
+
+def test_axes_that_do_not_divide_are_dropped():
+    """101 tokens over 8 devices, 3 runs over 2: whole instead; a dimension keeps those of its axes that do divide it."""
+    mesh = make_mesh(run=2, data=2, tensor=2)
+    config = DecoderConfig("gemma", 101, 18, 20, 3, 3, 1, 5, 1000.0, 1e-5, 256, True)
+    _, state, base = program(config, runs=3)
+    place = base_shardings(mesh, base)
+    assert place["embed"].get_value().spec == PartitionSpec(None, None)
+    assert place["layers"]["k"]["kernel"].get_value().spec == PartitionSpec(None, ("run",), None)  # [L, 18, 5]
+    assert place["layers"]["down"]["kernel"].get_value().spec == PartitionSpec(None, ("tensor",), ("run",))  # [L, 20, 18]
+    for leaf in jax.tree.leaves(state_shardings(mesh, state)):
+        assert leaf.is_fully_replicated
+    by_run = state_shardings(mesh, program(config, runs=4)[1])
+    assert by_run.step.is_fully_replicated
+    assert {leaf.spec for leaf in jax.tree.leaves(by_run.replace(step=None))} == {PartitionSpec(("run",))}
+
+
+def test_a_weight_without_a_rule_is_refused():
+    with pytest.raises(ValueError, match="no sharding rule matches the parameter layers/router: add one to RULES in ip_jax.training.sharding"):
+        base_shardings(make_mesh(), {"layers": {"router": np.zeros((2, 4, 4))}})
+
+
+def test_meshes():
+    assert make_mesh().devices.size == 1 and dict(make_mesh(data=2, tensor=4).shape) == {"run": 1, "data": 2, "tensor": 4}
+    for axes in (dict(run=3, data=3), dict(data=0)):
+        with pytest.raises(ValueError, match=r"a mesh of run=\d, data=\d, tensor=1 needs \d devices, and this program has 8"):
+            make_mesh(**axes)
+
+
+def test_constraints_are_nothing_without_a_mesh():
+    x = np.zeros((2, 4, 3))
+    assert constrain(x, BY_ROW) is x
+    with jax.set_mesh(make_mesh(run=2, data=4)):
+        assert jax.jit(lambda x: constrain(x, BY_ROW))(x).sharding.shard_shape(x.shape) == (1, 1, 3)
