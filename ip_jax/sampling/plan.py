@@ -101,7 +101,10 @@ def make_plan(requests: Sequence[Sequence[Request]], options: SamplerOptions) ->
     rows = min(range(1, min(options.slots, max(count for _, count in sizes)) + 1), key=cost)
     queues = [_cut(rows_of, rows) for rows_of in by_prompt]
     spread = options.mesh.shape["data"] if options.mesh else 1
-    groups = _round_up(min(max(1, options.slots // rows), max(map(len, queues))), spread)
+    prefill_prompts = _round_up(options.prefill_prompts, spread)
+    longest, groups = max(map(len, queues)), max(1, options.slots // rows)
+    groups = longest if longest <= groups else _round_up(groups, min(prefill_prompts, groups))  # whole refills
+    groups = _round_up(groups, spread)
     shape = SlotShape(
         runs=len(requests),
         groups=groups,
@@ -109,7 +112,24 @@ def make_plan(requests: Sequence[Sequence[Request]], options: SamplerOptions) ->
         prompt=bucket(max(length for length, _ in sizes), options.prompt_buckets),
         ring=_round_up(longest_answer, RING_STEP),
     )
-    return Plan(shape, _round_up(min(options.prefill_prompts, groups), spread), queues)
+    return Plan(shape, min(prefill_prompts, groups), queues)
+
+
+def refill_pays(waiting: list[list[Group]], held: list[dict[int, Group]], plan: Plan) -> bool:
+    """Prompts wait, and every run can fill its part of one prefill as far as its queue goes (the device stops decoding by the same rule)."""
+    wanted = [min(len(queue), plan.prefill_prompts) for queue in waiting]
+    return any(wanted) and all(plan.shape.groups - len(run_held) >= count for count, run_held in zip(wanted, held, strict=True))
+
+
+def take_entries(waiting: list[list[Group]], held: list[dict[int, Group]], plan: Plan) -> list[list[tuple[int, Group]]]:
+    """Moves the next groups from the queues into free slot groups: (slot group, group) for each run, one prefill at most."""
+    entries = []
+    for queue, run_held in zip(waiting, held, strict=True):
+        free = [slot for slot in range(plan.shape.groups) if slot not in run_held][: plan.prefill_prompts]
+        taken = [(slot, queue.pop(0)) for slot in free[: len(queue)]]
+        run_held.update(taken)
+        entries.append(taken)
+    return entries
 
 
 def make_refill(plan: Plan, entries: list[list[tuple[int, Group]]], requests: Sequence[Sequence[Request]], buckets: tuple[int, ...]) -> Refill:

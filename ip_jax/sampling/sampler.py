@@ -3,15 +3,15 @@
 Prompts are right-padded into buckets and sorted by length, so a slot is a position. Each distinct prompt of a run is prefilled once
 and shared by its rows. Decoding runs on the device until a refill of free slots pays; the refill is arranged on the host.
 """
+import contextlib
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
-from ip_jax.sampling.plan import Completion, Group, Plan, Request, SamplerOptions, check_lengths, make_plan, make_refill
-from ip_jax.sampling.slots import Slots, decode, empty_slots, prefill
+from ip_jax.sampling.plan import Completion, Group, Request, SamplerOptions, check_lengths, make_plan, make_refill, refill_pays, take_entries
+from ip_jax.sampling.slots import Slots, decode, empty_slots, prefill, separate_layers
 
 __all__ = ["Completion", "Request", "SamplerOptions", "sample"]
 
@@ -25,54 +25,41 @@ def sample(
     `requests` holds one queue for each run of `lora` (any number of queues where the model has no LoRA). `on_progress` is called
     with (completions done, completions in all). Raises ValueError for a prompt that is too long or a wrong number of queues.
     """
-    config = nnx.merge(graphdef, lora, base).config
     runs = {leaf.shape[0] for leaf in jax.tree.leaves(lora)}
     if runs - {len(requests)}:
         raise ValueError(f"There are {len(requests)} queues of sampling requests for the {runs.pop()} runs of the adapters: one queue a run is needed.")
-    check_lengths(requests, options, config.max_positions)
+    check_lengths(requests, options, nnx.merge(graphdef, lora, base).config.max_positions)
     total = sum(request.n_samples for queue in requests for request in queue)
     if not total:
         return [[] for _ in requests]
 
-    plan = make_plan(requests, options)
-    slots = empty_slots(config, plan.shape, options.dtype, options.mesh)
-    waiting = [list(queue) for queue in plan.queues]
-    held: list[dict[int, Group]] = [{} for _ in requests]
-    found: list[dict[tuple[int, int], Completion]] = [{} for _ in requests]
-    while any(waiting) or any(held):
-        while any(entries := _next_entries(waiting, held, plan)):
-            refill = _spread(make_refill(plan, entries, requests, options.prompt_buckets), options)
-            slots = prefill(graphdef, lora, base, slots, refill, dtype=options.dtype, mesh=options.mesh)
-        wanted = np.array([min(len(queue), plan.prefill_prompts) for queue in waiting], np.int32)
-        slots = decode(
-            graphdef, lora, base, slots, wanted,
-            stop_ids=options.stop_ids, dtype=options.dtype, candidates=options.candidates, mesh=options.mesh,
-        )
-        _harvest(slots, held, found, options.stop_ids)
-        if on_progress:
-            on_progress(sum(map(len, found)), total)
+    with jax.set_mesh(options.mesh) if options.mesh else contextlib.nullcontext():
+        found = _complete(graphdef, lora, base, requests, options, lambda done: on_progress and on_progress(done, total))
     return [
         [tuple(found[run][index, i] for i in range(request.n_samples)) for index, request in enumerate(queue)]
         for run, queue in enumerate(requests)
     ]
 
 
-def _next_entries(waiting: list[list[Group]], held: list[dict[int, Group]], plan: Plan) -> list[list[tuple[int, Group]]]:
-    """Takes the next groups from the queues into free slot groups: (slot group, group) for each run, one prefill at most."""
-    entries = []
-    for queue, run_held in zip(waiting, held, strict=True):
-        free = [slot for slot in range(plan.shape.groups) if slot not in run_held][: plan.prefill_prompts]
-        taken = [(slot, queue.pop(0)) for slot in free[: len(queue)]]
-        run_held.update(taken)
-        entries.append(taken)
-    return entries
-
-
-def _spread(refill, options: SamplerOptions):
-    """The refill on the devices of the mesh (runs over "run", prompts over "data"), or where jit puts it."""
-    if options.mesh is None:
-        return refill
-    return jax.device_put(refill, NamedSharding(options.mesh, PartitionSpec("run", "data")))
+def _complete(graphdef, lora, base, requests, options: SamplerOptions, on_progress: Callable[[int], None]) -> list[dict[tuple[int, int], Completion]]:
+    """For each run, (index of the request, sample) -> completion."""
+    plan = make_plan(requests, options)
+    layers = separate_layers(graphdef, lora, base)
+    slots = empty_slots(nnx.merge(graphdef, lora, base).config, plan.shape, options.dtype)
+    waiting = [list(queue) for queue in plan.queues]
+    held: list[dict[int, Group]] = [{} for _ in requests]
+    found: list[dict[tuple[int, int], Completion]] = [{} for _ in requests]
+    while any(waiting) or any(held):
+        while refill_pays(waiting, held, plan):
+            refill = make_refill(plan, take_entries(waiting, held, plan), requests, options.prompt_buckets)
+            slots = prefill(graphdef, lora, base, layers, slots, refill, dtype=options.dtype)
+        wanted = np.array([min(len(queue), plan.prefill_prompts) for queue in waiting], np.int32)
+        slots = decode(
+            graphdef, lora, base, layers, slots, wanted, stop_ids=options.stop_ids, dtype=options.dtype, candidates=options.candidates
+        )
+        _harvest(slots, held, found, options.stop_ids)
+        on_progress(sum(map(len, found)))
+    return found
 
 
 def _harvest(slots: Slots, held: list[dict[int, Group]], found: list[dict[tuple[int, int], Completion]], stop_ids: tuple[int, ...]) -> None:

@@ -8,18 +8,19 @@ H head dim, Q prompts of one prefill.
 """
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ip_jax.models.attention import MASKED
-from ip_jax.models.decoder import packed_attend
+from ip_jax.models.decoder import decoder_layer, packed_attend, rms_norm, rope_tables
 from ip_jax.models.families import DecoderConfig
+from ip_jax.models.placement import BY_ROW, EVERYWHERE, constrain
 from ip_jax.models.products import product
 from ip_jax.sampling.randomness import choose_tokens, row_keys, token_uniforms
 
@@ -40,10 +41,10 @@ class Slots:
     """Everything that changes while decoding. Rows that hold nothing are `finished`."""
 
     clock: Int[Array, ""]  # decoding steps made so far
-    prompt_k: Float[Array, "L R P K H S"]  # heads before slots; keys transposed, so that both products stream along memory
-    prompt_v: Float[Array, "L R P K S H"]
-    own_k: Float[Array, "L R P G K H C"]
-    own_v: Float[Array, "L R P G K C H"]
+    prompt_k: tuple[Float[Array, "R P K H S"], ...]  # one array a layer; keys transposed, so that products stream along memory
+    prompt_v: tuple[Float[Array, "R P K S H"], ...]
+    own_k: tuple[Float[Array, "R P G K H C"], ...]
+    own_v: tuple[Float[Array, "R P G K C H"], ...]
     prompt_length: Int[Array, "R P"]
     started: Int[Array, "R P"]  # the clock at a group's first step
     token: Int[Array, "R P G"]  # to be fed next
@@ -72,12 +73,12 @@ class Refill:
     sample_id: Int[Array, "R Q G"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "shape", "dtype", "mesh"))
-def empty_slots(config: DecoderConfig, shape: SlotShape, dtype: str, mesh: Mesh | None = None) -> Slots:
+@functools.partial(jax.jit, static_argnames=("config", "shape", "dtype"))
+def empty_slots(config: DecoderConfig, shape: SlotShape, dtype: str) -> Slots:
     """Slots that hold nothing."""
     groups, rows = (shape.runs, shape.groups), (shape.runs, shape.groups, shape.rows)
     kv, size = config.n_kv_heads, config.head_dim
-    zeros = lambda *dims: jnp.zeros((config.n_layers, *dims), dtype)  # noqa: E731
+    zeros = lambda *dims: tuple(jnp.zeros(dims, dtype) for _ in range(config.n_layers))  # noqa: E731
     slots = Slots(
         clock=jnp.zeros((), jnp.int32),
         prompt_k=zeros(*groups, kv, size, shape.prompt), prompt_v=zeros(*groups, kv, shape.prompt, size),
@@ -88,42 +89,65 @@ def empty_slots(config: DecoderConfig, shape: SlotShape, dtype: str, mesh: Mesh 
         keys=jnp.zeros((*rows, 2), jnp.uint32),
         tokens=jnp.zeros((*rows, shape.ring), jnp.int32), log_probs=jnp.zeros((*rows, shape.ring)),
     )
-    return _pinned(slots, mesh)
+    return _pinned(slots)
 
 
-def _pinned(slots: Slots, mesh: Mesh | None) -> Slots:
-    """Slots with runs spread over the mesh axis "run" and groups over "data"."""
-    if mesh is None:
-        return slots
-
-    def pin(path, x):
-        behind_layers = path[-1].name in ("prompt_k", "prompt_v", "own_k", "own_v")
-        spec = PartitionSpec() if x.ndim == 0 else PartitionSpec(*[None] * behind_layers, "run", "data")
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    return jax.tree_util.tree_map_with_path(pin, slots)
+def _pinned(slots: Slots) -> Slots:
+    """Slots with runs and groups spread over the mesh in context."""
+    return jax.tree.map(lambda x: constrain(x, BY_ROW) if x.ndim else x, slots)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype", "mesh"), donate_argnames="slots")
-def prefill(graphdef, lora, base, slots: Slots, refill: Refill, *, dtype: str, mesh: Mesh | None = None) -> Slots:
+@functools.partial(jax.jit, static_argnames="graphdef")
+def separate_layers(graphdef, lora, base) -> tuple:
+    """Each layer's (lora, base) states as arrays of their own: slices of stacked weights would be copied again at every token."""
+    _, lora, base = _split_layers(nnx.merge(graphdef, lora, base))
+    count = jax.tree.leaves(base)[0].shape[0]
+    lora = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), lora)
+    return tuple(jax.tree.map(operator.itemgetter(i), (lora, base)) for i in range(count))
+
+
+def _split_layers(decoder):
+    return nnx.split(decoder.layers, nnx.LoRAParam, nnx.Param)
+
+
+def _run_layers(decoder, layers, tokens: Int[Array, "R B T"], positions: Int[Array, "R B T"], attend, caches, dtype):
+    """Final-norm hidden states [R, B, T, D] and what `attend` emitted at each layer, as `Decoder.__call__` but layer by layer."""
+    config = decoder.config
+    x = jnp.take(decoder.embed[...], tokens, axis=0).astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
+    rope = rope_tables(positions, config)
+    layer_def = _split_layers(decoder)[0]
+    emitted = []
+    for (lora, base), cache in zip(layers, caches, strict=True):
+        x, new = decoder_layer(nnx.merge(layer_def, lora, base), config, constrain(x, BY_ROW), rope, attend, cache, None)
+        emitted.append(new)
+    return rms_norm(x, decoder.final_norm[...], config), emitted
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"), donate_argnames="slots")
+def prefill(graphdef, lora, base, layers, slots: Slots, refill: Refill, *, dtype: str) -> Slots:
     """Slots with the refill's prompts in their groups. The last prompt token is left to the first decoding step."""
     decoder = nnx.merge(graphdef, lora, base)
+    refill = jax.tree.map(lambda x: constrain(x, BY_ROW), refill)
     length = refill.prompt.shape[-1]
     inside = jnp.arange(length) < refill.length[..., None] - 1
     attend_rows = packed_attend(inside.astype(jnp.int32))
-
-    def attend(q, k, v, _):
-        keep = lambda x, axis: jnp.moveaxis(x, 2, axis).astype(slots.prompt_k.dtype)  # noqa: E731
-        return attend_rows(q, k, v, None)[0], (keep(k, 4), keep(v, 3))
-
-    positions = jnp.broadcast_to(jnp.arange(length), refill.prompt.shape)
-    _, (new_k, new_v) = decoder(refill.prompt, positions, attend, dtype=jnp.dtype(dtype))
     run = jnp.arange(refill.group.shape[0])[:, None]
     place = lambda old, new: old.at[run, refill.group].set(new, mode="drop")  # noqa: E731
+
+    def attend(q, k, v, cache):
+        prompt_k, prompt_v = cache
+        k_rows, v_rows = jnp.moveaxis(k, 2, 4).astype(prompt_k.dtype), jnp.moveaxis(v, 2, 3).astype(prompt_v.dtype)
+        prompt_k = prompt_k.at[run, refill.group, :, :, :length].set(k_rows, mode="drop")
+        prompt_v = prompt_v.at[run, refill.group, :, :length].set(v_rows, mode="drop")
+        return attend_rows(q, k, v, None)[0], (prompt_k, prompt_v)
+
+    positions = jnp.broadcast_to(jnp.arange(length), refill.prompt.shape)
+    caches = zip(slots.prompt_k, slots.prompt_v, strict=True)
+    _, filled = _run_layers(decoder, layers, refill.prompt, positions, attend, caches, jnp.dtype(dtype))
     last = jnp.take_along_axis(refill.prompt, refill.length[..., None] - 1, axis=-1)
-    filled = slots.replace(
-        prompt_k=slots.prompt_k.at[:, run, refill.group, :, :, :length].set(new_k, mode="drop"),
-        prompt_v=slots.prompt_v.at[:, run, refill.group, :, :length].set(new_v, mode="drop"),
+    slots = slots.replace(
+        prompt_k=tuple(k for k, _ in filled),
+        prompt_v=tuple(v for _, v in filled),
         prompt_length=place(slots.prompt_length, refill.length),
         started=place(slots.started, jnp.broadcast_to(slots.clock, refill.group.shape)),
         token=place(slots.token, jnp.broadcast_to(last, refill.limit.shape)),
@@ -134,13 +158,12 @@ def prefill(graphdef, lora, base, slots: Slots, refill: Refill, *, dtype: str, m
         top_p=place(slots.top_p, refill.top_p),
         keys=place(slots.keys, row_keys(refill.seed, refill.example_id, refill.sample_id)),
     )
-    return _pinned(filled, mesh)
+    return _pinned(slots)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "stop_ids", "dtype", "candidates", "mesh"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("graphdef", "stop_ids", "dtype", "candidates"), donate_argnames="slots")
 def decode(
-    graphdef, lora, base, slots: Slots, wanted: Int[Array, " R"], *, stop_ids: tuple[int, ...], dtype: str, candidates: int,
-    mesh: Mesh | None = None,
+    graphdef, lora, base, layers, slots: Slots, wanted: Int[Array, " R"], *, stop_ids: tuple[int, ...], dtype: str, candidates: int
 ) -> Slots:
     """Decodes until every row has finished, or until each run has as many free groups as it wants (0: it wants none)."""
 
@@ -151,32 +174,33 @@ def decode(
 
     def step(slots: Slots):
         decoder = nnx.merge(graphdef, lora, base)
-        return decode_step(decoder, slots, stop_ids, jnp.dtype(dtype), candidates)
+        return decode_step(decoder, layers, slots, stop_ids, jnp.dtype(dtype), candidates)
 
-    return _pinned(jax.lax.while_loop(working, step, slots), mesh)
+    return _pinned(jax.lax.while_loop(working, step, slots))
 
 
-def decode_step(decoder, slots: Slots, stop_ids: tuple[int, ...], dtype, candidates: int) -> Slots:
+def decode_step(decoder, layers, slots: Slots, stop_ids: tuple[int, ...], dtype, candidates: int) -> Slots:
     """Feeds every row its token, chooses the next. Finished rows are computed and kept as they are."""
     runs, groups, rows = slots.token.shape
     age = slots.clock - slots.started
     position = jnp.broadcast_to((slots.prompt_length - 1 + age)[..., None], slots.token.shape)
     in_batch = lambda x: x.reshape(runs, groups * rows, 1)  # noqa: E731
-    attend = slot_attend(slots, dtype)
-    caches = (slots.prompt_k, slots.prompt_v, slots.own_k, slots.own_v)
-    hidden, (new_k, new_v) = decoder(in_batch(slots.token), in_batch(position), attend, caches, dtype=dtype)
-    logits = decoder.logits(hidden[:, :, 0]).reshape(runs, groups, rows, -1)
+    caches = zip(slots.prompt_k, slots.prompt_v, slots.own_k, slots.own_v, strict=True)
+    hidden, emitted = _run_layers(decoder, layers, in_batch(slots.token), in_batch(position), slot_attend(slots), caches, dtype)
+    logits = decoder.logits(constrain(hidden[:, :, 0], EVERYWHERE))  # each device has its part of the vocabulary for all rows
+    logits = constrain(logits, BY_ROW).reshape(runs, groups, rows, -1)
     index = jnp.broadcast_to(age[..., None], slots.token.shape)
     token, log_prob = choose_tokens(logits, slots.temperature, slots.top_p, token_uniforms(slots.keys, index), candidates)
     made = jnp.where(slots.finished, slots.made, slots.made + 1)
     stop = jnp.isin(token, jnp.asarray(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(slots.finished)
-    column = slots.clock % slots.tokens.shape[-1]
+    # A token is never negative, but that the column depends on it puts the writes behind every read: without it XLA copies each ring.
+    column = slots.clock % slots.tokens.shape[-1] + (token.min() < 0)
     write = lambda ring, new, axis: jax.lax.dynamic_update_slice_in_dim(ring, jnp.expand_dims(new, axis).astype(ring.dtype), column, axis)  # noqa: E731
     keep = lambda ring, new: jnp.where(slots.finished, jax.lax.dynamic_index_in_dim(ring, column, 3, keepdims=False), new)  # noqa: E731
     return slots.replace(
         clock=slots.clock + 1,
-        own_k=write(slots.own_k, new_k, 6),
-        own_v=write(slots.own_v, new_v, 5),
+        own_k=tuple(write(ring, k, 5) for ring, (k, _) in zip(slots.own_k, emitted, strict=True)),
+        own_v=tuple(write(ring, v, 4) for ring, (_, v) in zip(slots.own_v, emitted, strict=True)),
         token=token,
         finished=slots.finished | stop | (made >= slots.limit),
         made=made,
@@ -185,30 +209,36 @@ def decode_step(decoder, slots: Slots, stop_ids: tuple[int, ...], dtype, candida
     )
 
 
-def slot_attend(slots: Slots, product_dtype):
+def slot_attend(slots: Slots):
     """Attention of one new token for each row over its group's prompt, its own ring and itself. Emits the token's key and value."""
     runs, groups, rows = slots.token.shape
-    ring = slots.tokens.shape[-1]
-    in_prompt = jnp.arange(slots.prompt_k.shape[-1]) < slots.prompt_length[..., None] - 1
+    ring, prompt = slots.tokens.shape[-1], slots.prompt_k[0].shape[-1]
+    in_prompt = (jnp.arange(prompt) < slots.prompt_length[..., None] - 1)[:, :, None, None, None]
     columns_back = (slots.clock - 1 - jnp.arange(ring)) % ring + 1  # steps since a column was written, 1 .. C
-    in_ring = columns_back <= (slots.clock - slots.started)[..., None]
+    in_ring = (columns_back <= (slots.clock - slots.started)[..., None])[:, :, None, None, None]
 
     def attend(q, k, v, cache: Any):
         prompt_k, prompt_v, own_k, own_v = cache
         heads = lambda x: x.reshape(runs, groups, rows, *x.shape[3:])  # noqa: E731
-        q, k, v = heads(q), heads(k), heads(v)
-        q = q * q.shape[-1] ** -0.5
-        shared = product("rpgkjh,rpkhs->rpgkjs", q, prompt_k, product_dtype)
-        own = product("rpgkjh,rpgkhc->rpgkjc", q, own_k, product_dtype)
-        itself = jnp.sum(q * k[..., None, :], axis=-1, dtype=jnp.float32)[..., None]
-        shared = jnp.where(in_prompt[:, :, None, None, None], shared, MASKED)
-        own = jnp.where(in_ring[:, :, None, None, None], own, MASKED)
+        q, k, v = heads(q) * q.shape[-1] ** -0.5, heads(k), heads(v)
+        shared = _over_prompt(q, prompt_k)
+        own = product("rpgkjh,rpgkhc->rpgkjc", q, own_k, own_k.dtype)
+        itself = jnp.sum(q * k[..., None, :], axis=-1, keepdims=True, dtype=jnp.float32)
+        shared, own = jnp.where(in_prompt, shared, MASKED), jnp.where(in_ring, own, MASKED)
         largest = jnp.maximum(jnp.maximum(shared.max(-1, keepdims=True), own.max(-1, keepdims=True)), itself)
         shared, own, itself = (jnp.exp(scores - largest) for scores in (shared, own, itself))
-        context = product("rpgkjs,rpksh->rpgkjh", shared, prompt_v, product_dtype)
-        context += product("rpgkjc,rpgkch->rpgkjh", own, own_v, product_dtype)
+        context = _over_prompt(shared, prompt_v)
+        context += product("rpgkjc,rpgkch->rpgkjh", own, own_v, own_v.dtype)
         context += itself * v[..., None, :]
         context /= shared.sum(-1, keepdims=True) + own.sum(-1, keepdims=True) + itself
         return context.astype(q.dtype).reshape(runs, groups * rows, 1, *q.shape[3:]), (k, v)
 
     return attend
+
+
+def _over_prompt(x: Float[Array, "R P G K J I"], cache: Float[Array, "R P K I O"]) -> Float[Array, "R P G K J O"]:
+    """One product for each prompt and kv head over all rows that share it, in the order in which the cache lies in memory."""
+    runs, groups, rows, kv, heads, _ = x.shape
+    x = jnp.moveaxis(x, 2, 3).reshape(runs, groups, kv, rows * heads, -1)
+    out = product("rpkmi,rpkio->rpkmo", x, cache, cache.dtype)
+    return jnp.moveaxis(out.reshape(runs, groups, kv, rows, heads, -1), 3, 2)

@@ -25,5 +25,5 @@ def test_greedy_tokens_and_log_probs_equal_whole_sequence_passes(two_runs):
             logits = full_logits(two_runs, run, sequence)[len(request.prompt_ids) - 1 : -1]
             assert np.array_equal(answer.token_ids, logits.argmax(-1))
             expected = np.take_along_axis(log_softmax(logits), answer.token_ids[:, None], -1)[:, 0]
-            np.testing.assert_allclose(answer.log_probs, expected, atol=1e-5)
+            np.testing.assert_allclose(answer.log_probs, expected, atol=5e-5)
             assert len(answer.token_ids) == 12 and not answer.ended
