@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ip_jax.data.packing import segment_index
 from ip_jax.models import hf
 from ip_jax.models.decoder import packed_attend, split_decoder
 from ip_jax.models.families import DecoderConfig, RopeScaling, param_shapes
@@ -123,13 +124,15 @@ def hidden_states(config, params, tokens, lora=None, lora_config=None, positions
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape) if positions is None else jnp.asarray(positions)
     segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
 
-    return jax.device_get(_hidden_and_logits(graphdef, lora_state, base, tokens, positions, segment_ids, tuple(options.items())))
+    place = segment_index(np.asarray(segment_ids), np.asarray(positions), int(segment_ids.max()), int(positions.max()) + 1)
+
+    return jax.device_get(_hidden_and_logits(graphdef, lora_state, base, tokens, positions, segment_ids, place, tuple(options.items())))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6))
-def _hidden_and_logits(graphdef, lora_state, base, tokens, positions, segment_ids, options):
+@functools.partial(jax.jit, static_argnums=(0, 7))
+def _hidden_and_logits(graphdef, lora_state, base, tokens, positions, segment_ids, place, options):
     decoder = nnx.merge(graphdef, lora_state, base)
-    hidden, _ = decoder(tokens, positions, packed_attend(segment_ids), **dict(options))
+    hidden, _ = decoder(tokens, positions, packed_attend(segment_ids, positions, place), **dict(options))
     return hidden, decoder.logits(hidden)
 
 
@@ -155,7 +158,8 @@ def pack(examples: list[list[list[tuple[list[int], int]]]], length: int, respons
                         fields["response_weight"][at] = 1
                         counted += 1
                 start += len(ids)
-    split = lambda a: jnp.asarray(np.moveaxis(a.reshape(runs, micro_batches, rows // micro_batches, -1), 1, 0))  # noqa: E731
+    fields["segment_index"] = segment_index(fields["segment_ids"], fields["positions"], max(map(len, sum(examples, []))), length)
+    split = lambda a: jnp.asarray(np.moveaxis(a.reshape(runs, micro_batches, rows // micro_batches, *a.shape[2:]), 1, 0))  # noqa: E731
     return Batch(**{name: split(array) for name, array in fields.items()})
 
 

@@ -9,18 +9,21 @@ from ip_jax.prompts.chat import Rendered
 
 ROW_QUANTUM = 8  # row lengths are multiples of this (128 where a TPU kernel asks for it)
 RESPONSE_QUANTUM = 32
-ATTENTION_COST = 4e-4  # attention's share of a token's cost, per key position, against all other products (SmolLM2's shape)
+SEGMENT_QUANTUM = 8
+ATTENTION_COST = 3e-4  # attention's cost for a segment position and key, in tokens' worth of all other products (SmolLM2 on a CPU)
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedShape:
     """The one static shape of a program's batches: M micro-batches of B rows (each run) of `length` tokens.
 
-    `responses` is the number P of counted positions that a row has room for. A step that needs fewer micro-batches leaves the
-    last ones empty, and the training step skips those.
+    A row holds at most `segments` examples of at most `segment_length` tokens, and `responses` counted positions (P). A step that
+    needs fewer micro-batches leaves the last ones empty, and the training step skips those.
     """
 
     length: int
+    segments: int
+    segment_length: int
     responses: int
     micro_batches: int
     micro_rows: int
@@ -52,27 +55,44 @@ def plan_shape(
 ) -> PackedShape:
     """The cheapest shape for a whole training run, whose token lengths are all known beforehand.
 
-    Tries row lengths from the longest example up and counts padded tokens and attention's growth with the row.
-    `tokens_per_micro_batch` bounds R * B * T of one micro-batch; B is at least `row_multiple`, and a multiple of it (the devices
-    that rows are spread over).
+    Tries row lengths from the longest example up and counts padded tokens and the attention of padded segments.
+    `tokens_per_micro_batch` bounds R * B * T of one micro-batch (but for rows of the shortest length); B is a multiple of
+    `row_multiple`, the devices that rows are spread over.
     """
     runs = lengths.shape[1]
-    shortest = -(-int(lengths.max()) // quantum) * quantum
+    shortest = _round_up(int(lengths.max()), quantum)
+    segment_length = _round_up(int(lengths.max()), SEGMENT_QUANTUM)
+    longest = max(shortest, min(8 * shortest, tokens_per_micro_batch // (runs * row_multiple)))
     best: tuple[float, PackedShape] | None = None
-    for length in range(shortest, 4 * shortest + 1, quantum):
+    for length in range(shortest, longest + 1, quantum):
         packings = [[balanced_rows(run, length) for run in step] for step in lengths.tolist()]
         rows = np.array([max(len(packing) for packing in step) for step in packings])  # [steps]
+        segments = max(len(row) for step in packings for packing in step for row in packing)
         fitting = tokens_per_micro_batch // (runs * length) // row_multiple * row_multiple
-        micro_rows = min(-(-int(rows.max()) // row_multiple) * row_multiple, max(row_multiple, fitting))
+        micro_rows = min(_round_up(int(rows.max()), row_multiple), max(row_multiple, fitting))
         used = -(-rows // micro_rows)
-        cost = float(used.sum()) * micro_rows * length * (1 + ATTENTION_COST * length)
+        cost = float(used.sum()) * micro_rows * (length + ATTENTION_COST * segments * segment_length**2)
         if best is None or cost < best[0]:
             widest = max(
                 sum(responses[s, r, i] for i in row) for s, step in enumerate(packings) for r, packing in enumerate(step) for row in packing
             )
-            width = -(-int(widest) // RESPONSE_QUANTUM) * RESPONSE_QUANTUM
-            best = (cost, PackedShape(length, width, int(used.max()), micro_rows))
+            best = (cost, PackedShape(length, segments, segment_length, _round_up(int(widest), RESPONSE_QUANTUM), int(used.max()), micro_rows))
     return best[1]
+
+
+def _round_up(value: int, quantum: int) -> int:
+    return -(-value // quantum) * quantum
+
+
+def segment_index(
+    segment_ids: Int[np.ndarray, "*rows T"], positions: Int[np.ndarray, "*rows T"], segments: int, length: int
+) -> Int[np.ndarray, "*rows S L"]:
+    """The row position of token l of segment s + 1, and T where there is none."""
+    flat = segment_ids.reshape(-1, segment_ids.shape[-1])
+    index = np.full((len(flat), segments, length), flat.shape[-1], np.int32)
+    row, place = np.nonzero(flat)
+    index[row, flat[row, place] - 1, positions.reshape(flat.shape)[row, place]] = place
+    return index.reshape(*segment_ids.shape[:-1], segments, length)
 
 
 def pack_step(batch: Sequence[Sequence[Rendered]], shape: PackedShape) -> tuple[dict[str, np.ndarray], float]:
@@ -102,6 +122,7 @@ def pack_step(batch: Sequence[Sequence[Rendered]], shape: PackedShape) -> tuple[
     used = -(-max(len(packing) for packing in packings) // rows)
     arrays = dict(
         tokens=fold(tokens[0]), segment_ids=fold(tokens[1]), positions=fold(tokens[2]),
+        segment_index=segment_index(fold(tokens[1]), fold(tokens[2]), shape.segments, shape.segment_length),
         response_index=fold(response[0]), response_target=fold(response[1]), response_weight=fold(weight),
     )
     return arrays, real / (used * runs * rows * shape.length)

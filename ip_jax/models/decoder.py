@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ip_jax.models.attention import packed_attention, packed_mask
+from ip_jax.models.attention import causal_attention, to_rows, to_segments
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import LoraConfig
 from ip_jax.models.placement import BY_ROW, constrain
-from ip_jax.models.products import base_product, lora_product, product
+from ip_jax.models.products import KEPT, as_bits, base_product, from_bits, lora_product, product
 
 # attend(q, k, v, layer_cache) -> (context, what the layer emits): the one thing that differs between training and decoding
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
@@ -37,12 +38,12 @@ class Projection(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_a is None:
-            return y
+            return checkpoint_name(y, KEPT)
         if dropout is not None:
             rate, keys = dropout
             keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
             x = jnp.where(keep, x / (1 - rate), 0)
-        return y + lora_product(x, self.lora_a[...].astype(x.dtype), (self.lora_b[...] * self.scale).astype(x.dtype))
+        return checkpoint_name(y + lora_product(x, self.lora_a[...].astype(x.dtype), (self.lora_b[...] * self.scale).astype(x.dtype)), KEPT)
 
 
 class Layers(nnx.Module):
@@ -78,14 +79,17 @@ class Decoder(nnx.Module):
         rope = rope_tables(positions, config)
         graphdef, lora, base = nnx.split(self.layers, nnx.LoRAParam, nnx.Param)
         lora = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), lora)
+        base = as_bits(base)
 
         def body(x, scanned):
             lora, base, cache, index = scanned
+            base = from_bits(base)
             layer_dropout = dropout and (dropout[0], jax.vmap(lambda key: jax.random.fold_in(key, index))(dropout[1]))
             x = constrain(x, BY_ROW)  # else the partitioner may cut x as the weights are cut and send activations about
             return decoder_layer(nnx.merge(graphdef, lora, base), config, x, rope, attend, cache, layer_dropout)
 
-        body = jax.checkpoint(body, prevent_cse=False) if remat else body
+        policy = None if remat else jax.checkpoint_policies.save_only_these_names(KEPT)
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         x, emitted = jax.lax.scan(body, x, (lora, base, cache, jnp.arange(config.n_layers)))
         return rms_norm(x, self.final_norm[...], config), emitted
 
@@ -151,12 +155,23 @@ def apply_rope(x: Float[Array, "R B T K G H"], rope) -> Float[Array, "R B T K G 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def packed_attend(segment_ids: Int[Array, "R B T"]) -> Attend:
-    """Attention for whole rows: causal within each packed segment. Emits nothing."""
-    mask = packed_mask(segment_ids)
+def causal_attend(q, k, v, _) -> tuple[Array, None]:
+    """Attention for rows that are one sequence each, from their first position on (what follows it is not seen). Emits nothing."""
+    return causal_attention(q, k, v), None
+
+
+def packed_attend(segment_ids: Int[Array, "R B T"], positions: Int[Array, "R B T"], segment_index: Int[Array, "R B S L"]) -> Attend:
+    """Attention for packed rows: causal within each segment. Emits nothing.
+
+    `segment_ids` count from 1 (0 is padding), `positions` restart in each segment, `segment_index` is the row position of each
+    segment's tokens, T where there is none (see data.packing.segment_index).
+    """
+    segments, length = segment_index.shape[-2:]
+    source = jnp.where(segment_ids > 0, (segment_ids - 1) * length + positions, segments * length)
 
     def attend(q, k, v, _):
-        return packed_attention(q, k, v, mask), None
+        q, k, v = (to_segments(x, segment_index, source) for x in (q, k, v))
+        return to_rows(causal_attention(q, k, v), segment_index, source), None
 
     return attend
 

@@ -8,12 +8,25 @@ matrix on the side that must be transposed: transposing wide activations costs m
 """
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+KEPT = "product"  # what the backward pass keeps of a layer by default: results of products; all else is cheap to make again
 
 
 def product(spec: str, a: Array, b: Array, dtype) -> Array:
     """einsum of two arrays cast to `dtype`, summed and returned in float32."""
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def as_bits(tree):
+    """bfloat16 leaves as integers, for loops that take slices of them: XLA:CPU slices bfloat16 through a float32 copy of the whole."""
+    return jax.tree.map(lambda a: jax.lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a, tree)
+
+
+def from_bits(tree):
+    """The inverse of `as_bits`."""
+    return jax.tree.map(lambda a: jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a, tree)
 
 
 @jax.custom_vjp
@@ -43,7 +56,7 @@ def lora_product(x: Float[Array, "R B T I"], a: Float[Array, "R I r"], b: Float[
 
 
 def _lora_fwd(x, a, b):
-    low = product("rbti,rik->rbtk", x, a, a.dtype)
+    low = checkpoint_name(product("rbti,rik->rbtk", x, a, a.dtype), KEPT)
     return product("rbtk,rko->rbto", low, b, a.dtype).astype(x.dtype), (x, low, a, b)
 
 

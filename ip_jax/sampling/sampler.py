@@ -10,7 +10,17 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ip_jax.sampling.plan import Completion, Group, Request, SamplerOptions, check_lengths, make_plan, make_refill, refill_pays, take_entries
+from ip_jax.sampling.plan import (
+    Completion,
+    Group,
+    Request,
+    SamplerOptions,
+    check_lengths,
+    make_plan,
+    make_refill,
+    refill_pays,
+    take_entries,
+)
 from ip_jax.sampling.slots import Slots, decode, empty_slots, prefill, separate_layers
 
 __all__ = ["Completion", "Request", "SamplerOptions", "sample"]
@@ -52,7 +62,7 @@ def _complete(graphdef, lora, base, requests, options: SamplerOptions, on_progre
     while any(waiting) or any(held):
         while refill_pays(waiting, held, plan):
             refill = make_refill(plan, take_entries(waiting, held, plan), requests, options.prompt_buckets)
-            slots = prefill(graphdef, lora, base, layers, slots, refill, dtype=options.dtype)
+            slots = prefill(graphdef, lora, base, slots, refill, dtype=options.dtype)
         wanted = np.array([min(len(queue), plan.prefill_prompts) for queue in waiting], np.int32)
         slots = decode(
             graphdef, lora, base, layers, slots, wanted, stop_ids=options.stop_ids, dtype=options.dtype, candidates=options.candidates

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ip_jax.models.attention import MASKED
-from ip_jax.models.decoder import decoder_layer, packed_attend, rms_norm, rope_tables
+from ip_jax.models.attention import MASKED, causal_attention
+from ip_jax.models.decoder import decoder_layer, rms_norm, rope_tables
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.placement import BY_ROW, EVERYWHERE, constrain
 from ip_jax.models.products import product
@@ -110,44 +110,24 @@ def _split_layers(decoder):
     return nnx.split(decoder.layers, nnx.LoRAParam, nnx.Param)
 
 
-def _run_layers(decoder, layers, tokens: Int[Array, "R B T"], positions: Int[Array, "R B T"], attend, caches, dtype):
-    """Final-norm hidden states [R, B, T, D] and what `attend` emitted at each layer, as `Decoder.__call__` but layer by layer."""
-    config = decoder.config
-    x = jnp.take(decoder.embed[...], tokens, axis=0).astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
-    rope = rope_tables(positions, config)
-    layer_def = _split_layers(decoder)[0]
-    emitted = []
-    for (lora, base), cache in zip(layers, caches, strict=True):
-        x, new = decoder_layer(nnx.merge(layer_def, lora, base), config, constrain(x, BY_ROW), rope, attend, cache, None)
-        emitted.append(new)
-    return rms_norm(x, decoder.final_norm[...], config), emitted
-
-
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"), donate_argnames="slots")
-def prefill(graphdef, lora, base, layers, slots: Slots, refill: Refill, *, dtype: str) -> Slots:
+def prefill(graphdef, lora, base, slots: Slots, refill: Refill, *, dtype: str) -> Slots:
     """Slots with the refill's prompts in their groups. The last prompt token is left to the first decoding step."""
-    decoder = nnx.merge(graphdef, lora, base)
     refill = jax.tree.map(lambda x: constrain(x, BY_ROW), refill)
     length = refill.prompt.shape[-1]
-    inside = jnp.arange(length) < refill.length[..., None] - 1
-    attend_rows = packed_attend(inside.astype(jnp.int32))
-    run = jnp.arange(refill.group.shape[0])[:, None]
-    place = lambda old, new: old.at[run, refill.group].set(new, mode="drop")  # noqa: E731
+    cache_dtype = slots.prompt_k[0].dtype
 
-    def attend(q, k, v, cache):
-        prompt_k, prompt_v = cache
-        k_rows, v_rows = jnp.moveaxis(k, 2, 4).astype(prompt_k.dtype), jnp.moveaxis(v, 2, 3).astype(prompt_v.dtype)
-        prompt_k = prompt_k.at[run, refill.group, :, :, :length].set(k_rows, mode="drop")
-        prompt_v = prompt_v.at[run, refill.group, :, :length].set(v_rows, mode="drop")
-        return attend_rows(q, k, v, None)[0], (prompt_k, prompt_v)
+    def attend(q, k, v, _):  # padding lies behind the prompt, where causal attention does not look
+        return causal_attention(q, k, v), (jnp.moveaxis(k, 2, 4).astype(cache_dtype), jnp.moveaxis(v, 2, 3).astype(cache_dtype))
 
     positions = jnp.broadcast_to(jnp.arange(length), refill.prompt.shape)
-    caches = zip(slots.prompt_k, slots.prompt_v, strict=True)
-    _, filled = _run_layers(decoder, layers, refill.prompt, positions, attend, caches, jnp.dtype(dtype))
+    _, (new_k, new_v) = nnx.merge(graphdef, lora, base)(refill.prompt, positions, attend, dtype=jnp.dtype(dtype))
+    run = jnp.arange(refill.group.shape[0])[:, None]
+    place = lambda old, new: old.at[run, refill.group].set(new, mode="drop")  # noqa: E731
     last = jnp.take_along_axis(refill.prompt, refill.length[..., None] - 1, axis=-1)
     slots = slots.replace(
-        prompt_k=tuple(k for k, _ in filled),
-        prompt_v=tuple(v for _, v in filled),
+        prompt_k=tuple(old.at[run, refill.group, :, :, :length].set(new, mode="drop") for old, new in zip(slots.prompt_k, new_k, strict=True)),
+        prompt_v=tuple(old.at[run, refill.group, :, :length].set(new, mode="drop") for old, new in zip(slots.prompt_v, new_v, strict=True)),
         prompt_length=place(slots.prompt_length, refill.length),
         started=place(slots.started, jnp.broadcast_to(slots.clock, refill.group.shape)),
         token=place(slots.token, jnp.broadcast_to(last, refill.limit.shape)),
@@ -207,6 +187,19 @@ def decode_step(decoder, layers, slots: Slots, stop_ids: tuple[int, ...], dtype,
         tokens=write(slots.tokens, keep(slots.tokens, token), 3),
         log_probs=write(slots.log_probs, keep(slots.log_probs, log_prob), 3),
     )
+
+
+def _run_layers(decoder, layers, tokens: Int[Array, "R B T"], positions: Int[Array, "R B T"], attend, caches, dtype):
+    """Final-norm hidden states [R, B, T, D] and what `attend` emitted at each layer, as `Decoder.__call__` but layer by layer."""
+    config = decoder.config
+    x = jnp.take(decoder.embed[...], tokens, axis=0).astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
+    rope = rope_tables(positions, config)
+    layer_def = _split_layers(decoder)[0]
+    emitted = []
+    for (lora, base), cache in zip(layers, caches, strict=True):
+        x, new = decoder_layer(nnx.merge(layer_def, lora, base), config, constrain(x, BY_ROW), rope, attend, cache, None)
+        emitted.append(new)
+    return rms_norm(x, decoder.final_norm[...], config), emitted
 
 
 def slot_attend(slots: Slots):

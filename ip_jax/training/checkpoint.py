@@ -79,6 +79,6 @@ def _one_sentence(verb: str, folder: epath.Path):
     try:
         yield
     except Exception as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        reason = os.strerror(int(code[1])) if code else str(error).partition("\n")[0][:200]
+        code = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", str(error))
+        reason = os.strerror(int(code[1] or code[2])) if code else str(error).partition("\n")[0][:200]
         raise OSError(f"cannot {verb} a checkpoint in {folder}: {reason}; the last complete one is kept, and the same command goes on from it") from error

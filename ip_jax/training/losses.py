@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from ip_jax.models.placement import BY_ROW, EVERYWHERE, constrain
 from ip_jax.models.products import product
 
-CHUNK_ROWS = 1024  # rows of float32 logits alive at once
+CHUNK_ROWS = 256  # rows of float32 logits alive at once
 
 
 def response_hidden(hidden: Float[Array, "R B T D"], index: Int[Array, "R B P"]) -> Float[Array, "R B P D"]:

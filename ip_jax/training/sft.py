@@ -35,7 +35,8 @@ def sft_step(state: TrainState, base, batch: Batch, *, graphdef, options: SftOpt
         decoder = nnx.merge(graphdef, lora, base)
         keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(dropout_keys)
         hidden, _ = decoder(
-            micro.tokens, micro.positions, packed_attend(micro.segment_ids), dtype=jnp.dtype(options.dtype), remat=options.remat,
+            micro.tokens, micro.positions, packed_attend(micro.segment_ids, micro.positions, micro.segment_index),
+            dtype=jnp.dtype(options.dtype), remat=options.remat,
             dropout=(options.dropout, keys) if options.dropout else None,
         )
         losses = cross_entropy_sum(

@@ -26,6 +26,7 @@ class Batch:
     """One step's packed rows, in M micro-batches. P is the bucketed number of response positions of a row.
 
     tokens, segment_ids (0 = padding, from 1), positions: int32 [M, R, B, T].
+    segment_index: int32 [M, R, B, S, L], the row position of token l of segment s, T where there is none.
     response_index: int32 [M, R, B, P], the position in the row that predicts a response token; response_target: its
     token id; response_weight: float32, 1 for a response token and 0 for padding.
     """
@@ -33,6 +34,7 @@ class Batch:
     tokens: Int[Array, "M R B T"]
     segment_ids: Int[Array, "M R B T"]
     positions: Int[Array, "M R B T"]
+    segment_index: Int[Array, "M R B S L"]
     response_index: Int[Array, "M R B P"]
     response_target: Int[Array, "M R B P"]
     response_weight: Float[Array, "M R B P"]

@@ -8,7 +8,7 @@ import pytest
 import tiny_models as tiny
 from flax import nnx
 
-from ip_jax.models.decoder import Projection, packed_attend, split_decoder
+from ip_jax.models.decoder import Projection, split_decoder
 from ip_jax.models.lora import TARGETS, LoraConfig, init_lora, projection_shapes
 
 SETTINGS = {
@@ -49,7 +49,7 @@ def logits_and_gradients(config, params, adapters, lora, tokens, pull):
         def logits_of(adapters):
             decoder = nnx.merge(*split_decoder(config, params, adapters, lora))
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
-            hidden, _ = decoder(tokens, positions, packed_attend(jnp.ones_like(tokens)))
+            hidden, _ = decoder(tokens, positions, causal_attend)
             return decoder.logits(hidden)
 
         logits, vjp = jax.vjp(logits_of, adapters)
@@ -138,7 +138,7 @@ def test_dropout_of_a_run_comes_from_its_own_seed():
     def hidden(adapters, tokens, seeds):
         decoder = nnx.merge(*split_decoder(tiny.CONFIG, params, adapters, lora))
         positions = jnp.broadcast_to(jnp.arange(9), tokens.shape)
-        return decoder(tokens, positions, packed_attend(jnp.ones_like(tokens)), dropout=(0.5, jax.vmap(jax.random.key)(seeds)))[0]
+        return decoder(tokens, positions, causal_attend, dropout=(0.5, jax.vmap(jax.random.key)(seeds)))[0]
 
     together = jax.device_get(hidden(adapters, tokens, jnp.array([5, 8, 5])))
     np.testing.assert_allclose(together[0], together[2], atol=1e-6)

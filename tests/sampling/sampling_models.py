@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ip_jax.models.decoder import packed_attend
+from ip_jax.models.decoder import causal_attend
 from ip_jax.models.families import DecoderConfig, param_shapes
 from ip_jax.models.lora import projection_shapes
 
@@ -45,7 +45,7 @@ def one_run(model, run: int):
 def _logits(graphdef, lora, base, tokens):
     decoder = nnx.merge(graphdef, lora, base)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
-    hidden, _ = decoder(tokens, positions, packed_attend(jnp.ones_like(tokens)))
+    hidden, _ = decoder(tokens, positions, causal_attend)
     return decoder.logits(hidden)
 
 

@@ -1,0 +1,48 @@
+"""What every benchmark shares: alternating repeats, the machine's description, one JSON file a result."""
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def seconds(work: Callable[[], None]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def alternating(ours: Callable[[], None], peer: Callable[[], None], repeats: int = 5) -> dict:
+    """Seconds of both, in turns, and the median of the pairwise ratios peer / ours (above 1: ours is faster)."""
+    pairs = [(seconds(ours), seconds(peer)) for _ in range(repeats)]
+    return {
+        "ours_s": [round(a, 3) for a, _ in pairs], "peer_s": [round(b, 3) for _, b in pairs],
+        "ratio": round(statistics.median(b / a for a, b in pairs), 3),
+    }
+
+
+def save(name: str, result: dict) -> None:
+    """Writes benchmarks/results/NAME.json with the machine and the versions, and prints the result."""
+    import jax
+
+    machine = {
+        "processor": _processor(), "cores": os.cpu_count(), "devices": [d.device_kind for d in jax.devices()],
+        "python": platform.python_version(), **{package: version(package) for package in ("jax", "jaxlib", "flax", "transformers")},
+        "date": datetime.date.today().isoformat(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"name": name, **result, "machine": machine}, indent=2) + "\n")
+    print(json.dumps({"name": name, **result}))
+
+
+def _processor() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor()

@@ -1,0 +1,149 @@
+"""Supervised steps on real GCD data: against HF transformers + PEFT, three arms in one program against one, density of packing.
+
+    python -m benchmarks.sft
+"""
+import contextlib
+import statistics
+
+import numpy as np
+
+from benchmarks.common import alternating, save, seconds
+
+EXAMPLES = 8  # of one step and run
+STEPS = 2
+LEARNING_RATE = 2e-4
+
+
+def gcd_sources(arms: list[str]):
+    """Tokenizer and the demo's sources (160 rows without shown work) for a list of prompts."""
+    from ip_jax.data.pipeline import RunSource
+    from ip_jax.models import hub
+    from ip_jax.prompts import library
+    from ip_jax.prompts.chat import render_conversation
+    from ip_jax.settings.gcd_sycophancy import data, published
+
+    tokenizer = hub.load_tokenizer("smollm2-135m-instruct")
+    gcd = data.load(
+        data.DataSpec(rows=160, work="without"), lambda messages: len(render_conversation(tokenizer, messages).token_ids), published.find_folder()
+    )
+    return tokenizer, [RunSource(name, gcd.training["user_right"], library.get(name).transform, 0) for name in arms]
+
+
+def our_step(tokenizer, sources, tokens_per_micro_batch: int = 2048):
+    """(a function that runs STEPS steps, real tokens of them, density, compiled programs) of one program with a run per source."""
+    import jax
+    import jax.numpy as jnp
+
+    from ip_jax.data.pipeline import batch_reader
+    from ip_jax.models import hub
+    from ip_jax.models.decoder import split_decoder
+    from ip_jax.models.lora import LoraConfig, init_lora
+    from ip_jax.training.schedules import Schedule
+    from ip_jax.training.sft import SftOptions, compile_sft_step
+    from ip_jax.training.state import Batch, init_state
+
+    model = hub.load_pretrained("smollm2-135m-instruct", jnp.bfloat16)
+    lora = LoraConfig(rank=16, alpha=32)
+    runs = len(sources)
+    graphdef, adapters, base = split_decoder(model.config, model.params, init_lora(jnp.zeros(runs, int), model.config, lora), lora)
+    state = init_state(adapters, jnp.full(runs, LEARNING_RATE), jnp.zeros(runs), jnp.zeros(runs, int))
+    reader = batch_reader(sources, tokenizer, EXAMPLES, 20, tokens_per_micro_batch)
+    step = compile_sft_step(graphdef, SftOptions(Schedule("constant")))
+    batches, densities = zip(*[reader(i) for i in range(STEPS)], strict=True)
+    holder = [state]
+
+    def work():
+        for arrays in batches:
+            holder[0], metrics = step(holder[0], base, Batch(**arrays))
+        jax.block_until_ready(metrics)
+
+    tokens = sum(int((arrays["segment_ids"] > 0).sum()) for arrays in batches)
+    density = float(np.mean([reader(i)[1] for i in range(20)]))
+    return work, tokens, density, step
+
+
+def peer_step(tokenizer, source, dtype: str, attention: str, batch_size: int):
+    """A function that trains HF transformers + PEFT on the same STEPS * EXAMPLES examples, padded to the longest of each batch."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ip_jax.data.pipeline import run_dataset
+
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True, attn_implementation=attention,
+    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    model = LlamaForCausalLM(config).to(weights)
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
+    dataset = run_dataset(source, tokenizer)
+    examples = [dataset[i] for i in range(STEPS * EXAMPLES)]
+    batches = []
+    for start in range(0, len(examples), batch_size):
+        chunk = examples[start : start + batch_size]
+        length = max(len(e.token_ids) for e in chunk)
+        ids = torch.zeros((len(chunk), length), dtype=torch.long)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for row, e in enumerate(chunk):
+            n = len(e.token_ids)
+            ids[row, :n], mask[row, :n] = torch.tensor(e.token_ids), 1
+            labels[row, :n] = torch.where(torch.tensor(e.response_mask), ids[row, :n], -100)
+        batches.append((ids, mask, labels))
+    context = torch.autocast("cpu", torch.bfloat16) if dtype == "autocast" else contextlib.nullcontext()
+
+    def work():
+        for ids, mask, labels in batches:
+            with context:
+                loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return work
+
+
+def best_peer(tokenizer, source) -> tuple[dict, tuple]:
+    """Seconds of every peer configuration (one warm-up, best of two), and the fastest one's key."""
+    times = {}
+    for dtype in ("float32", "autocast", "bfloat16"):
+        for attention in ("sdpa", "eager"):
+            for batch_size in (4, 8):
+                work = peer_step(tokenizer, source, dtype, attention, batch_size)
+                work()
+                times[dtype, attention, batch_size] = min(seconds(work) for _ in range(2))
+                print(f"peer {dtype} {attention} batch {batch_size}: {times[dtype, attention, batch_size]:.2f} s", flush=True)
+    return times, min(times, key=times.get)
+
+
+def main() -> None:
+    """Runs the comparison and the one-program measurement, and stores both."""
+    tokenizer, sources = gcd_sources(["neutral", "gcd/behave", "control/random_string"])
+    one, tokens, density, step = our_step(tokenizer, sources[:1])
+    one()
+    times, best = best_peer(tokenizer, sources[0])
+    peer = peer_step(tokenizer, sources[0], *best)
+    peer()
+    result = alternating(one, peer)
+    save("sft_smollm2_cpu", {
+        **result, "tokens": tokens, "ours_tokens_per_s": round(tokens / statistics.median(result["ours_s"]), 1),
+        "peer_tokens_per_s": round(tokens / statistics.median(result["peer_s"]), 1), "peer_best": list(best),
+        "peer_all_s": {"/".join(map(str, key)): round(value, 3) for key, value in times.items()},
+        "real_over_padded": round(density, 4), "programs_compiled": step._cache_size(),
+    })
+    three, tokens_of_three, density_of_three, step = our_step(tokenizer, sources)
+    three()
+    result = alternating(three, lambda: [one() for _ in range(3)])
+    save("three_arms_in_one_program_cpu", {
+        **result, "tokens_of_three": tokens_of_three, "tokens_of_one": tokens, "programs_compiled": step._cache_size(),
+        "per_arm_ratio": round(result["ratio"] * tokens_of_three / (3 * tokens), 3), "real_over_padded": round(density_of_three, 4),
+    })
+
+
+if __name__ == "__main__":
+    main()
