@@ -1,6 +1,7 @@
 """What a supervised experiment is made of: arms, model, training and evaluation, as frozen, printable dataclasses."""
 import dataclasses
 import difflib
+import re
 import zlib
 from collections.abc import Iterable
 
@@ -77,27 +78,40 @@ class EvalConfig:
 def choose_arms(names: Iterable[str], known: dict[str, Arm]) -> tuple[Arm, ...]:
     """The arms of a list of names: one of `known`, a prompt of the library, or `name=text` for a prompt of one's own.
 
-    Raises ValueError for a name that is none of these, with the nearest ones, and for a name given twice.
+    Raises ValueError for a name that is none of these, with the nearest ones, for a name given twice, and for an own name that is
+    taken or that could not name a file.
     """
-    arms = []
-    for name in names:
-        own_name, equals, text = name.partition("=")
-        if equals:
-            arms.append(Arm(own_name, own_name, own_name, text=text))
-        elif name in known:
-            arms.append(known[name])
-        elif name in library.PROMPTS:
-            arms.append(Arm(name.replace("/", "_"), name, name))
-        else:
-            near = difflib.get_close_matches(name, [*known, *library.PROMPTS], n=3, cutoff=0.4)
-            raise ValueError(
-                f"no arm or prompt is called {name!r}: {'did you mean ' + ', '.join(near) + '? ' if near else ''}"
-                f"Arms are {', '.join(known)}; any prompt of the library works too, and name=text makes one of your own"
-            )
+    arms = tuple(_choose_arm(name, known) for name in names)
     twice = {arm.name for arm in arms if sum(other.name == arm.name for other in arms) > 1}
     if twice:
         raise ValueError(f"the arm {sorted(twice)[0]!r} is listed twice: each arm needs a name of its own")
-    return tuple(arms)
+    return arms
+
+
+def _choose_arm(name: str, known: dict[str, Arm]) -> Arm:
+    own_name, equals, text = name.partition("=")
+    if equals:
+        if own_name in known or own_name in _FILE_NAMES or own_name in library.PROMPTS:
+            raise ValueError(f"the arm {name!r} needs another name: {own_name} is taken by an arm or a prompt of the library")
+        if not re.fullmatch(r"[A-Za-z]\w*", own_name, re.ASCII) or not text.strip():
+            raise ValueError(f"the arm {name!r} must read name=text: a name of letters, digits and _, then the words of its prompt")
+        return Arm(own_name, own_name, own_name, text=text)
+    if name in known:
+        return known[name]
+    if name in library.PROMPTS:
+        return Arm(_file_name(name), name, name)
+    near = difflib.get_close_matches(name, [*known, *library.PROMPTS], n=3, cutoff=0.4)
+    raise ValueError(
+        f"no arm or prompt is called {name!r}: {'did you mean ' + ', '.join(near) + '? ' if near else ''}"
+        f"Arms are {', '.join(known)}; any prompt of the library works too, and name=text makes one of your own"
+    )
+
+
+def _file_name(prompt: str) -> str:
+    return prompt.replace("/", "_")
+
+
+_FILE_NAMES = frozenset(map(_file_name, library.PROMPTS))  # an own name like this would share its files with the prompt
 
 
 def stable_id(text: str) -> int:

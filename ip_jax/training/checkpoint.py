@@ -6,7 +6,6 @@ import os
 import re
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -29,10 +28,8 @@ class Checkpoints:
         step = int(state.step)
         if step in self.manager.all_steps():
             return
-        # A copy: the next training step is given the state's own buffers while the write is still under way.
-        arrays = _named(jax.tree.map(jnp.copy, state))
-        with _one_sentence("write", self.manager.directory):
-            self.manager.save(step, args=ocp.args.StandardSave(arrays))
+        with _one_sentence("write", self.manager.directory):  # Orbax holds the values when `save` returns: the next step may be given the buffers
+            self.manager.save(step, args=ocp.args.StandardSave(_named(state)))
 
     def wait(self) -> None:
         """Returns when everything that was begun is on the disk."""
