@@ -106,7 +106,7 @@ def parquet_writer(table: pa.Table) -> Callable:
 
 def merge_parts(folder: epath.Path) -> pa.Table:
     """All part files of a folder as one table, in the order of their names. Raises FileNotFoundError where there is none."""
-    parts = sorted(path for path in folder.iterdir() if path.suffix == ".parquet" and not path.name.startswith("."))
+    parts = sorted(folder.glob("*.parquet"))
     if not parts:
         raise FileNotFoundError(f"{folder} holds no transcripts yet: run the experiment first")
     return pa.concat_tables([pq.read_table(path) for path in parts])
