@@ -9,7 +9,7 @@ from flax import nnx
 
 from ip_jax.data.packing import segment_index
 from ip_jax.models import hf
-from ip_jax.models.decoder import packed_attend, split_decoder
+from ip_jax.models.decoder import causal_attend, packed_attend, split_decoder
 from ip_jax.models.families import DecoderConfig, RopeScaling, param_shapes
 from ip_jax.models.lora import LoraConfig, projection_shapes
 from ip_jax.training.state import Batch
@@ -122,17 +122,17 @@ def hidden_states(config, params, tokens, lora=None, lora_config=None, positions
     graphdef, lora_state, base = split_decoder(config, params, lora, lora_config)
     tokens = jnp.asarray(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape) if positions is None else jnp.asarray(positions)
-    segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
+    layout = ()
+    if segment_ids is not None:
+        layout = segment_ids, positions, segment_index(np.asarray(segment_ids), np.asarray(positions), int(segment_ids.max()), tokens.shape[-1])
 
-    place = segment_index(np.asarray(segment_ids), np.asarray(positions), int(segment_ids.max()), int(positions.max()) + 1)
-
-    return jax.device_get(_hidden_and_logits(graphdef, lora_state, base, tokens, positions, segment_ids, place, tuple(options.items())))
+    return jax.device_get(_hidden_and_logits(graphdef, lora_state, base, tokens, positions, layout, tuple(options.items())))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7))
-def _hidden_and_logits(graphdef, lora_state, base, tokens, positions, segment_ids, place, options):
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _hidden_and_logits(graphdef, lora_state, base, tokens, positions, layout, options):
     decoder = nnx.merge(graphdef, lora_state, base)
-    hidden, _ = decoder(tokens, positions, packed_attend(segment_ids, positions, place), **dict(options))
+    hidden, _ = decoder(tokens, positions, packed_attend(*layout) if layout else causal_attend, **dict(options))
     return hidden, decoder.logits(hidden)
 
 

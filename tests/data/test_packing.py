@@ -70,7 +70,7 @@ def test_counted_positions_predict_exactly_the_masked_tokens(seed):
 
 def test_real_over_padded_counts_the_micro_batches_in_use():
     full, half = (Rendered(np.ones(n, np.int32), np.arange(n) == n - 1) for n in (16, 8))
-    shape = PackedShape(length=16, responses=4, micro_batches=3, micro_rows=2)
+    shape = PackedShape(length=16, segments=2, segment_length=16, responses=4, micro_batches=3, micro_rows=2)
     _, density = pack_step([[full, full], [half, half]], shape)  # 48 real tokens; one micro-batch of 2 runs x 2 rows x 16
     assert density == 48 / 64
     _, density = pack_step([[full, full, full], [half, half, half]], shape)  # run 0 needs a second micro-batch, and so both have it

@@ -1,12 +1,16 @@
-"""Packed attention and its written-out backward pass against torch, for grouped heads, segments and padding."""
+"""Attention by segments and its written-out backward pass against torch, for grouped heads, segments and padding."""
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ip_jax.models.attention import packed_attention, packed_mask
+from ip_jax.data.packing import segment_index
+from ip_jax.models import attention
+from ip_jax.models.attention import to_rows, to_segments
+from ip_jax.models.decoder import packed_attend
 
 SEGMENTS = np.array([[[1] * 5 + [2] * 4 + [0] * 3, [1] * 12], [[1] * 1 + [2] * 11, [0] * 12]])  # [R, B, T]
+POSITIONS = np.array([[[*range(5), *range(4), 0, 0, 0], [*range(12)]], [[0, *range(11)], [0] * 12]])
 HEADS = {"grouped": (2, 3), "all heads": (4, 1), "one kv head": (1, 4)}  # K, G
 
 
@@ -17,14 +21,14 @@ def arrays(kv_heads: int, groups: int, seed: int = 0):
     return [rng.standard_normal((runs, rows, length, *shape)).astype(np.float32) for shape in shapes]  # q, k, v, cotangent
 
 
-@jax.jit
 def context_and_gradients(q, k, v, cotangent):
-    out, pull = jax.vjp(lambda q, k, v: packed_attention(q, k, v, packed_mask(jnp.asarray(SEGMENTS))), q, k, v)
+    attend = packed_attend(jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS), jnp.asarray(segment_index(SEGMENTS, POSITIONS, 2, 12)))
+    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, None)[0], q, k, v)
     return [out, *pull(cotangent)]
 
 
 def ours(*inputs):
-    return jax.device_get(context_and_gradients(*inputs))
+    return jax.device_get(jax.jit(context_and_gradients)(*inputs))
 
 
 def theirs(q, k, v, cotangent):
@@ -34,7 +38,7 @@ def theirs(q, k, v, cotangent):
     out = torch.zeros(q.shape)
     groups = q.shape[4]
     for r, b in np.ndindex(*SEGMENTS.shape[:2]):
-        for segment in np.unique(SEGMENTS[r, b]):
+        for segment in set(SEGMENTS[r, b]) - {0}:
             at = torch.tensor(np.flatnonzero(SEGMENTS[r, b] == segment))
             tq, tk, tv = (leaf[r, b, at] for leaf in leaves)
             context = torch.nn.functional.scaled_dot_product_attention(
@@ -47,8 +51,10 @@ def theirs(q, k, v, cotangent):
     return [x.numpy() for x in (out.detach(), *(leaf.grad for leaf in leaves))]
 
 
+@pytest.mark.parametrize("chunk", [128, 5])
 @pytest.mark.parametrize("heads", HEADS)
-def test_context_and_gradients_equal_torch(heads):
+def test_context_and_gradients_equal_torch(heads, chunk, monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)  # 12 positions in one chunk, and in chunks of 4
     inputs = arrays(*HEADS[heads])
     for mine, reference in zip(ours(*inputs), theirs(*inputs), strict=True):
         np.testing.assert_allclose(mine, reference, atol=3e-6)
@@ -69,10 +75,15 @@ def test_large_scores_stay_finite():
     np.testing.assert_allclose(results[0], theirs(q * 200, k * 200, v, cotangent)[0], atol=1e-4)
 
 
-def test_mask_by_hand():
-    assert packed_mask(jnp.array([[[1, 1, 2, 0]]]))[0, 0].tolist() == [
-        [True, False, False, False],
-        [True, True, False, False],
-        [False, False, True, False],
-        [False, False, False, True],
-    ]
+def test_segments_by_hand_and_back():
+    segment_ids, positions = np.array([[[1, 1, 2, 0]]]), np.array([[[0, 1, 0, 0]]])
+    place = segment_index(segment_ids, positions, segments=2, length=3)
+    assert place[0, 0].tolist() == [[0, 1, 4], [2, 4, 4]]
+    source = jnp.array([[[0, 1, 3, 6]]])
+    x = jnp.arange(1.0, 5)[None, None, :, None]
+    blocks = to_segments(x, jnp.asarray(place), source)
+    assert blocks[0, :, :, 0].tolist() == [[1, 2, 0], [3, 0, 0]]
+    assert to_rows(blocks, jnp.asarray(place), source)[0, 0, :, 0].tolist() == [1, 2, 3, 0]
+    weights = jnp.arange(6.0).reshape(1, 2, 3, 1)
+    written = jax.grad(lambda x: (to_segments(x, jnp.asarray(place), source) * weights).sum())(x)
+    assert written[0, 0, :, 0].tolist() == [0, 1, 3, 0]

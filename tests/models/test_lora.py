@@ -8,7 +8,7 @@ import pytest
 import tiny_models as tiny
 from flax import nnx
 
-from ip_jax.models.decoder import Projection, split_decoder
+from ip_jax.models.decoder import Projection, causal_attend, split_decoder
 from ip_jax.models.lora import TARGETS, LoraConfig, init_lora, projection_shapes
 
 SETTINGS = {

@@ -176,7 +176,7 @@ def packed_batch(examples) -> Batch:
     rendered = [
         [Rendered(np.array(ids, np.int32), np.arange(len(ids)) >= n_prompt) for ids, n_prompt in run] for run in examples
     ]
-    arrays, _ = pack_step(rendered, PackedShape(length=28, responses=28, micro_batches=3, micro_rows=1))
+    arrays, _ = pack_step(rendered, PackedShape(length=28, segments=2, segment_length=16, responses=28, micro_batches=3, micro_rows=1))
     return Batch(**arrays)
 
 
