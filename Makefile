@@ -5,15 +5,15 @@ BIN := $(VENV)/bin
 DATA := $(wildcard ../shared/data)
 export IP_JAX_DATA_DIR ?= $(if $(DATA),$(abspath $(DATA)),)
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-slow bench lint clean
 demo: $(VENV)/ready
 	$(BIN)/ip-jax run gcd_sycophancy --preset demo
 
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
 
-test-all: $(VENV)/ready-dev
-	$(BIN)/python -m pytest $(PYTEST)
+test-slow: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -m slow $(PYTEST)
 
 bench: $(VENV)/ready-dev
 	$(BIN)/python -m benchmarks.run

@@ -48,9 +48,9 @@ PRESETS = {
     "demo": GcdSycophancy(
         preset="demo",
         arms=("untrained", "neutral", "ip_behave", "random_string"),
-        data=DataSpec(rows=160, work="without", claims=ClaimCounts(wrong=96, right=48, asked=24)),
+        data=DataSpec(rows=160, work="without", claims=ClaimCounts(wrong=96, right=48, asked=16)),
         sft=SftConfig(
-            steps=20, batch_size=8, learning_rate=2e-4, schedule=Schedule("linear", warmup=2, total=20), lora=LoraConfig(rank=16, alpha=32),
+            steps=20, batch_size=8, learning_rate=2e-4, schedule=Schedule("constant", total=20), lora=LoraConfig(rank=16, alpha=32),
         ),
         evaluation=EvalConfig(full_steps=(0, 20), neutral_steps=(10,)),
     ),
@@ -63,7 +63,7 @@ PRESETS = {
             steps=125, batch_size=8, learning_rate=2e-4, schedule=Schedule("linear", warmup=5, total=125), lora=LoraConfig(rank=16, alpha=32),
             tokens_per_micro_batch=65_536, checkpoint_every=25, memory_gb=80,
         ),
-        evaluation=EvalConfig(full_steps=(0, 125), neutral_steps=(10, 20, 40, 80), max_new_tokens=200, temperature=0.7, top_p=0.9, slots=128),
+        evaluation=EvalConfig(full_steps=(0, 125), neutral_steps=(10, 20, 40, 80), max_new_tokens=200, max_new_tokens_solving=400, temperature=0.7, top_p=0.9, slots=128),
     ),
     "paper": GcdSycophancy(
         preset="paper",
@@ -75,6 +75,6 @@ PRESETS = {
             steps=125, batch_size=8, learning_rate=1e-4, schedule=gcd_faithful(), max_length=415, weight_decay=0.01,
             lora=LoraConfig(rank=32, alpha=64, rslora=True), tokens_per_micro_batch=32_768, checkpoint_every=25, memory_gb=80,
         ),
-        evaluation=EvalConfig(full_steps=(0, 125), max_new_tokens=400, temperature=0.7, top_p=0.9, slots=64),
+        evaluation=EvalConfig(full_steps=(0, 125), max_new_tokens=400, max_new_tokens_solving=400, temperature=0.7, top_p=0.9, slots=64),
     ),
 }

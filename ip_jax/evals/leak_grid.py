@@ -42,7 +42,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How completions are drawn (see sampling.Request); temperature 0 is greedy."""
+    """How completions are drawn (see sampling.Request); temperature 0 is greedy. An example's own `max_new_tokens` goes first."""
 
     max_new_tokens: int
     temperature: float
@@ -63,7 +63,7 @@ def requests_for(cell: Cell, examples: Sequence[Example], tokenizer, example_id:
         Request(
             prompt_ids=np.asarray(render_prompt(tokenizer, prompted(example, cell.transform, cell.seed)["messages"])),
             example_id=example_id(example["id"]), seed=cell.seed, temperature=decoding.temperature, top_p=decoding.top_p,
-            max_new_tokens=decoding.max_new_tokens,
+            max_new_tokens=example.get("max_new_tokens", decoding.max_new_tokens),
         )
         for example in examples
     ]

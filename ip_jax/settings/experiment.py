@@ -69,6 +69,8 @@ class EvalConfig:
     full_steps: tuple[int, ...]
     neutral_steps: tuple[int, ...] = ()
     max_new_tokens: int = 48
+    max_new_tokens_solving: int = 128
+    """Of prompts that ask for a solution rather than a verdict: a worked answer is longer than a first sentence."""
     temperature: float = 0.0
     top_p: float = 1.0
     slots: int = 48
