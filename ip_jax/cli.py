@@ -143,13 +143,10 @@ def _chat(arguments: list[str], console: Console) -> None:
     parser.add_argument("--prompt", default="neutral", help="a prompt of the library that is put into your first message")
     parser.add_argument("--temperature", type=float, default=0.7)
     options = parser.parse_args(arguments)
-    folder, record = _results(options.folder)
-    from ip_jax.sampling.chat import chat, trained_arms
+    from ip_jax.settings.chat import ChatOptions, chat
 
-    arms = trained_arms(folder)
-    if options.arm != "untrained" and options.arm not in arms:
-        raise ValueError(f"{folder} has no trained arm {options.arm!r}: {_nearest(options.arm, [*arms, 'untrained'])}")
-    chat(folder, record, options.arm, options.seed, options.prompt, options.temperature, console)
+    folder, _ = _results(options.folder)
+    chat(folder, ChatOptions(options.arm, options.seed, options.prompt, options.temperature), console)
 
 
 def _models(arguments: list[str], console: Console) -> None:

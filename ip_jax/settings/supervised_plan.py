@@ -118,12 +118,14 @@ def check_evaluations(experiment: Supervised, tokenizer) -> None:
 
 
 def untrained_sweeps(experiment: Supervised) -> list[Sweep]:
-    """The untrained model under every prompt that some arm is evaluated under; once for greedy decoding, else for every seed."""
+    """The untrained model under every prompt that some arm is evaluated under; once for greedy decoding, else for every seed.
+
+    One sweep for each evaluation set: all prompts decode side by side.
+    """
     seeds = experiment.seeds if experiment.evaluation.temperature > 0 else experiment.seeds[:1]
     return [
-        [Cell(arm.name, seed, 0, 0, eval_set, name, False, transform)]
-        for arm in experiment.arms if arm.train_prompt is None
-        for seed in seeds for eval_set in experiment.eval_sets for name, transform in _all_prompts(experiment).items()
+        [Cell(arm.name, seed, 0, 0, eval_set, name, False, transform) for seed in seeds for name, transform in _all_prompts(experiment).items()]
+        for arm in experiment.arms if arm.train_prompt is None for eval_set in experiment.eval_sets
     ]
 
 
