@@ -75,7 +75,7 @@ def verdicts(row, completion: str) -> dict:
 def make_experiment(model: Path, arms=("untrained", "neutral", "ip"), seeds=(0,), sft: dict = {}, evaluation: dict = {}, **changes) -> Supervised:  # noqa: B006
     """Six steps of four examples, looked at after three and six; everything of it can be replaced."""
     sft_config = SftConfig(**dict(
-        steps=6, batch_size=4, learning_rate=1e-2, schedule=Schedule("constant"), lora=LoraConfig(rank=2, alpha=4, dropout=0.1),
+        steps=6, batch_size=4, learning_rate=1e-2, schedule=Schedule("constant"), lora=LoraConfig(rank=2, alpha=4, dropout=0.1, targets=("q", "down")),
         max_length=128, tokens_per_micro_batch=512, checkpoint_every=2,
     ) | sft)  # fmt: skip
     evaluation_config = EvalConfig(**dict(full_steps=(0, 6), neutral_steps=(3,), max_new_tokens=4, slots=4) | evaluation)

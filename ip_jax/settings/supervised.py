@@ -191,12 +191,14 @@ def _record_run(session: Session, run: Run, r: int, state: TrainState, dropped: 
     layers = nnx.to_pure_dict(state.lora)["layers"]
     arrays = {f"{name}.{kind}": np.asarray(layers[name][f"lora_{kind}"][r]) for name in layers for kind in ("a", "b")}
     target, sft = session.folder / "runs" / run.name, session.experiment.sft
-    model = {"model": session.experiment.model.name, "fingerprint": session.model.fingerprint}
-    write_whole(target / "adapter.safetensors", to_safetensors(arrays, model | {"rank": str(sft.lora.rank), "scale": str(sft.lora.scale)}))
-    write_json(target / "run.json", {
+    about = {
         "arm": run.arm.name, "seed": run.seed, "key": run.key, "steps": sft.steps, "dropped_examples": dropped,
-        "finished_finite": bool(state.alive[r]), **model,
-    })
+        "finished_finite": bool(state.alive[r]), "model": session.experiment.model.name, "fingerprint": session.model.fingerprint,
+        "rank": sft.lora.rank, "scale": sft.lora.scale,
+    }
+    # one metadata entry: safetensors writes several in an order of chance, and equal runs should be equal files
+    write_whole(target / "adapter.safetensors", to_safetensors(arrays, {"run": json.dumps(about)}))
+    write_json(target / "run.json", about)
 
 
 def _write_environment(session: Session, seconds: float) -> None:

@@ -9,7 +9,8 @@ from etils import epath
 from tiny_experiment import example, make_tokenizer
 
 from experiments.gcd_sycophancy import VERDICT_TYPES
-from ip_jax.evals.leak_grid import Cell, Decoding, merge_parts, parquet_writer, prompted, requests_for, rows_of, schema, table_of
+from ip_jax.evals import leak_grid
+from ip_jax.evals.leak_grid import Cell, Decoding, merge_parts, prompted, requests_for, rows_of, schema
 from ip_jax.prompts.transforms import Identity, Suffix
 from ip_jax.sampling.sampler import Completion
 from ip_jax.training.results import write_binary
@@ -71,7 +72,7 @@ def test_missing_values_keep_their_type(tmp_path, tokenizer):
     for step, changes in enumerate(({"mod": None, "claimed": None}, {"mod": 4, "claimed": "9"})):
         cell = Cell("ip", 0, step, 0, "task", "neutral", False, Identity())
         rows = rows_of("sums", cell, [{**example(1, "-"), **changes}], done, tokenizer, lambda *_: {"confirms": None})
-        write_binary(folder / cell.part, parquet_writer(table_of(rows, columns)))
+        write_binary(folder / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows, columns)))
     (folder / f".{cell.part}.partial").write_bytes(b"PAR1")  # what a kill may leave
     table = merge_parts(folder)
     assert table.schema.equals(columns)
