@@ -13,6 +13,7 @@ from ip_jax.settings.gcd_sycophancy.data import DataSpec
 from ip_jax.settings.gcd_sycophancy.generate import ClaimCounts
 from ip_jax.training.schedules import Schedule, gcd_faithful
 
+EXPERIMENT = "gcd_sycophancy"  # in experiments/; a copy of this file needs it
 ARMS = {
     arm.name: arm
     for arm in (

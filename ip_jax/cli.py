@@ -76,7 +76,7 @@ def _run(arguments: list[str], console: Console) -> None:
     if options.preset not in module.PRESETS:
         raise ValueError(f"{name} has no preset {options.preset!r}: {_nearest(options.preset, module.PRESETS)}")
     config = override(module.PRESETS[options.preset], fields, f"ip-jax run {name} --preset {options.preset}")
-    experiment = importlib.import_module(f"experiments.{getattr(module, 'EXPERIMENT', epath.Path(name).stem)}")
+    experiment = _experiment_of(module, name)
     folder = epath.Path(options.out) if options.out else default_folder(experiment, config)
     console.print(f"results: {folder}", highlight=False)
     if options.redraw:
@@ -117,6 +117,17 @@ def config_names() -> list[str]:
     import configs
 
     return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+
+
+def _experiment_of(config: ModuleType, name: str) -> ModuleType:
+    """The module in experiments/ that runs a config: the one that it names, else its namesake."""
+    import experiments
+
+    known = sorted(module.name for module in pkgutil.iter_modules(experiments.__path__))
+    wanted = getattr(config, "EXPERIMENT", epath.Path(name).stem)
+    if wanted not in known:
+        raise ValueError(f"the config {name} belongs to no experiment called {wanted!r}: {_nearest(wanted, known)}; say EXPERIMENT = ... in it")
+    return importlib.import_module(f"experiments.{wanted}")
 
 
 def default_folder(experiment: ModuleType, config) -> epath.Path:
@@ -183,4 +194,8 @@ def _enable_compile_cache() -> None:
     from ip_jax.models.hub import cache_dir
 
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+if __name__ == "__main__":
+    main()

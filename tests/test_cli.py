@@ -1,0 +1,157 @@
+"""The command line: one sentence and the nearest names for every mistake, fields of a config, redrawing without a model."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.gcd_sycophancy import PRESETS
+from ip_jax import cli
+
+CONFIG = """
+from configs.gcd_sycophancy import PRESETS as published
+import dataclasses
+
+{experiment}
+PRESETS = {{"demo": dataclasses.replace(published["demo"], model=dataclasses.replace(published["demo"].model, name={model!r}))}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_compile_cache(monkeypatch):
+    """It would stay switched on for the tests that follow."""
+    monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)
+
+
+@pytest.fixture
+def config(tmp_path) -> str:
+    """A config of the user's own whose model points nowhere."""
+    path = tmp_path / "mine.py"
+    path.write_text(CONFIG.format(experiment='EXPERIMENT = "gcd_sycophancy"', model=str(tmp_path / "nowhere")))
+    return str(path)
+
+
+def failure(capsys, *arguments: str) -> str:
+    """What a command that fails says on stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["rnu"], "no command is called 'rnu': did you mean run? there is run, figure, chat, models"),
+    (["run"], "run needs a config: gcd_sycophancy, or the path of a Python file"),
+    (["run", "gcd_sycophany"], "no config is called 'gcd_sycophany': did you mean gcd_sycophancy?"),
+    (["run", "nowhere/mine.py"], "there is no config file nowhere/mine.py"),
+    (["run", "gcd_sycophancy", "--preset", "dmo"], "gcd_sycophancy has no preset 'dmo': did you mean demo? there is demo, full, paper"),
+    (["run", "gcd_sycophancy", "--out", "OUT", "--arms", "neutral", "ip_behav"], "no arm or prompt is called 'ip_behav': did you mean ip_behave"),
+    (["run", "gcd_sycophancy", "--out", "OUT", "--arms", "gcd/behve"], "no arm or prompt is called 'gcd/behve': did you mean gcd/behave"),
+    (["run", "gcd_sycophancy", "--out", "OUT", "--arms", "mine="], "must read name=text"),
+    (["run", "gcd_sycophancy", "--out", "OUT", "--arms", "neutral", "neutral"], "the arm 'neutral' is listed twice"),
+    (["run", "gcd_sycophancy", "--out", "OUT", "--model.name", "smollm2-135m"], "There is no model 'smollm2-135m': .* embedded model (nearest: smollm2-135m-instruct"),
+    (["run", "gcd_sycophancy", "--out", "OUT", "--model.name", "nowhere/model.gguf"], "There is no model folder or .gguf file at nowhere/model.gguf"),
+    (["figure", "nowhere"], "nowhere is no results folder: it has no config.json"),
+    (["figure", "[/nowhere]"], "[/nowhere] is no results folder"),
+    (["chat", "nowhere", "--arm", "neutral"], "nowhere is no results folder"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_a_mistake_is_one_sentence_with_the_nearest_names(capsys, tmp_path, arguments, message):
+    said = failure(capsys, *[str(tmp_path / "out") if argument == "OUT" else argument for argument in arguments])
+    begin, dots, end = message.partition(".*")
+    assert said.startswith("ip-jax: ") and begin in said and end in said and "\n" not in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments, nearest", [
+    (["--sft.learning-rte", "1e-4"], "--sft.learning-rate"), (["--model.nme", "x"], "--model.name"), (["--sees", "1"], "--seeds"), (["--pre", "demo"], "--preset"),
+])  # fmt: skip
+def test_an_unknown_field_is_answered_with_the_nearest(capsys, arguments, nearest):
+    said = failure(capsys, "run", "gcd_sycophancy", *arguments)
+    assert arguments[0] in said and nearest in said
+
+
+def test_a_value_of_the_wrong_kind_is_refused(capsys):
+    said = failure(capsys, "run", "gcd_sycophancy", "--sft.steps", "many")
+    assert "--sft.steps" in said and "many" in said
+    said = failure(capsys, "run", "gcd_sycophancy", "--sft.schedule.kind", "cosin")
+    assert "cosin" in said and "cosine" in said
+
+
+@pytest.mark.parametrize("text, message", [
+    ("x = 1", "has no PRESETS"), (CONFIG.format(experiment="", model="x"), "belongs to no experiment called 'mine': there is gcd_sycophancy; say EXPERIMENT = ... in it"),
+    (CONFIG.format(experiment="EXPERIMENT = 'gcd_sycophany'", model="x"), "did you mean gcd_sycophancy?"),
+], ids=["no presets", "no experiment", "unknown experiment"])  # fmt: skip
+def test_a_config_file_that_is_none(capsys, tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    assert message in failure(capsys, "run", str(tmp_path / "mine.py"))
+
+
+def test_fields_replace_those_of_the_preset():
+    demo = PRESETS["demo"]
+    changed = cli.override(demo, "--sft.learning-rate 1e-3 --arms neutral gcd/note --sft.drop-long --evaluation.neutral-steps 5 10 --model.name m".split(), "test")
+    assert (changed.sft.learning_rate, changed.arms, changed.sft.drop_long) == (1e-3, ("neutral", "gcd/note"), True)
+    assert (changed.evaluation.neutral_steps, changed.model.name) == ((5, 10), "m")
+    assert (changed.sft.lora, changed.data, changed.evaluation.full_steps) == (demo.sft.lora, demo.data, demo.evaluation.full_steps)
+    assert cli.override(demo, [], "test") == demo
+
+
+def test_a_changed_config_has_a_folder_of_its_own_and_a_longer_list_of_arms_has_not():
+    from experiments import gcd_sycophancy
+
+    def folder(*fields):
+        return str(cli.default_folder(gcd_sycophancy, cli.override(PRESETS["demo"], list(fields), "test")))
+
+    assert folder().startswith("results/gcd_sycophancy/demo-")
+    assert folder() == folder("--arms", "neutral") == folder("--seeds", "0", "1") == folder("--judge", "published")
+    changed = [folder("--sft.learning-rate", "1e-3"), folder("--data.rows", "100"), folder("--model.name", "m"), folder("--evaluation.temperature", "0.5")]
+    assert len({folder(), *changed}) == 5
+
+
+def test_help_teaches_by_example(capsys):
+    cli.main([])
+    usage = capsys.readouterr().out
+    assert "ip-jax run gcd_sycophancy --sft.learning-rate 1e-4" in usage
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["run", "gcd_sycophancy", "--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert "--sft.learning-rate" in said and "--evaluation.max-new-tokens" in said
+
+
+def test_redraw_needs_no_model(capsys, config, tmp_path):
+    sys.path.insert(0, str(Path(__file__).parent / "report"))
+    from synthetic import demo_rows, write_folder
+
+    folder = write_folder(tmp_path / "out", demo_rows())
+    cli.main(["run", config, "--redraw", "--out", str(folder)])
+    drawn = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert drawn["figure.png"] > 10_000 and drawn["figure.svg"] > 10_000 and drawn["table.csv"] > 100
+    assert "random string" in capsys.readouterr().out
+    assert "nowhere" in failure(capsys, "run", config, "--out", str(tmp_path / "other")), "while training asks for it"
+
+
+def test_redraw_of_nothing_is_one_sentence(capsys, config, tmp_path):
+    said = failure(capsys, "run", config, "--redraw", "--out", str(tmp_path / "none"))
+    assert "config.json is missing" in said and "\n" not in said
+
+
+def test_models_lists_families_and_names(capsys):
+    cli.main(["models"])
+    said = capsys.readouterr().out
+    assert "LlamaForCausalLM" in said and "smollm2-135m-instruct" in said
+
+
+def test_the_installed_command_says_one_sentence(tmp_path):
+    command = [str(Path(sys.executable).with_name("ip-jax")), "run", "gcd_sycophancy", "--arms", "neutrl"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("ip-jax: no arm or prompt is called 'neutrl': did you mean neutral")
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_a_folder_of_another_config_is_refused(capsys, config, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text(json.dumps({"identity": "x", "config": {}}))
+    said = failure(capsys, "chat", str(tmp_path / "out"), "--arm", "neutrl")
+    assert said.startswith("ip-jax: ") and "\n" not in said
