@@ -56,7 +56,7 @@ def run_supervised(experiment: Supervised, folder: epath.Path, display: Display)
     started = time.monotonic()
     runs, sources, dropped = prepare(experiment, folder)
     left = [run for run in runs if not run.is_complete(folder)]
-    untrained = plan.incomplete(folder, plan.untrained_sweeps(experiment))
+    untrained = plan.incomplete(folder, plan.untrained_sweeps(experiment, folder))
     if left or untrained:
         session = _load(experiment, folder, display)
         for sweep in untrained:

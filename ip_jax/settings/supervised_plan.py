@@ -117,16 +117,26 @@ def check_evaluations(experiment: Supervised, tokenizer) -> None:
                 raise ValueError(f"example {example['id']} of the evaluation set {eval_set} has {length} tokens under the prompt {prompt}: at most {limit} are allowed")
 
 
-def untrained_sweeps(experiment: Supervised) -> list[Sweep]:
+def untrained_sweeps(experiment: Supervised, folder: epath.Path) -> list[Sweep]:
     """The untrained model under every prompt that some arm is evaluated under; once for greedy decoding, else for every seed.
 
-    One sweep for each evaluation set: all prompts decode side by side.
+    All cells of an evaluation set are one sweep: all prompts decode side by side. What a later arm adds is a sweep of its own;
+    transcripts/untrained.json remembers which cells belong together.
     """
     seeds = experiment.seeds if experiment.evaluation.temperature > 0 else experiment.seeds[:1]
-    return [
+    cells = [
         [Cell(arm.name, seed, 0, 0, eval_set, name, False, transform) for seed in seeds for name, transform in _all_prompts(experiment).items()]
         for arm in experiment.arms if arm.train_prompt is None for eval_set in experiment.eval_sets
     ]
+    by_part = {cell.part: cell for of_set in cells for cell in of_set}
+    path = folder / "transcripts" / "untrained.json"
+    together = json.loads(path.read_text()) if path.exists() else []
+    known = {part for parts in together for part in parts}
+    new = [[cell.part for cell in of_set if cell.part not in known] for of_set in cells]
+    if any(new):
+        together += [parts for parts in new if parts]
+        write_json(path, together)
+    return [sweep for parts in together if (sweep := [by_part[part] for part in parts if part in by_part])]
 
 
 def sweeps_of_step(experiment: Supervised, group: Sequence[Run], step: int) -> list[Sweep]:

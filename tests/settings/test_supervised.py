@@ -22,6 +22,7 @@ from ip_jax.models.lora import LoraConfig
 from ip_jax.settings import supervised
 from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import Arm
+from ip_jax.settings.supervised_plan import untrained_sweeps
 from ip_jax.training.sharding import make_mesh
 from ip_jax.training.stopping import Interrupted
 
@@ -116,9 +117,9 @@ def metrics(folder: Path, name: str) -> list[dict]:
 
 def test_the_folder_holds_what_is_promised(finished, model):
     folder, _ = finished
-    files = sorted(name for name in contents(folder) if not name.startswith("transcripts/"))
+    files = sorted(name for name in contents(folder) if not name.endswith(".parquet") or "/" not in name)
     of_run = ["adapter.safetensors", "key.json", "metrics.jsonl", "run.json"]
-    assert files == ["config.json", *(f"runs/{name}/{file}" for name in ("ip-s0", "neutral-s0") for file in of_run), "transcripts.parquet"]
+    assert files == ["config.json", *(f"runs/{name}/{file}" for name in ("ip-s0", "neutral-s0") for file in of_run), "transcripts.parquet", "transcripts/untrained.json"]
     assert list((folder / "checkpoints").iterdir()) == []
     record = json.loads((folder / "config.json").read_text())
     assert {"experiment", "preset", "config", "identity", "provenance", "arms", "seeds", "fingerprint"} <= record.keys()
@@ -249,10 +250,10 @@ def sigterm():
 
 
 @pytest.mark.parametrize("where", [
-    ("sample", 2), ("write", 5), ("write", 8), ("record", 2), ("write", 10),
+    ("write", 2), ("sample", 2), ("write", 5), ("write", 8), ("record", 2), ("write", 10),
 ], ids=str)  # fmt: skip
 def test_after_a_crash_anywhere_the_same_command_ends_bit_for_bit_alike(tmp_path, finished, model, where):
-    """"write" 5 and 8 lie between the parts of one sweep, "record" 2 between two runs of one program, "write" 10 before the merged table."""
+    """"write" 2, 5 and 8 lie between the parts of one sweep, "record" 2 between two runs of one program, "write" 10 before the merged table."""
     with pytest.raises(RuntimeError, match="power cut"):
         run(make_experiment(model), tmp_path / "out", {where: power_cut})
     doings, _ = run(make_experiment(model), tmp_path / "out")
@@ -263,7 +264,7 @@ def test_after_a_crash_anywhere_the_same_command_ends_bit_for_bit_alike(tmp_path
 
 
 @pytest.mark.parametrize("where, message", [
-    (("step", 4), "^stopped by SIGTERM, step 4 is saved$"), (("sample", 4), "^stopped by SIGTERM in the evaluation of step 3, step 3 is saved$"),
+    (("step", 4), "^stopped by SIGTERM, step 4 is saved$"), (("sample", 2), "^stopped by SIGTERM in the evaluation of step 3, step 3 is saved$"),
 ], ids=["step", "evaluation"])  # fmt: skip
 def test_sigterm_saves_and_says_so(tmp_path, finished, model, where, message):
     with pytest.raises(Interrupted, match=message):
@@ -366,10 +367,22 @@ def test_a_folder_in_use_by_something_else_is_refused(tmp_path, model, monkeypat
         run(make_experiment(model), tmp_path / "out")
 
 
-def test_sampling_at_a_temperature_repeats_the_untrained_model_for_every_seed(model):
-    from ip_jax.settings.supervised_plan import untrained_sweeps
+def prompts_of(sweeps) -> list[list[tuple]]:
+    return [[(cell.seed, cell.eval_prompt) for cell in sweep] for sweep in sweeps]
 
-    greedy, sampled = (untrained_sweeps(make_experiment(model, seeds=(4, 5), evaluation={"temperature": t})) for t in (0.0, 0.7))
-    assert [(sweep[0].seed, sweep[0].eval_prompt) for sweep in greedy] == [(4, name) for name in ("neutral", "gcd/safety_matched", "gcd/behave")]
-    assert len(sampled) == 6 and {sweep[0].seed for sweep in sampled} == {4, 5}
-    assert untrained_sweeps(make_experiment(model, arms=("neutral",))) == []
+
+def test_the_untrained_model_is_seen_once_under_every_prompt_and_seed(model, tmp_path):
+    prompts = ["neutral", "gcd/safety_matched", "gcd/behave"]
+    for temperature, seeds in ((0.0, [4]), (0.7, [4, 5])):
+        folder = epath.Path(tmp_path) / str(temperature)
+        sweeps = untrained_sweeps(make_experiment(model, seeds=(4, 5), evaluation={"temperature": temperature}), folder)
+        assert prompts_of(sweeps) == [[(seed, prompt) for seed in seeds for prompt in prompts]]
+    assert untrained_sweeps(make_experiment(model, arms=("neutral",)), epath.Path(tmp_path) / "none") == []
+
+
+def test_what_a_later_arm_adds_to_the_untrained_model_is_a_sweep_of_its_own(model, tmp_path):
+    folder, own = epath.Path(tmp_path), Arm("mine", "mine", "mine", text="Be kind.")
+    first = untrained_sweeps(make_experiment(model), folder)
+    later = untrained_sweeps(make_experiment(model, arms=("untrained", own, "neutral", "ip")), folder)
+    assert later == [*first, [cell for sweep in later for cell in sweep if cell.eval_prompt == "mine"]] and len(later) == 2
+    assert prompts_of(untrained_sweeps(make_experiment(model, arms=("untrained", "neutral")), folder)) == [[(0, "neutral"), (0, "gcd/safety_matched")]]
