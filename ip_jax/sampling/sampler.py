@@ -54,6 +54,7 @@ def sample(
 def _complete(graphdef, lora, base, requests, options: SamplerOptions, on_progress: Callable[[int], None]) -> list[dict[tuple[int, int], Completion]]:
     """For each run, (index of the request, sample) -> completion."""
     plan = make_plan(requests, options)
+    stop_ids = np.array(options.stop_ids, np.int32)
     layers = separate_layers(graphdef, lora, base)
     slots = empty_slots(nnx.merge(graphdef, lora, base).config, plan.shape, options.dtype)
     waiting = [list(queue) for queue in plan.queues]
@@ -64,9 +65,7 @@ def _complete(graphdef, lora, base, requests, options: SamplerOptions, on_progre
             refill = make_refill(plan, take_entries(waiting, held, plan), requests, options.prompt_buckets)
             slots = prefill(graphdef, lora, base, slots, refill, dtype=options.dtype)
         wanted = np.array([min(len(queue), plan.prefill_prompts) for queue in waiting], np.int32)
-        slots = decode(
-            graphdef, lora, base, layers, slots, wanted, stop_ids=options.stop_ids, dtype=options.dtype, candidates=options.candidates
-        )
+        slots = decode(graphdef, lora, base, layers, slots, wanted, stop_ids, dtype=options.dtype, candidates=options.candidates)
         _harvest(slots, held, found, options.stop_ids)
         on_progress(sum(map(len, found)))
     return found

@@ -141,11 +141,14 @@ def prefill(graphdef, lora, base, slots: Slots, refill: Refill, *, dtype: str) -
     return _pinned(slots)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "stop_ids", "dtype", "candidates"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype", "candidates"), donate_argnames="slots")
 def decode(
-    graphdef, lora, base, layers, slots: Slots, wanted: Int[Array, " R"], *, stop_ids: tuple[int, ...], dtype: str, candidates: int
+    graphdef, lora, base, layers, slots: Slots, wanted: Int[Array, " R"], stop_ids: Int[Array, " E"], *, dtype: str, candidates: int
 ) -> Slots:
-    """Decodes until every row has finished, or until each run has as many free groups as it wants (0: it wants none)."""
+    """Decodes until every row has finished, or until each run has as many free groups as it wants (0: it wants none).
+
+    A row finishes with any of `stop_ids` or at its limit.
+    """
 
     def working(slots: Slots):
         free = jnp.all(slots.finished, axis=-1).sum(axis=-1)
@@ -159,7 +162,7 @@ def decode(
     return _pinned(jax.lax.while_loop(working, step, slots))
 
 
-def decode_step(decoder, layers, slots: Slots, stop_ids: tuple[int, ...], dtype, candidates: int) -> Slots:
+def decode_step(decoder, layers, slots: Slots, stop_ids: Int[Array, " E"], dtype, candidates: int) -> Slots:
     """Feeds every row its token, chooses the next. Finished rows are computed and kept as they are."""
     runs, groups, rows = slots.token.shape
     age = slots.clock - slots.started
@@ -172,7 +175,6 @@ def decode_step(decoder, layers, slots: Slots, stop_ids: tuple[int, ...], dtype,
     index = jnp.broadcast_to(age[..., None], slots.token.shape)
     token, log_prob = choose_tokens(logits, slots.temperature, slots.top_p, token_uniforms(slots.keys, index), candidates)
     made = jnp.where(slots.finished, slots.made, slots.made + 1)
-    stop = jnp.isin(token, jnp.asarray(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(slots.finished)
     # A token is never negative, but that the column depends on it puts the writes behind every read: without it XLA copies each ring.
     column = slots.clock % slots.tokens.shape[-1] + (token.min() < 0)
     write = lambda ring, new, axis: jax.lax.dynamic_update_slice_in_dim(ring, jnp.expand_dims(new, axis).astype(ring.dtype), column, axis)  # noqa: E731
@@ -182,7 +184,7 @@ def decode_step(decoder, layers, slots: Slots, stop_ids: tuple[int, ...], dtype,
         own_k=tuple(write(ring, k, 5) for ring, (k, _) in zip(slots.own_k, emitted, strict=True)),
         own_v=tuple(write(ring, v, 4) for ring, (_, v) in zip(slots.own_v, emitted, strict=True)),
         token=token,
-        finished=slots.finished | stop | (made >= slots.limit),
+        finished=slots.finished | jnp.isin(token, stop_ids) | (made >= slots.limit),
         made=made,
         tokens=write(slots.tokens, keep(slots.tokens, token), 3),
         log_probs=write(slots.log_probs, keep(slots.log_probs, log_prob), 3),

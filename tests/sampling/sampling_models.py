@@ -58,6 +58,6 @@ def full_logits(model, run: int, token_ids) -> np.ndarray:
 
 
 def prompts(count: int, length: int | None = None, seed: int = 0) -> list[np.ndarray]:
-    """Random token ids, of random lengths unless one is given."""
+    """Random token ids, of random lengths in one bucket unless a length is given."""
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, TINY.vocab_size, length or rng.integers(1, 40)).astype(np.int32) for _ in range(count)]
+    return [rng.integers(0, TINY.vocab_size, length or rng.integers(17, 33)).astype(np.int32) for _ in range(count)]
