@@ -28,22 +28,22 @@ ARMS = {
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with one token for each byte and the merges of a few words; ChatML."""
+def make_tokenizer(texts: tuple[str, ...] = (), vocab_size: int = 400) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with one token for each byte and the merges of a few words, and of `texts`; ChatML."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     words = ["user assistant I am learning to add and think that the sum of is correct. Is this right? Yes, the solution above Behave as if"] * 3
-    tokenizer.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator([*words, *texts], trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = TEMPLATE
     return fast
 
 
-def write_model(folder: Path, seed: int = 0) -> Path:
+def write_model(folder: Path, seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
     """A tiny random Llama as the files of a Hugging Face folder, written without torch."""
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     tokenizer.save_pretrained(folder)
     config = DecoderConfig("llama", len(tokenizer), 32, 64, 1, 4, 2, 8, 10000.0, 1e-5, 1024, True)
     hf_config = dict(
