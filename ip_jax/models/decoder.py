@@ -128,7 +128,7 @@ def _projection_keys(dropout):
     return {name: (rate, jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)) for i, name in enumerate(names)}
 
 
-def rms_norm(x: Float[Array, "*rows D"], weight: Float[Array, "D"], config: DecoderConfig) -> Float[Array, "*rows D"]:
+def rms_norm(x: Float[Array, "*rows D"], weight: Float[Array, " D"], config: DecoderConfig) -> Float[Array, "*rows D"]:
     """RMSNorm in float32 with the family's weight offset (Gemma stores w - 1)."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps)

@@ -50,7 +50,7 @@ def projection_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def init_lora(seeds: Int[Array, "R"], config: DecoderConfig, lora: LoraConfig) -> dict[str, dict[str, Float[Array, "R L _ _"]]]:
+def init_lora(seeds: Int[Array, " R"], config: DecoderConfig, lora: LoraConfig) -> dict[str, dict[str, Float[Array, "R L _ _"]]]:
     """One float32 adapter for each seed: A uniform in +-1/sqrt(inputs) (PEFT's kaiming_uniform with a = sqrt 5), B zero.
 
     A run's adapter is a function of its own seed, never of its neighbours.

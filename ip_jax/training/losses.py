@@ -18,7 +18,7 @@ def response_hidden(hidden: Float[Array, "R B T D"], index: Int[Array, "R B P"])
 
 def cross_entropy_sum(
     hidden: Float[Array, "R B P D"], vocabulary: Float[Array, "V D"], targets: Int[Array, "R B P"], weights: Float[Array, "R B P"]
-) -> Float[Array, "R"]:
+) -> Float[Array, " R"]:
     """Sum over B and P of weight * -log p(target), for each run, in float32.
 
     The vocabulary is frozen: no gradient reaches it. A chunk's logits live only inside one loop body, where both the loss

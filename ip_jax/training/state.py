@@ -15,10 +15,10 @@ class TrainState:
     step: Int[Array, ""]
     lora: Any  # pytree of [R, ...] float32
     adam: optax.ScaleByAdamState  # leaves [R, ...]
-    learning_rate: Float[Array, "R"]  # peak
-    weight_decay: Float[Array, "R"]
-    dropout_seed: Int[Array, "R"]
-    alive: Bool[Array, "R"]  # False from the first step whose loss or gradient was not finite
+    learning_rate: Float[Array, " R"]  # peak
+    weight_decay: Float[Array, " R"]
+    dropout_seed: Int[Array, " R"]
+    alive: Bool[Array, " R"]  # False from the first step whose loss or gradient was not finite
 
 
 @flax.struct.dataclass
@@ -45,7 +45,7 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.Gradien
     return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
 
-def init_state(lora, learning_rate: Float[Array, "R"], weight_decay: Float[Array, "R"], seeds: Int[Array, "R"]) -> TrainState:
+def init_state(lora, learning_rate: Float[Array, " R"], weight_decay: Float[Array, " R"], seeds: Int[Array, " R"]) -> TrainState:
     """A state at step 0 for the adapters `lora` (a pytree of [R, ...] arrays)."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
