@@ -204,25 +204,28 @@ def test_rate_and_decay_belong_to_the_run():
         np.testing.assert_allclose(new[2] - new[1], -1e-3 * 0.5 * old[2], atol=1e-7)
 
 
-@pytest.mark.parametrize("cause", ["rate", "adapter", "gradient"])
+@pytest.mark.parametrize("cause", ["rate", "adapter", "gradient", "one batch"])
 def test_a_run_that_diverges_is_frozen_and_the_others_go_on(cause):
     """Bit for bit: the other runs do as if their neighbour were well, and the frozen one stays at its last finite weights."""
     adapters, rates = tiny.random_lora(tiny.CONFIG, LORA, runs=3), np.array([1e-3, 1e-3, 2e-3], np.float32)
     batches = [one_row_each(tiny.random_examples(3, LENGTHS, seed=seed)) for seed in range(4)]
     well, seen_well = train(batches, adapters, rates)
     ill_adapters, ill_rates = jax.tree.map(np.copy, adapters), rates.copy()
+    ill_batches = list(batches)
     if cause == "rate":
         ill_rates[1] = 1e30  # the second loss is not finite
+    elif cause == "one batch":  # what comes after it would be finite again
+        ill_batches[1] = batches[1].replace(response_weight=batches[1].response_weight.at[:, 1, 0, 0].set(np.nan))
     elif cause == "adapter":
         ill_adapters["v"]["a"][1, 0, 3, 2] = np.nan
     else:
         ill_adapters["down"]["a"][1] *= 1e20  # B = 0 hides it from the loss, but the squares of B's gradient overflow
         ill_adapters["down"]["b"][1] = 0
-    ill, seen = train(batches, ill_adapters, ill_rates)
+    ill, seen = train(ill_batches, ill_adapters, ill_rates)
     for run in (0, 2):
         jax.tree.map(np.testing.assert_array_equal, tiny.of_run(ill, run), tiny.of_run(well, run))
         jax.tree.map(np.testing.assert_array_equal, *([tiny.of_run(m, run) for m in metrics] for metrics in (seen, seen_well)))
-    first_bad = 1 if cause == "rate" else 0
+    first_bad = 1 if cause in ("rate", "one batch") else 0
     assert [list(metrics["alive"]) for metrics in seen] == [[True, step < first_bad, True] for step in range(4)]
     if cause == "gradient":
         assert np.isfinite(seen[0]["loss"][1]) and not np.isfinite(seen[0]["grad_norm"][1])

@@ -1,5 +1,7 @@
 """The step on meshes of eight fake devices: the results of one device, shards of the promised size, no wide all-gather."""
+import collections
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from jax.sharding import PartitionSpec
 from ip_jax.models.assemble import assemble
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.families import DecoderConfig, param_shapes
-from ip_jax.models.lora import LoraConfig
+from ip_jax.models.lora import LoraConfig, projection_shapes
 from ip_jax.models.placement import BY_ROW, constrain
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sft import SftOptions, compile_sft_step
@@ -79,9 +81,10 @@ def test_a_mesh_gives_the_results_of_one_device(axes):
 
     text = step.lower(jax.device_put(state, places[0]), base, placed[0]).compile().as_text()
     layer = sum(int(np.prod(shape[1:])) for path, shape in param_shapes(CONFIG).items() if path[0] == "layers")
-    gathers = gathered_sizes(text)
-    assert max(gathers) <= layer < min(CONFIG.vocab_size * 32, 12 * 32 * 32)
-    assert max(gathers) >= 32 * 48 / axes.get("tensor", 1)  # kernels are gathered one by one, where they are used
+    gathers = gathered_shapes(text)
+    assert max(map(math.prod, gathers)) <= layer < min(CONFIG.vocab_size * 32, 12 * 32 * 32)
+    # each layer's kernels, one by one and less what `tensor` cuts, once forward and once backward
+    assert collections.Counter(shape for shape in gathers if len(shape) == 2) == collections.Counter(kernel_shapes(axes.get("tensor", 1)) * 2)
 
     first, again = (run_steps(step, jax.device_put(state, places[0]), base, placed) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
@@ -89,10 +92,16 @@ def test_a_mesh_gives_the_results_of_one_device(axes):
     assert step._cache_size() == 1
 
 
-def gathered_sizes(text: str) -> list[int]:
-    """Elements of every result of an all-gather in compiled HLO (of each member, where several are combined)."""
+def gathered_shapes(text: str) -> list[tuple[int, ...]]:
+    """The shape of every result of an all-gather in compiled HLO (of each member, where several are combined)."""
     results = re.findall(r"= (\(.*?\)|\S+) all-gather(?:-start)?\(", text)
-    return [int(np.prod([int(n) for n in shape.split(",")])) for result in results for shape in re.findall(r"\w+\[([\d,]+)\]", result)]
+    return [tuple(int(n) for n in shape.split(",")) for result in results for shape in re.findall(r"\w+\[([\d,]+)\]", result)]
+
+
+def kernel_shapes(tensor: int) -> list[tuple[int, int]]:
+    """[in, out] of a device's part of each kernel of one layer, once it is gathered over (run, data)."""
+    shapes = projection_shapes(CONFIG)
+    return [(shapes[k][0] // tensor, shapes[k][1]) if k in ("o", "down") else (shapes[k][0], shapes[k][1] // tensor) for k in KERNELS]
 
 
 def test_a_gathered_embedding_would_be_seen():
@@ -101,7 +110,7 @@ def test_a_gathered_embedding_would_be_seen():
     place = base_shardings(mesh, {"embed": np.zeros((2048, 32), np.float32)})["embed"]
     whole = jax.sharding.NamedSharding(mesh, PartitionSpec())
     text = jax.jit(lambda x: x + 1, in_shardings=place, out_shardings=whole).lower(np.zeros((2048, 32), np.float32)).compile().as_text()
-    assert max(gathered_sizes(text)) == 2048 * 32
+    assert gathered_shapes(text) == [(2048, 32)]
 
 
 def test_rules():
