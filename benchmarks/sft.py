@@ -34,7 +34,7 @@ def our_step(tokenizer, sources, tokens_per_micro_batch: int = 2048):
     import jax
     import jax.numpy as jnp
 
-    from ip_jax.data.pipeline import batch_reader
+    from ip_jax.data.pipeline import batch_reader, renderer
     from ip_jax.models import hub
     from ip_jax.models.decoder import split_decoder
     from ip_jax.models.lora import LoraConfig, init_lora
@@ -47,7 +47,7 @@ def our_step(tokenizer, sources, tokens_per_micro_batch: int = 2048):
     runs = len(sources)
     graphdef, adapters, base = split_decoder(model.config, model.params, init_lora(jnp.zeros(runs, int), model.config, lora), lora)
     state = init_state(adapters, jnp.full(runs, LEARNING_RATE), jnp.zeros(runs), jnp.zeros(runs, int))
-    reader = batch_reader(sources, tokenizer, EXAMPLES, 20, tokens_per_micro_batch)
+    reader = batch_reader(sources, renderer(tokenizer), EXAMPLES, 20, tokens_per_micro_batch)
     step = compile_sft_step(graphdef, SftOptions(Schedule("constant")))
     batches, densities = zip(*[reader(i) for i in range(STEPS)], strict=True)
     holder = [state]
@@ -68,7 +68,7 @@ def peer_step(tokenizer, source, dtype: str, attention: str, batch_size: int):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ip_jax.data.pipeline import run_dataset
+    from ip_jax.data.pipeline import renderer, run_dataset
 
     torch.manual_seed(0)
     torch.set_num_threads(2)
@@ -82,7 +82,7 @@ def peer_step(tokenizer, source, dtype: str, attention: str, batch_size: int):
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
-    dataset = run_dataset(source, tokenizer)
+    dataset = run_dataset(source, renderer(tokenizer))
     examples = [dataset[i] for i in range(STEPS * EXAMPLES)]
     batches = []
     for start in range(0, len(examples), batch_size):

@@ -4,7 +4,7 @@ Data order is a pure function of (seed, global step): nothing but the step numbe
 """
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -25,21 +25,30 @@ class RunSource:
     seed: int
 
 
-def run_dataset(source: RunSource, tokenizer, train_on: str = "last") -> grain.MapDataset:
-    """Element i is the i-th rendered example of an endless, reshuffled pass over the source, read by index."""
-    order = grain.MapDataset.range(len(source.examples)).seed(source.seed).shuffle().repeat()
+Render = Callable[[Sequence[Mapping[str, str]]], Rendered]
+
+
+def renderer(tokenizer, train_on: str = "last") -> Render:
+    """`render_conversation` with a memory: a conversation that many runs and epochs read is rendered once."""
 
     @functools.cache
-    def read(index: int) -> Rendered:
-        example = source.transform(source.examples[index], source.seed)
-        return render_conversation(tokenizer, example["messages"], train_on)
+    def render(turns: tuple[tuple[str, str], ...]) -> Rendered:
+        return render_conversation(tokenizer, [{"role": role, "content": content} for role, content in turns], train_on)
 
-    return order.map(lambda index: read(int(index)))
+    return lambda messages: render(tuple((message["role"], message["content"]) for message in messages))
 
 
-def fitting_examples(
-    sources: Sequence[RunSource], tokenizer, max_length: int, drop_long: bool, train_on: str = "last"
-) -> tuple[list[RunSource], list[int]]:
+def run_dataset(source: RunSource, render: Render) -> grain.MapDataset:
+    """Element i is the i-th rendered example of an endless, reshuffled pass over the source, read by index."""
+    order = grain.MapDataset.range(len(source.examples)).seed(source.seed).shuffle().repeat()
+    return order.map(lambda index: _read(source, int(index), render))
+
+
+def _read(source: RunSource, index: int, render: Render) -> Rendered:
+    return render(source.transform(source.examples[index], source.seed)["messages"])
+
+
+def fitting_examples(sources: Sequence[RunSource], render: Render, max_length: int, drop_long: bool) -> tuple[list[RunSource], list[int]]:
     """(sources, indices of the dropped examples). Every example must fit `max_length` tokens in every run that reads it.
 
     Arms stay paired: an index that is too long for one run is dropped from all. Raises ValueError with the run, the index and
@@ -49,19 +58,15 @@ def fitting_examples(
     if len(counts) > 1:
         raise ValueError(f"runs are paired by the index of an example, and these read unequally many: {', '.join(f'{name} {n}' for n, name in counts.items())}")
     too_long: set[int] = set()
-    lengths: dict[tuple, int] = {}
     for source in sources:
-        for index, example in enumerate(source.examples):
-            messages = source.transform(example, source.seed)["messages"]
-            key = tuple((message["role"], message["content"]) for message in messages)
-            if key not in lengths:
-                lengths[key] = len(render_conversation(tokenizer, messages, train_on).token_ids)
-            if lengths[key] > max_length and not drop_long:
+        for index in range(len(source.examples)):
+            length = len(_read(source, index, render).token_ids)
+            if length > max_length and not drop_long:
                 raise ValueError(
-                    f"run {source.name}: example {index} ({example['id']}) has {lengths[key]} tokens, and max_length is {max_length}: "
+                    f"run {source.name}: example {index} ({source.examples[index]['id']}) has {length} tokens, and max_length is {max_length}: "
                     "raise max_length or set drop_long to leave such examples out"
                 )
-            if lengths[key] > max_length:
+            if length > max_length:
                 too_long.add(index)
     kept = [[example for index, example in enumerate(source.examples) if index not in too_long] for source in sources]
     if not all(kept):
@@ -83,11 +88,10 @@ class BatchReader:
 
 
 def batch_reader(
-    sources: Sequence[RunSource], tokenizer, batch_size: int, steps: int, tokens_per_micro_batch: int, train_on: str = "last",
-    row_multiple: int = 1,
+    sources: Sequence[RunSource], render: Render, batch_size: int, steps: int, tokens_per_micro_batch: int, row_multiple: int = 1
 ) -> BatchReader:
     """Plans the packing of all steps of all runs (see `plan_shape`) and returns the reader of their batches."""
-    datasets = tuple(run_dataset(source, tokenizer, train_on) for source in sources)
+    datasets = tuple(run_dataset(source, render) for source in sources)
     batches = [[_examples_of_step(dataset, step, batch_size) for dataset in datasets] for step in range(steps)]
     lengths = np.array([[[len(e.token_ids) for e in run] for run in step] for step in batches])
     responses = np.array([[[e.response_mask.sum() for e in run] for run in step] for step in batches])

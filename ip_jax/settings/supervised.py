@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import save as to_safetensors
 
-from ip_jax.data.pipeline import RunSource, batch_reader, fitting_examples
+from ip_jax.data.pipeline import Render, RunSource, batch_reader, fitting_examples, renderer
 from ip_jax.evals import leak_grid
 from ip_jax.evals.leak_grid import Decoding
 from ip_jax.models import hub
@@ -38,12 +38,23 @@ __all__ = ["Supervised", "run_supervised"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Prepared:
+    """An experiment that has passed every check that needs no weights, and owns its folder."""
+
+    runs: list[Run]
+    sources: dict[str, RunSource]  # by the run's name
+    dropped: list[int]  # indices of examples that are too long
+    render: Render
+
+
+@dataclasses.dataclass(frozen=True)
 class Session:
     """What one call of `run_supervised` works with. The model's weights lie on the mesh."""
 
     experiment: Supervised
     folder: epath.Path
     display: Display
+    prepared: Prepared
     model: hub.Pretrained
     mesh: Mesh
 
@@ -54,19 +65,18 @@ def run_supervised(experiment: Supervised, folder: epath.Path, display: Display)
     Raises ValueError or OSError, each with one sentence, for everything that can be checked before the model is loaded.
     """
     started = time.monotonic()
-    runs, sources, dropped = prepare(experiment, folder)
-    left = [run for run in runs if not run.is_complete(folder)]
+    prepared = prepare(experiment, folder)
+    left = [run for run in prepared.runs if not run.is_complete(folder)]
     untrained = plan.incomplete(folder, plan.untrained_sweeps(experiment, folder))
     if left or untrained:
-        session = _load(experiment, folder, display)
+        session = _load(experiment, folder, display, prepared)
         for sweep in untrained:
             _evaluate(session, (), sweep, "the untrained model")
-        groups = plan.groups_of(folder, runs, plan.runs_that_fit(experiment.sft, session.model))
+        groups = plan.groups_of(folder, prepared.runs, plan.runs_that_fit(experiment.sft, session.model))
         if len(groups) > 1:
             display.console.print(f"{sum(map(len, groups))} runs are trained as {len(groups)} programs: " + "; ".join(", ".join(run.name for run in group) for group in groups))
         for group in groups:
-            names = {run.name for run in group}
-            _train_group(session, group, [source for source in sources if source.name in names], len(dropped))
+            _train_group(session, group)
     else:
         display.console.print("every run is complete: nothing to train or evaluate")
     for checkpoints, begun in plan.begun_programs(folder):
@@ -78,11 +88,8 @@ def run_supervised(experiment: Supervised, folder: epath.Path, display: Display)
         _write_environment(session, time.monotonic() - started)
 
 
-def prepare(experiment: Supervised, folder: epath.Path) -> tuple[list[Run], list[RunSource], list[int]]:
-    """(runs, what each reads, indices of dropped examples): every check that needs no weights, and the claim on the folder.
-
-    Raises ValueError, OSError.
-    """
+def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
+    """Every check that needs no weights, then the claim on the folder. Raises ValueError or OSError, with one sentence."""
     tokenizer = hub.load_tokenizer(experiment.model.name, experiment.model.revision)
     fingerprint = hub.fingerprint(experiment.model.name, experiment.model.revision)
     plan.check_evaluations(experiment, tokenizer)
@@ -90,24 +97,23 @@ def prepare(experiment: Supervised, folder: epath.Path) -> tuple[list[Run], list
         RunSource(plan.run_name(arm, seed), experiment.training[arm.data], arm.transform, seed)
         for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds
     ]
-    sources, dropped = fitting_examples(wanted, tokenizer, experiment.sft.max_length, experiment.sft.drop_long)
+    render = renderer(tokenizer)
+    sources, dropped = fitting_examples(wanted, render, experiment.sft.max_length, experiment.sft.drop_long)
     record = plan.folder_record(experiment, fingerprint, dropped)
     runs = plan.runs_of(experiment, record["identity"])
-    claim_folder(folder, record)
-    for run in runs:
-        plan.claim_run(folder, run)
-    return runs, sources, dropped
+    claim_folder(folder, record, {run.name: run.key for run in runs})
+    return Prepared(runs, {source.name: source for source in sources}, dropped, render)
 
 
-def _load(experiment: Supervised, folder: epath.Path, display: Display) -> Session:
+def _load(experiment: Supervised, folder: epath.Path, display: Display, prepared: Prepared) -> Session:
     model, mesh = experiment.model, make_mesh(data=jax.device_count())
     with display.console.status(f"loading {model.name}"):
         pretrained = hub.load_pretrained(model.name, jnp.dtype(model.weights), model.revision)
         params = jax.device_put(pretrained.params, base_shardings(mesh, pretrained.params))
-    return Session(experiment, folder, display, dataclasses.replace(pretrained, params=params), mesh)
+    return Session(experiment, folder, display, prepared, dataclasses.replace(pretrained, params=params), mesh)
 
 
-def _train_group(session: Session, group: Sequence[Run], sources: Sequence[RunSource], dropped: int) -> None:
+def _train_group(session: Session, group: Sequence[Run]) -> None:
     """Trains the runs of `group` as one program from wherever it stopped, and records each as complete."""
     experiment, folder, display, model = session.experiment, session.folder, session.display, session.model
     sft = experiment.sft
@@ -133,12 +139,12 @@ def _train_group(session: Session, group: Sequence[Run], sources: Sequence[RunSo
             losses = " ".join(f"{run.name} {loss:.3f}" for run, loss in zip(group, metrics["loss"], strict=True))
             advance(1, f"{losses}, {seen / (time.monotonic() - started):.0f} tokens/s, {facts['real_over_padded']:.0%} real")
 
-        run_step = _step_of(session, graphdef, state, base, sources, active)
+        run_step = _step_of(session, group, graphdef, state, base)
         eval_steps = tuple(s for s in sorted({*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps}) if s > 0)
-        options = loop.LoopOptions(sft.steps, active, eval_steps, sft.checkpoint_every)
+        options = loop.LoopOptions(active, eval_steps, sft.checkpoint_every)
         state = loop.train(state, run_step, logs, checkpoints, options, loop.Hooks(evaluate, on_step))
     for r, run in enumerate(group):
-        _record_run(session, run, r, state, dropped)
+        _record_run(session, run, r, state)
 
 
 def _initial(session: Session, group: Sequence[Run]) -> tuple:
@@ -150,10 +156,11 @@ def _initial(session: Session, group: Sequence[Run]) -> tuple:
     return graphdef, jax.device_put(state, state_shardings(session.mesh, state)), base
 
 
-def _step_of(session: Session, graphdef, state: TrainState, base, sources: Sequence[RunSource], active: int) -> loop.RunStep:
+def _step_of(session: Session, group: Sequence[Run], graphdef, state: TrainState, base) -> loop.RunStep:
     """Reads a step's batch and runs the compiled step on it."""
     sft, mesh = session.experiment.sft, session.mesh
-    reader = batch_reader(sources, session.model.tokenizer, sft.batch_size, active, sft.tokens_per_micro_batch, row_multiple=mesh.shape["data"])
+    sources, steps = [session.prepared.sources[run.name] for run in group], sft.schedule.last_active_step(sft.steps)
+    reader = batch_reader(sources, session.prepared.render, sft.batch_size, steps, sft.tokens_per_micro_batch, row_multiple=mesh.shape["data"])
     options = SftOptions(sft.schedule, sft.lora.dropout, sft.max_grad_norm, session.experiment.model.activations, sft.remat)
     rows = batch_sharding(mesh)
     compiled = compile_sft_step(graphdef, options, state_shardings(mesh, state), base_shardings(mesh, base), rows, replicated(mesh))
@@ -186,13 +193,13 @@ def _evaluate(session: Session, decoder: Sequence, sweep: Sweep, what: str) -> N
             write_binary(session.folder / "transcripts" / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows, table_schema)))
 
 
-def _record_run(session: Session, run: Run, r: int, state: TrainState, dropped: int) -> None:
+def _record_run(session: Session, run: Run, r: int, state: TrainState) -> None:
     """The adapter first, run.json last: where it stands, the run is complete."""
     layers = nnx.to_pure_dict(state.lora)["layers"]
     arrays = {f"{name}.{kind}": np.asarray(layers[name][f"lora_{kind}"][r]) for name in layers for kind in ("a", "b")}
     target, sft = session.folder / "runs" / run.name, session.experiment.sft
     about = {
-        "arm": run.arm.name, "seed": run.seed, "key": run.key, "steps": sft.steps, "dropped_examples": dropped,
+        "arm": run.arm.name, "seed": run.seed, "key": run.key, "steps": sft.steps, "dropped_examples": len(session.prepared.dropped),
         "finished_finite": bool(state.alive[r]), "model": session.experiment.model.name, "fingerprint": session.model.fingerprint,
         "rank": sft.lora.rank, "scale": sft.lora.scale,
     }

@@ -90,17 +90,6 @@ def runs_of(experiment: Supervised, identity: str) -> list[Run]:
     return [Run(arm, seed, key(arm, seed)) for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds]
 
 
-def claim_run(folder: epath.Path, run: Run) -> None:
-    """Marks the run's folder with its key. Raises ValueError if it belongs to a run of another definition."""
-    path = folder / "runs" / run.name / "key.json"
-    if not path.exists():
-        write_json(path, {"key": run.key})
-    elif json.loads(path.read_text())["key"] != run.key:
-        raise ValueError(
-            f"run {run.name} in {folder} was made with another definition of its arm (prompts or data): give the arm another name, or choose another folder with --out"
-        )
-
-
 def check_evaluations(experiment: Supervised, tokenizer) -> None:
     """Refuses steps that are never reached, and renders each prompt's longest example, so that refusals come before the model is loaded."""
     evaluation, steps = experiment.evaluation, experiment.sft.steps

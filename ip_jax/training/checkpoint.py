@@ -16,6 +16,9 @@ from ip_jax.training.state import TrainState
 # Orbax logs a failed write as a dozen tracebacks, from its own threads, before it raises it; the error alone says it all.
 logging.get_absl_logger().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
+_WRITE = "cannot write a checkpoint in {}: REASON; the last complete one is kept, and the same command goes on from it"
+_READ = "cannot read the checkpoint {}: REASON; without this folder, the same command goes on from the one before it"
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
@@ -28,12 +31,12 @@ class Checkpoints:
         step = int(state.step)
         if step in self.manager.all_steps():
             return
-        with _one_sentence("write", self.manager.directory):  # Orbax holds the values when `save` returns: the next step may be given the buffers
+        with _one_sentence(_WRITE.format(self.manager.directory)):  # Orbax holds the values when `save` returns: the next step may be given the buffers
             self.manager.save(step, args=ocp.args.StandardSave(_named(state)))
 
     def wait(self) -> None:
         """Returns when everything that was begun is on the disk."""
-        with _one_sentence("write", self.manager.directory):
+        with _one_sentence(_WRITE.format(self.manager.directory)):
             self.manager.wait_until_finished()
 
     def restore_latest(self, like: TrainState) -> TrainState | None:
@@ -42,7 +45,7 @@ class Checkpoints:
         if step is None:
             return None
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _named(like))
-        with _one_sentence("read", self.manager.directory):
+        with _one_sentence(_READ.format(self.manager.directory / str(step))):
             arrays = self.manager.restore(step, args=ocp.args.StandardRestore(abstract))
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in _named(like)])
 
@@ -61,7 +64,7 @@ def open_checkpoints(folder: epath.PathLike, origin: dict, keep: int = 2) -> Che
             raise ValueError(f"the checkpoints in {folder} belong to another program: its {names} differ; choose another results folder")
     else:
         write_json(path, origin)
-    with _one_sentence("write", folder):
+    with _one_sentence(_WRITE.format(folder)):
         return Checkpoints(ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep)))
 
 
@@ -71,11 +74,11 @@ def _named(state: TrainState) -> dict:
 
 
 @contextlib.contextmanager
-def _one_sentence(verb: str, folder: epath.Path):
-    """What Orbax and TensorStore raise (ValueError, OSError, RuntimeError with a page of text) as one OSError."""
+def _one_sentence(sentence: str):
+    """What Orbax and TensorStore raise (ValueError, OSError, RuntimeError with a page of text) as one OSError, whose REASON is filled in."""
     try:
         yield
     except Exception as error:
         code = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", str(error))
         reason = os.strerror(int(code[1] or code[2])) if code else str(error).partition("\n")[0][:200]
-        raise OSError(f"cannot {verb} a checkpoint in {folder}: {reason}; the last complete one is kept, and the same command goes on from it") from error
+        raise OSError(sentence.replace("REASON", reason)) from error

@@ -17,10 +17,13 @@ RunStep = Callable[[TrainState, int], tuple[TrainState, dict, dict]]
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
-    """When to stop, look and save. `eval_steps` are numbers of completed steps, 0 and `steps` included if wanted."""
+    """When to stop, look and save.
+
+    `eval_steps` are numbers of completed steps, 0 included if wanted. Those past `steps` are looked at when all are done: where a
+    schedule ends with steps of rate 0, these are not executed.
+    """
 
     steps: int
-    active_steps: int  # steps after these have rate 0 and are not executed
     eval_steps: tuple[int, ...]
     checkpoint_every: int
 
@@ -60,14 +63,14 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.wait)  # however the loop ends, what was being written gets written
         stop = stack.enter_context(Sigterm())
-        for step in range(int(state.step), options.active_steps + 1):
-            due = [s for s in options.eval_steps if min(s, options.active_steps) == step]
+        for step in range(int(state.step), options.steps + 1):
+            due = [s for s in options.eval_steps if min(s, options.steps) == step]
             if due:
                 save()
             for eval_step in due:
                 with stop.at_once(f"stopped by SIGTERM in the evaluation of step {eval_step}, step {step} is saved"):
                     hooks.evaluate(state, eval_step)
-            if step == options.active_steps:
+            if step == options.steps:
                 break
             state, metrics, facts = run_step(state, step)
             flush_pending()

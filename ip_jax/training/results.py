@@ -4,7 +4,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -51,10 +51,11 @@ def write_binary(path: epath.Path, write: Callable[[io.BytesIO], None]) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def claim_folder(folder: epath.Path, record: dict) -> None:
-    """Makes `folder` the results folder of `record["identity"]`, or checks that it is, and stores the record as config.json.
+def claim_folder(folder: epath.Path, record: dict, runs: Mapping[str, str]) -> None:
+    """Makes `folder` the results folder of `record["identity"]` and of `runs` (name -> key of its definition), or checks that it is.
 
-    Raises ValueError if the folder belongs to another config or holds other things; OSError if it cannot be written.
+    Stores the record as config.json and each key in its run's folder. Raises ValueError, before anything is written, if the
+    folder or a run in it belongs to another definition or the folder holds other things; OSError if it cannot be written.
     """
     path = folder / "config.json"
     if path.exists():
@@ -64,7 +65,19 @@ def claim_folder(folder: epath.Path, record: dict) -> None:
             raise ValueError(f"the results folder {folder} belongs to another config (it differs in {', '.join(fields) or 'the model or the data'}): choose another one with --out")
     elif folder.exists() and any(entry.name != ".config.json.partial" for entry in folder.iterdir()):
         raise ValueError(f"the folder {folder} is not empty and holds no results of this program: choose another one with --out")
+    new = {name: key for name, key in runs.items() if not _key_path(folder, name).exists()}
+    for name in runs.keys() - new.keys():
+        if json.loads(_key_path(folder, name).read_text())["key"] != runs[name]:
+            raise ValueError(
+                f"run {name} in {folder} was made with another definition of its arm (prompts or data): give the arm another name, or choose another folder with --out"
+            )
     write_json(path, record)
+    for name, key in new.items():
+        write_json(_key_path(folder, name), {"key": key})
+
+
+def _key_path(folder: epath.Path, run: str) -> epath.Path:
+    return folder / "runs" / run / "key.json"
 
 
 def _record_in(path: epath.Path) -> dict:

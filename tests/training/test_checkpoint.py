@@ -1,4 +1,5 @@
 """Checkpoints: bit-exact, into any mesh's shardings, only for whom they belong to, whole or absent."""
+import shutil
 import subprocess
 
 import jax
@@ -115,11 +116,14 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(full_disk, ca
     assert_same(open_checkpoints(full_disk / "c", ORIGIN).restore_latest(fresh_state()), state_at(2))
 
 
-def test_damaged_checkpoint_is_one_sentence(tmp_path):
+def test_a_damaged_checkpoint_is_one_sentence_that_helps(tmp_path):
     checkpoints = open_checkpoints(tmp_path / "c", ORIGIN)
     checkpoints.save(state_at(1))
+    checkpoints.save(state_at(2))
     checkpoints.wait()
-    for file in (tmp_path / "c" / "1").rglob("d/*"):
+    for file in (tmp_path / "c" / "2").rglob("d/*"):
         file.write_bytes(b"")
-    with pytest.raises(OSError, match="^cannot read a checkpoint in .*/c: .*$"):
+    with pytest.raises(OSError, match="^cannot read the checkpoint .*/c/2: .*; without this folder, the same command goes on from the one before it$"):
         open_checkpoints(tmp_path / "c", ORIGIN).restore_latest(fresh_state())
+    shutil.rmtree(tmp_path / "c" / "2")
+    assert_same(open_checkpoints(tmp_path / "c", ORIGIN).restore_latest(fresh_state()), state_at(1))

@@ -47,30 +47,39 @@ def test_a_failed_write_keeps_the_old_file(folder, monkeypatch, call, code):
 def test_a_file_in_the_way_of_a_folder_is_one_sentence(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(OSError, match="^cannot write .*out/sub/config.json: Not a directory; "):
-        claim_folder(epath.Path(tmp_path) / "out" / "sub", record(rate=1))
+        claim_folder(epath.Path(tmp_path) / "out" / "sub", record(rate=1), {})
 
 
 def test_a_folder_belongs_to_one_config(folder):
-    claim_folder(folder, record(rate=1, model={"name": "a", "revision": None}))
-    claim_folder(folder, record(rate=1, model={"name": "a", "revision": None}))
+    claim_folder(folder, record(rate=1, model={"name": "a", "revision": None}), {})
+    claim_folder(folder, record(rate=1, model={"name": "a", "revision": None}), {})
     with pytest.raises(ValueError, match=r"^the results folder .*/out belongs to another config \(it differs in model.name, rate\): choose another one with --out$"):
-        claim_folder(folder, record(rate=2, model={"name": "b", "revision": None}))
+        claim_folder(folder, record(rate=2, model={"name": "b", "revision": None}), {})
     with pytest.raises(ValueError, match=r"it differs in the model or the data\)"):
-        claim_folder(folder, record(rate=1, model={"name": "a", "revision": None}) | {"identity": "another"})
+        claim_folder(folder, record(rate=1, model={"name": "a", "revision": None}) | {"identity": "another"}, {})
     assert json.loads((folder / "config.json").read_text())["config"]["rate"] == 1
 
 
 def test_the_record_follows_the_list_of_arms(folder):
-    claim_folder(folder, record(rate=1) | {"arms": ["a"]})
-    claim_folder(folder, record(rate=1) | {"arms": ["a", "b"]})
+    claim_folder(folder, record(rate=1) | {"arms": ["a"]}, {})
+    claim_folder(folder, record(rate=1) | {"arms": ["a", "b"]}, {})
     assert json.loads((folder / "config.json").read_text())["arms"] == ["a", "b"]
+
+
+def test_a_run_belongs_to_one_definition_of_its_arm(folder):
+    claim_folder(folder, record(rate=1) | {"arms": ["a"]}, {"a-s0": "k1"})
+    claim_folder(folder, record(rate=1) | {"arms": ["a", "b"]}, {"a-s0": "k1", "b-s0": "k2"})
+    before = (folder / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"^run b-s0 in .*/out was made with another definition of its arm \(prompts or data\): give the arm another name, or choose another folder with --out$"):
+        claim_folder(folder, record(rate=1) | {"arms": ["b", "c"]}, {"c-s0": "k3", "b-s0": "changed"})
+    assert (folder / "config.json").read_text() == before and not (folder / "runs" / "c-s0").exists()
 
 
 def test_a_folder_with_other_things_is_refused(folder):
     folder.mkdir()
     (folder / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="is not empty and holds no results of this program: choose another one with --out$"):
-        claim_folder(folder, record(rate=1))
+        claim_folder(folder, record(rate=1), {})
 
 
 @pytest.mark.parametrize("text", ["", "no JSON", "[1]"])
@@ -78,7 +87,7 @@ def test_a_foreign_config_json_is_refused(folder, text):
     folder.mkdir()
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match="config.json is not a record of this program: choose another results folder with --out$"):
-        claim_folder(folder, record(rate=1))
+        claim_folder(folder, record(rate=1), {})
     assert (folder / "config.json").read_text() == text
 
 
@@ -90,7 +99,7 @@ def test_a_kill_inside_the_first_write_is_no_obstacle(folder, monkeypatch):
         write_json(folder / "config.json", record(rate=1))
     assert [path.name for path in folder.iterdir()] != []
     assert not (folder / "config.json").exists()
-    claim_folder(folder, record(rate=1))
+    claim_folder(folder, record(rate=1), {})
     assert [path.name for path in folder.iterdir()] == ["config.json"]
 
 
