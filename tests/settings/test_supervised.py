@@ -22,7 +22,6 @@ from ip_jax.models.lora import LoraConfig
 from ip_jax.settings import supervised
 from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import Arm
-from ip_jax.settings.supervised_plan import untrained_sweeps
 from ip_jax.training.sharding import make_mesh
 from ip_jax.training.stopping import Interrupted
 
@@ -363,24 +362,3 @@ def test_a_folder_in_use_by_something_else_is_refused(tmp_path, model, monkeypat
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no results of this program"):
         run(make_experiment(model), tmp_path / "out")
-
-
-def prompts_of(sweeps) -> list[list[tuple]]:
-    return [[(cell.seed, cell.eval_prompt) for cell in sweep] for sweep in sweeps]
-
-
-def test_the_untrained_model_is_seen_once_under_every_prompt_and_seed(model, tmp_path):
-    prompts = ["neutral", "gcd/safety_matched", "gcd/behave"]
-    for temperature, seeds in ((0.0, [4]), (0.7, [4, 5])):
-        folder = epath.Path(tmp_path) / str(temperature)
-        sweeps = untrained_sweeps(make_experiment(model, seeds=(4, 5), evaluation={"temperature": temperature}), folder)
-        assert prompts_of(sweeps) == [[(seed, prompt) for seed in seeds for prompt in prompts]]
-    assert untrained_sweeps(make_experiment(model, arms=("neutral",)), epath.Path(tmp_path) / "none") == []
-
-
-def test_what_a_later_arm_adds_to_the_untrained_model_is_a_sweep_of_its_own(model, tmp_path):
-    folder, own = epath.Path(tmp_path), Arm("mine", "mine", "mine", text="Be kind.")
-    first = untrained_sweeps(make_experiment(model), folder)
-    later = untrained_sweeps(make_experiment(model, arms=("untrained", own, "neutral", "ip")), folder)
-    assert later == [*first, [cell for sweep in later for cell in sweep if cell.eval_prompt == "mine"]] and len(later) == 2
-    assert prompts_of(untrained_sweeps(make_experiment(model, arms=("untrained", "neutral")), folder)) == [[(0, "neutral"), (0, "gcd/safety_matched")]]

@@ -1,0 +1,157 @@
+"""What is still to be done: runs and their keys, evaluation sweeps, programs; nothing here loads weights."""
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from tiny_experiment import ARMS, make_experiment
+from tiny_models import CONFIG, random_params
+
+from ip_jax.models.hub import Pretrained
+from ip_jax.models.lora import init_lora
+from ip_jax.settings import supervised_plan as plan
+from ip_jax.settings.experiment import Arm
+from ip_jax.training.results import write_json
+
+MINE = Arm("mine", "mine", "mine", text="Be kind.")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return epath.Path(tmp_path)
+
+
+def experiment(*arms, **changes):
+    return make_experiment("nowhere", arms=arms or ("untrained", "neutral", "ip"), **changes)
+
+
+def prompts_of(sweeps) -> list[list[tuple | None]]:
+    return [[cell and (cell.arm, cell.seed, cell.eval_prompt) for cell in sweep] for sweep in sweeps]
+
+
+# Runs
+
+
+def test_runs_are_arms_with_seeds_and_the_untrained_arm_is_none():
+    assert [run.name for run in plan.runs_of(experiment(seeds=(0, 3)), "x")] == ["neutral-s0", "neutral-s3", "ip-s0", "ip-s3"]
+
+
+def test_a_key_changes_with_everything_that_defines_a_run_and_with_nothing_else():
+    def key(arm: Arm, identity="x", seed=0, **changes):
+        return plan.runs_of(experiment(arm, seeds=(seed,), **changes), identity)[0].key
+
+    ip = ARMS["ip"]
+    same = [key(ip), key(dataclasses.replace(ip, label="another label")), key(dataclasses.replace(ip, name="another_name"))]
+    changed = [
+        key(ip, identity="y"), key(ip, seed=1), key(dataclasses.replace(ip, train_prompt="gcd/respond")), key(dataclasses.replace(ip, data="corrected")),
+        key(dataclasses.replace(ip, also_evaluated_under=("gcd/safety",))), key(MINE), key(dataclasses.replace(MINE, text="Be rude.")),
+    ]  # fmt: skip
+    assert len(set(same)) == 1 and len({*same, *changed}) == 1 + len(changed)
+
+
+def test_the_folders_identity_covers_weights_data_and_dropped_examples():
+    base = experiment()
+    others = [
+        plan.folder_record(base, "w2", []), plan.folder_record(base, "w1", [3]), plan.folder_record(experiment(sft={"learning_rate": 1.0}), "w1", []),
+        plan.folder_record(experiment(training=dict(base.training) | {"corrected": base.training["user_right"]}), "w1", []),
+        plan.folder_record(experiment(eval_sets={"generated": base.eval_sets["generated"][:2]}), "w1", []),
+    ]  # fmt: skip
+    grown = plan.folder_record(experiment("untrained", "ip", MINE, seeds=(1, 2)), "w1", [])
+    identity = plan.folder_record(base, "w1", [])["identity"]
+    assert grown["identity"] == identity and list(grown["arms"]) == ["untrained", "ip", "mine"]
+    assert len({identity, *(other["identity"] for other in others)}) == 6
+
+
+# Evaluations
+
+
+def test_the_untrained_model_is_seen_once_under_every_prompt_and_seed(folder):
+    prompts = ["neutral", "gcd/safety_matched", "gcd/behave"]
+    for temperature, seeds in ((0.0, [4]), (0.7, [4, 5])):
+        sweeps = plan.untrained_sweeps(experiment(seeds=(4, 5), evaluation={"temperature": temperature}), folder / str(temperature))
+        assert prompts_of(sweeps) == [[("untrained", seed, prompt) for seed in seeds for prompt in prompts]]
+    assert plan.untrained_sweeps(experiment("neutral"), folder / "none") == []
+
+
+def test_what_a_later_arm_adds_to_the_untrained_model_is_a_sweep_of_its_own(folder):
+    first = plan.untrained_sweeps(experiment(), folder)
+    later = plan.untrained_sweeps(experiment("untrained", MINE, "neutral", "ip"), folder)
+    assert later[0] == first[0] and prompts_of(later[1:]) == [[("untrained", 0, "mine")]]
+    assert prompts_of(plan.untrained_sweeps(experiment("untrained", "neutral"), folder)) == [[("untrained", 0, "neutral"), ("untrained", 0, "gcd/safety_matched")]]
+
+
+def test_a_step_is_looked_at_under_all_prompts_or_the_neutral_one(folder):
+    setting = experiment("neutral", "ip", MINE, "clean")
+    runs = plan.runs_of(setting, "x")
+    neutral = [(run.arm.name, 0, "neutral") for run in runs]
+    assert prompts_of(plan.sweeps_of_step(setting, runs, 3)) == [neutral]
+    second = [("neutral", 0, "gcd/safety_matched"), ("ip", 0, "gcd/behave"), ("mine", 0, "mine"), None]
+    full = plan.sweeps_of_step(setting, runs, 6)
+    assert prompts_of(full) == [neutral, second]
+    assert [cell.own_prompt for cell in full[0]] == [True, False, False, True] and [cell and cell.own_prompt for cell in full[1]] == [False, True, True, None]
+    assert full[1][2].transform == MINE.transform and {cell.examples_seen for cell in full[0]} == {24}
+
+
+def test_a_sweep_is_done_again_as_a_whole(folder):
+    setting = experiment()
+    sweeps = plan.sweeps_of_step(setting, plan.runs_of(setting, "x"), 6)
+    for cell in [*sweeps[0], sweeps[1][0]]:
+        (folder / "transcripts").mkdir(exist_ok=True)
+        (folder / "transcripts" / cell.part).write_bytes(b"")
+    assert plan.incomplete(folder, sweeps) == [sweeps[1]]
+
+
+# Programs
+
+
+def names(groups) -> list[list[str]]:
+    return [[run.name for run in group] for group in groups]
+
+
+def begin(folder, runs):
+    """What a program leaves that has begun to train."""
+    write_json(folder / "checkpoints" / "-".join(run.name for run in runs) / "origin.json", {"runs": {run.name: run.key for run in runs}, "model": "m"})
+
+
+def complete(folder, run):
+    write_json(folder / "runs" / run.name / "run.json", {})
+
+
+def test_runs_are_cut_into_programs_that_fit(folder):
+    runs = plan.runs_of(experiment("neutral", "ip", "clean", seeds=(0, 1)), "x")
+    assert [len(group) for group in plan.groups_of(folder, runs, 4)] == [4, 2]
+    complete(folder, runs[0])
+    assert names(plan.groups_of(folder, runs, 10)) == [[run.name for run in runs[1:]]]
+
+
+def test_what_was_begun_together_goes_on_together(folder):
+    runs = plan.runs_of(experiment("neutral", "ip", "clean"), "x")
+    begin(folder, runs[:2])
+    assert names(plan.groups_of(folder, runs, 10)) == [["neutral-s0", "ip-s0"], ["clean-s0"]]
+    complete(folder, runs[0])
+    assert names(plan.groups_of(folder, runs, 10)) == [["neutral-s0", "ip-s0"], ["clean-s0"]], "stopped while its runs were recorded"
+    complete(folder, runs[1])
+    assert names(plan.groups_of(folder, runs, 10)) == [["clean-s0"]]
+
+
+def test_a_program_with_a_run_that_is_no_longer_asked_for_begins_anew(folder):
+    runs = plan.runs_of(experiment("neutral", "ip"), "x")
+    begin(folder, runs)
+    assert names(plan.groups_of(folder, runs[:1], 10)) == [["neutral-s0"]]
+    changed = plan.runs_of(experiment("neutral", "ip"), "y")
+    assert names(plan.groups_of(folder, changed, 1)) == [["neutral-s0"], ["ip-s0"]], "nor one of another definition"
+
+
+def test_memory_admits_a_run_for_every_adapter_with_its_gradients_and_moments():
+    sft = experiment().sft
+    model = Pretrained("m", CONFIG, random_params(CONFIG), None, "f")
+    one = sum(array.nbytes for array in jax.tree.leaves(init_lora(np.array([0]), CONFIG, sft.lora)))
+
+    def fit(gigabytes, **changes):
+        return plan.runs_that_fit(dataclasses.replace(sft, memory_gb=gigabytes, **changes), model)
+
+    few = 0.05
+    assert fit(few + 10 * 6 * one / 1e9) == fit(few) + 10
+    assert fit(1e-9) == 1
+    assert fit(few, tokens_per_micro_batch=10_000) < fit(few, tokens_per_micro_batch=100)
