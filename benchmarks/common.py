@@ -28,6 +28,20 @@ def alternating(ours: Callable[[], None], peer: Callable[[], None], repeats: int
     }
 
 
+def peer_model(dtype: str, attention: str):
+    """SmolLM2-135M in HF transformers with dense random weights, on which its speed does not depend (opened from the GGUF they stay packed)."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count())
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True, attn_implementation=attention,
+    )
+    return LlamaForCausalLM(config).to(getattr(torch, dtype))
+
+
 def save(name: str, result: dict) -> None:
     """Writes benchmarks/results/NAME.json with the machine and the versions, and prints the result."""
     import jax

@@ -6,7 +6,7 @@ import statistics
 
 import numpy as np
 
-from benchmarks.common import alternating, save, seconds
+from benchmarks.common import alternating, peer_model, save, seconds
 
 MODEL = "smollm2-135m-instruct"
 PROMPT, NEW = 128, 48  # tokens
@@ -46,15 +46,10 @@ def our_sampler(prompts: np.ndarray, samples: int):
 
 
 def peer_sampler(prompts: np.ndarray, samples: int, dtype: str, attention: str, batch: int):
-    """HF generate on the same prompts in batches of `batch` prompts, with the same weights."""
+    """HF generate on the same prompts in batches of `batch` prompts."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from ip_jax.models import hub
-
-    torch.set_num_threads(2)
-    path = hub.resolve(MODEL).path
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), attn_implementation=attention).eval()
+    model = peer_model(dtype, attention).eval()
     batches = torch.tensor(prompts, dtype=torch.long).split(batch)
 
     def work(new: int = NEW):

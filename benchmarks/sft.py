@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 
-from benchmarks.common import alternating, save, seconds
+from benchmarks.common import alternating, peer_model, save, seconds
 
 EXAMPLES = 8  # of one step and run
 STEPS = 1
@@ -66,19 +66,11 @@ def peer_step(tokenizer, source, dtype: str, attention: str, batch_size: int):
     """A function that trains HF transformers + PEFT on the same STEPS * EXAMPLES examples, padded to the longest of each batch."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from ip_jax.data.pipeline import renderer, run_dataset
 
-    torch.manual_seed(0)
-    torch.set_num_threads(2)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True, attn_implementation=attention,
-    )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    model = LlamaForCausalLM(config).to(weights)
+    model = peer_model("bfloat16" if dtype == "bfloat16" else "float32", attention)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ip_jax.sampling.slots import Refill, SlotShape
 
 RING_STEP = 16  # ring sizes are multiples of this, so that nearby length limits share a program
+PREFIX_STEP = 8  # likewise for the prefix that all prompts share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class SamplerOptions:
     stop_ids: tuple[int, ...]
     slots: int = 64  # rows decoded at once in each run
     prefill_prompts: int = 8  # prompts prefilled at once in each run, and the free groups that make a refill pay
-    prompt_buckets: tuple[int, ...] = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048)  # ascending lengths
+    prompt_buckets: tuple[int, ...] = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048)  # ascending lengths
     dtype: str = "float32"  # of activations and caches; products run in the weights' dtype
     candidates: int = 256  # largest logits that top-p looks at before a full sort
     mesh: Mesh | None = None  # axes "run" and "data": runs and slot groups are spread over them
@@ -72,6 +73,7 @@ class Plan:
     """Static sizes, and each run's groups in the order in which they are to start."""
 
     shape: SlotShape
+    prefix: np.ndarray  # int32 [X], the tokens with which all prompts begin (as far as it pays)
     prefill_prompts: int
     queues: list[list[Group]]
 
@@ -99,20 +101,21 @@ def make_plan(requests: Sequence[Sequence[Request]], options: SamplerOptions) ->
         return sum(-(-count // rows) * (length + rows * longest_answer) for length, count in sizes)
 
     rows = min(range(1, min(options.slots, max(count for _, count in sizes)) + 1), key=cost)
-    queues = [_cut(rows_of, rows) for rows_of in by_prompt]
+    queues = [_cut(rows_of, rows, queue) for rows_of, queue in zip(by_prompt, requests, strict=True)]
     spread = options.mesh.shape["data"] if options.mesh else 1
     prefill_prompts = _round_up(options.prefill_prompts, spread)
     longest, groups = max(map(len, queues)), max(1, options.slots // rows)
     groups = longest if longest <= groups else _round_up(groups, min(prefill_prompts, groups))  # whole refills
     groups = _round_up(groups, spread)
+    prefix = _shared_prefix([group.prompt for queue in queues for group in queue]) if longest > prefill_prompts else np.zeros(0, np.int32)
     shape = SlotShape(
         runs=len(requests),
         groups=groups,
         rows=rows,
-        prompt=bucket(max(length for length, _ in sizes), options.prompt_buckets),
+        prompt=len(prefix) + bucket(max(length for length, _ in sizes) - 1 - len(prefix), options.prompt_buckets),
         ring=_round_up(longest_answer, RING_STEP),
     )
-    return Plan(shape, min(prefill_prompts, groups), queues)
+    return Plan(shape, prefix, min(prefill_prompts, groups), queues)
 
 
 def refill_pays(waiting: list[list[Group]], held: list[dict[int, Group]], plan: Plan) -> bool:
@@ -135,11 +138,13 @@ def take_entries(waiting: list[list[Group]], held: list[dict[int, Group]], plan:
 def make_refill(plan: Plan, entries: list[list[tuple[int, Group]]], requests: Sequence[Sequence[Request]], buckets: tuple[int, ...]) -> Refill:
     """The device's view of `entries`: for each run, (slot group, what goes there). Places without an entry are dropped."""
     runs, prompts, rows = plan.shape.runs, plan.prefill_prompts, plan.shape.rows
-    length = bucket(max(len(group.prompt) for run in entries for _, group in run), buckets)
+    skip = len(plan.prefix)
+    length = bucket(max(len(group.prompt) for run in entries for _, group in run) - 1 - skip, buckets)
     row_values = lambda value, dtype: np.full((runs, prompts, rows), value, dtype)  # noqa: E731
     refill = Refill(
         group=np.full((runs, prompts), plan.shape.groups, np.int32),
         prompt=np.zeros((runs, prompts, length), np.int32),
+        token=np.zeros((runs, prompts), np.int32),
         length=np.ones((runs, prompts), np.int32),
         limit=row_values(0, np.int32),
         temperature=row_values(0, np.float32),
@@ -151,7 +156,8 @@ def make_refill(plan: Plan, entries: list[list[tuple[int, Group]]], requests: Se
     for run, run_entries in enumerate(entries):
         for place, (slot, group) in enumerate(run_entries):
             refill.group[run, place] = slot
-            refill.prompt[run, place, : len(group.prompt)] = group.prompt
+            refill.prompt[run, place, : len(group.prompt) - 1 - skip] = group.prompt[skip:-1]
+            refill.token[run, place] = group.prompt[-1]
             refill.length[run, place] = len(group.prompt)
             for row, (index, sample) in enumerate(group.rows):
                 request = requests[run][index]
@@ -175,14 +181,23 @@ def _rows_by_prompt(queue: Sequence[Request]) -> dict[bytes, list[tuple[int, int
     return rows
 
 
-def _cut(rows_of: dict[bytes, list[tuple[int, int]]], size: int) -> list[Group]:
-    """Groups of at most `size` rows, prompts of similar length beside each other."""
+def _cut(rows_of: dict[bytes, list[tuple[int, int]]], size: int, queue: Sequence[Request]) -> list[Group]:
+    """Groups of at most `size` rows: the longest answers first, so that none is left alone at the end, then by prompt length."""
     groups = [
         Group(np.frombuffer(prompt, np.int32), tuple(rows[start : start + size]))
         for prompt, rows in rows_of.items()
         for start in range(0, len(rows), size)
     ]
-    return sorted(groups, key=lambda group: len(group.prompt))
+    longest = lambda group: max(queue[index].max_new_tokens for index, _ in group.rows)  # noqa: E731
+    return sorted(groups, key=lambda group: (-longest(group), len(group.prompt)))
+
+
+def _shared_prefix(prompts: list[np.ndarray]) -> np.ndarray:
+    """What all prompts begin with, without any prompt's last token, a multiple of PREFIX_STEP tokens."""
+    shortest = min(map(len, prompts)) - 1
+    same = np.all([prompt[:shortest] == prompts[0][:shortest] for prompt in prompts], axis=0)
+    length = shortest if same.all() else int(np.argmin(same))
+    return prompts[0][: length - length % PREFIX_STEP]
 
 
 def _round_up(value: int, step: int) -> int:

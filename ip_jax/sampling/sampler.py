@@ -1,7 +1,7 @@
 """Sampling completions for many prompts and runs at once.
 
 Prompts are right-padded into buckets and sorted by length, so a slot is a position. Each distinct prompt of a run is prefilled once
-and shared by its rows. Decoding runs on the device until a refill of free slots pays; the refill is arranged on the host.
+and shared by its rows; what all prompts begin with is prefilled once for all. Decoding runs on the device until a refill of free slots pays; the refill is arranged on the host.
 """
 import contextlib
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from ip_jax.sampling.plan import (
     refill_pays,
     take_entries,
 )
-from ip_jax.sampling.slots import Slots, decode, empty_slots, prefill, separate_layers
+from ip_jax.sampling.slots import Slots, decode, prefill, separate_layers, start_slots
 
 __all__ = ["Completion", "Request", "SamplerOptions", "sample"]
 
@@ -56,14 +56,14 @@ def _complete(graphdef, lora, base, requests, options: SamplerOptions, on_progre
     plan = make_plan(requests, options)
     stop_ids = np.array(options.stop_ids, np.int32)
     layers = separate_layers(graphdef, lora, base)
-    slots = empty_slots(nnx.merge(graphdef, lora, base).config, plan.shape, options.dtype)
+    slots = start_slots(graphdef, lora, base, plan.prefix, shape=plan.shape, dtype=options.dtype)
     waiting = [list(queue) for queue in plan.queues]
     held: list[dict[int, Group]] = [{} for _ in requests]
     found: list[dict[tuple[int, int], Completion]] = [{} for _ in requests]
     while any(waiting) or any(held):
         while refill_pays(waiting, held, plan):
             refill = make_refill(plan, take_entries(waiting, held, plan), requests, options.prompt_buckets)
-            slots = prefill(graphdef, lora, base, slots, refill, dtype=options.dtype)
+            slots = prefill(graphdef, lora, base, slots, refill, prefix=len(plan.prefix), dtype=options.dtype)
         wanted = np.array([min(len(queue), plan.prefill_prompts) for queue in waiting], np.int32)
         slots = decode(graphdef, lora, base, layers, slots, wanted, stop_ids, dtype=options.dtype, candidates=options.candidates)
         _harvest(slots, held, found, options.stop_ids)

@@ -4,12 +4,11 @@ A slot group is one prompt with its G rows. The prompt's keys and values are kep
 its own. All rows write ring column (clock mod C) at the same step, whenever they started: a row needs at most C columns
 (its last prompt token and its new tokens but the last), and keys carry their rotary position, so the order of columns is free.
 Dims: R runs, P groups, G rows of one group, S prompt positions, C ring columns, L layers, K kv heads, J query heads of one kv head,
-H head dim, Q prompts of one prefill.
+H head dim, Q prompts of one prefill, X positions of the prefix that all prompts share.
 """
 import dataclasses
 import functools
 import operator
-from typing import Any
 
 import flax.struct
 import jax
@@ -17,11 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ip_jax.models.attention import MASKED, causal_attention
 from ip_jax.models.decoder import decoder_layer, rms_norm, rope_tables
-from ip_jax.models.families import DecoderConfig
 from ip_jax.models.placement import BY_ROW, EVERYWHERE, constrain
-from ip_jax.models.products import product
+from ip_jax.sampling.attention import prompt_attend, token_attend
 from ip_jax.sampling.randomness import choose_tokens, row_keys, token_uniforms
 
 
@@ -63,8 +60,9 @@ class Refill:
     """Up to Q new groups for each run. `group` is where a prompt goes; P (out of range) for an entry that is not there."""
 
     group: Int[Array, "R Q"]
-    prompt: Int[Array, "R Q T"]  # right-padded
-    length: Int[Array, "R Q"]
+    prompt: Int[Array, "R Q T"]  # without the prefix that all share and without the last token, right-padded
+    token: Int[Array, "R Q"]  # the last prompt token, left to the first decoding step
+    length: Int[Array, "R Q"]  # of the whole prompt
     limit: Int[Array, "R Q G"]  # 0 for a row that is not there
     temperature: Float[Array, "R Q G"]
     top_p: Float[Array, "R Q G"]
@@ -73,15 +71,24 @@ class Refill:
     sample_id: Int[Array, "R Q G"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "shape", "dtype"))
-def empty_slots(config: DecoderConfig, shape: SlotShape, dtype: str) -> Slots:
-    """Slots that hold nothing."""
+@functools.partial(jax.jit, static_argnames=("graphdef", "shape", "dtype"))
+def start_slots(graphdef, lora, base, prefix: Int[Array, " X"], *, shape: SlotShape, dtype: str) -> Slots:
+    """Slots that hold nothing but, in every group, the keys and values of the tokens with which all prompts begin."""
+    decoder = nnx.merge(graphdef, lora, base)
+    kv, size, layers = decoder.config.n_kv_heads, decoder.config.head_dim, decoder.config.n_layers
     groups, rows = (shape.runs, shape.groups), (shape.runs, shape.groups, shape.rows)
-    kv, size = config.n_kv_heads, config.head_dim
-    zeros = lambda *dims: tuple(jnp.zeros(dims, dtype) for _ in range(config.n_layers))  # noqa: E731
+    zeros = lambda *dims: tuple(jnp.zeros(dims, dtype) for _ in range(layers))  # noqa: E731
+    prompt_k, prompt_v = zeros(*groups, kv, size, shape.prompt), zeros(*groups, kv, shape.prompt, size)
+    if length := len(prefix):
+        tokens = jnp.broadcast_to(prefix, (shape.runs, 1, length))
+        nothing = jnp.zeros((layers, shape.runs, 1, kv, size, 0), dtype), jnp.zeros((layers, shape.runs, 1, kv, 0, size), dtype)
+        positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+        _, (k, v) = decoder(tokens, positions, prompt_attend(dtype), nothing, dtype=jnp.dtype(dtype))
+        prompt_k = tuple(cache.at[..., :length].set(new) for cache, new in zip(prompt_k, k, strict=True))
+        prompt_v = tuple(cache.at[..., :length, :].set(new) for cache, new in zip(prompt_v, v, strict=True))
     slots = Slots(
         clock=jnp.zeros((), jnp.int32),
-        prompt_k=zeros(*groups, kv, size, shape.prompt), prompt_v=zeros(*groups, kv, shape.prompt, size),
+        prompt_k=prompt_k, prompt_v=prompt_v,
         own_k=zeros(*rows, kv, size, shape.ring), own_v=zeros(*rows, kv, shape.ring, size),
         prompt_length=jnp.ones(groups, jnp.int32), started=jnp.zeros(groups, jnp.int32),
         token=jnp.zeros(rows, jnp.int32), finished=jnp.ones(rows, bool), made=jnp.zeros(rows, jnp.int32),
@@ -110,27 +117,23 @@ def _split_layers(decoder):
     return nnx.split(decoder.layers, nnx.LoRAParam, nnx.Param)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"), donate_argnames="slots")
-def prefill(graphdef, lora, base, slots: Slots, refill: Refill, *, dtype: str) -> Slots:
-    """Slots with the refill's prompts in their groups. The last prompt token is left to the first decoding step."""
+@functools.partial(jax.jit, static_argnames=("graphdef", "prefix", "dtype"), donate_argnames="slots")
+def prefill(graphdef, lora, base, slots: Slots, refill: Refill, *, prefix: int, dtype: str) -> Slots:
+    """Slots with the refill's prompts in their groups, behind the `prefix` positions that are already there."""
     refill = jax.tree.map(lambda x: constrain(x, BY_ROW), refill)
-    length = refill.prompt.shape[-1]
-    cache_dtype = slots.prompt_k[0].dtype
-
-    def attend(q, k, v, _):  # padding lies behind the prompt, where causal attention does not look
-        return causal_attention(q, k, v), (jnp.moveaxis(k, 2, 4).astype(cache_dtype), jnp.moveaxis(v, 2, 3).astype(cache_dtype))
-
-    positions = jnp.broadcast_to(jnp.arange(length), refill.prompt.shape)
-    _, (new_k, new_v) = nnx.merge(graphdef, lora, base)(refill.prompt, positions, attend, dtype=jnp.dtype(dtype))
+    end = prefix + refill.prompt.shape[-1]
+    shared = jnp.stack([x[:, :1, :, :, :prefix] for x in slots.prompt_k]), jnp.stack([x[:, :1, :, :prefix] for x in slots.prompt_v])
+    positions = jnp.broadcast_to(jnp.arange(prefix, end), refill.prompt.shape)
+    decoder = nnx.merge(graphdef, lora, base)
+    _, (new_k, new_v) = decoder(refill.prompt, positions, prompt_attend(slots.prompt_k[0].dtype), shared, dtype=jnp.dtype(dtype))
     run = jnp.arange(refill.group.shape[0])[:, None]
     place = lambda old, new: old.at[run, refill.group].set(new, mode="drop")  # noqa: E731
-    last = jnp.take_along_axis(refill.prompt, refill.length[..., None] - 1, axis=-1)
     slots = slots.replace(
-        prompt_k=tuple(old.at[run, refill.group, :, :, :length].set(new, mode="drop") for old, new in zip(slots.prompt_k, new_k, strict=True)),
-        prompt_v=tuple(old.at[run, refill.group, :, :length].set(new, mode="drop") for old, new in zip(slots.prompt_v, new_v, strict=True)),
+        prompt_k=tuple(old.at[run, refill.group, :, :, prefix:end].set(new, mode="drop") for old, new in zip(slots.prompt_k, new_k, strict=True)),
+        prompt_v=tuple(old.at[run, refill.group, :, prefix:end].set(new, mode="drop") for old, new in zip(slots.prompt_v, new_v, strict=True)),
         prompt_length=place(slots.prompt_length, refill.length),
         started=place(slots.started, jnp.broadcast_to(slots.clock, refill.group.shape)),
-        token=place(slots.token, jnp.broadcast_to(last, refill.limit.shape)),
+        token=place(slots.token, jnp.broadcast_to(refill.token[..., None], refill.limit.shape)),
         finished=place(slots.finished, refill.limit < 1),
         made=place(slots.made, jnp.zeros_like(refill.limit)),
         limit=place(slots.limit, refill.limit),
@@ -169,14 +172,18 @@ def decode_step(decoder, layers, slots: Slots, stop_ids: Int[Array, " E"], dtype
     position = jnp.broadcast_to((slots.prompt_length - 1 + age)[..., None], slots.token.shape)
     in_batch = lambda x: x.reshape(runs, groups * rows, 1)  # noqa: E731
     caches = zip(slots.prompt_k, slots.prompt_v, slots.own_k, slots.own_v, strict=True)
-    hidden, emitted = _run_layers(decoder, layers, in_batch(slots.token), in_batch(position), slot_attend(slots), caches, dtype)
+    in_prompt = jnp.arange(slots.prompt_k[0].shape[-1]) < slots.prompt_length[..., None] - 1
+    ring = slots.tokens.shape[-1]
+    columns_back = (slots.clock - 1 - jnp.arange(ring)) % ring + 1  # steps since a column was written, 1 .. C
+    attend = token_attend(in_prompt, columns_back <= age[..., None], rows)
+    hidden, emitted = _run_layers(decoder, layers, in_batch(slots.token), in_batch(position), attend, caches, dtype)
     logits = decoder.logits(constrain(hidden[:, :, 0], EVERYWHERE))  # each device has its part of the vocabulary for all rows
     logits = constrain(logits, BY_ROW).reshape(runs, groups, rows, -1)
     index = jnp.broadcast_to(age[..., None], slots.token.shape)
     token, log_prob = choose_tokens(logits, slots.temperature, slots.top_p, token_uniforms(slots.keys, index), candidates)
     made = jnp.where(slots.finished, slots.made, slots.made + 1)
     # A token is never negative, but that the column depends on it puts the writes behind every read: without it XLA copies each ring.
-    column = slots.clock % slots.tokens.shape[-1] + (token.min() < 0)
+    column = slots.clock % ring + (token.min() < 0)
     write = lambda ring, new, axis: jax.lax.dynamic_update_slice_in_dim(ring, jnp.expand_dims(new, axis).astype(ring.dtype), column, axis)  # noqa: E731
     keep = lambda ring, new: jnp.where(slots.finished, jax.lax.dynamic_index_in_dim(ring, column, 3, keepdims=False), new)  # noqa: E731
     return slots.replace(
@@ -202,38 +209,3 @@ def _run_layers(decoder, layers, tokens: Int[Array, "R B T"], positions: Int[Arr
         x, new = decoder_layer(nnx.merge(layer_def, lora, base), config, constrain(x, BY_ROW), rope, attend, cache, None)
         emitted.append(new)
     return rms_norm(x, decoder.final_norm[...], config), emitted
-
-
-def slot_attend(slots: Slots):
-    """Attention of one new token for each row over its group's prompt, its own ring and itself. Emits the token's key and value."""
-    runs, groups, rows = slots.token.shape
-    ring, prompt = slots.tokens.shape[-1], slots.prompt_k[0].shape[-1]
-    in_prompt = (jnp.arange(prompt) < slots.prompt_length[..., None] - 1)[:, :, None, None, None]
-    columns_back = (slots.clock - 1 - jnp.arange(ring)) % ring + 1  # steps since a column was written, 1 .. C
-    in_ring = (columns_back <= (slots.clock - slots.started)[..., None])[:, :, None, None, None]
-
-    def attend(q, k, v, cache: Any):
-        prompt_k, prompt_v, own_k, own_v = cache
-        heads = lambda x: x.reshape(runs, groups, rows, *x.shape[3:])  # noqa: E731
-        q, k, v = heads(q) * q.shape[-1] ** -0.5, heads(k), heads(v)
-        shared = _over_prompt(q, prompt_k)
-        own = product("rpgkjh,rpgkhc->rpgkjc", q, own_k, own_k.dtype)
-        itself = jnp.sum(q * k[..., None, :], axis=-1, keepdims=True, dtype=jnp.float32)
-        shared, own = jnp.where(in_prompt, shared, MASKED), jnp.where(in_ring, own, MASKED)
-        largest = jnp.maximum(jnp.maximum(shared.max(-1, keepdims=True), own.max(-1, keepdims=True)), itself)
-        shared, own, itself = (jnp.exp(scores - largest) for scores in (shared, own, itself))
-        context = _over_prompt(shared, prompt_v)
-        context += product("rpgkjc,rpgkch->rpgkjh", own, own_v, own_v.dtype)
-        context += itself * v[..., None, :]
-        context /= shared.sum(-1, keepdims=True) + own.sum(-1, keepdims=True) + itself
-        return context.astype(q.dtype).reshape(runs, groups * rows, 1, *q.shape[3:]), (k, v)
-
-    return attend
-
-
-def _over_prompt(x: Float[Array, "R P G K J I"], cache: Float[Array, "R P K I O"]) -> Float[Array, "R P G K J O"]:
-    """One product for each prompt and kv head over all rows that share it, in the order in which the cache lies in memory."""
-    runs, groups, rows, kv, heads, _ = x.shape
-    x = jnp.moveaxis(x, 2, 3).reshape(runs, groups, kv, rows * heads, -1)
-    out = product("rpkmi,rpkio->rpkmo", x, cache, cache.dtype)
-    return jnp.moveaxis(out.reshape(runs, groups, kv, rows, heads, -1), 3, 2)

@@ -51,6 +51,15 @@ def test_prompts_at_the_edges_of_buckets(untrained):
         assert_follows(untrained, 0, request, answer)
 
 
+def test_what_all_prompts_begin_with_is_computed_once_and_changes_nothing(two_runs):
+    beginning = prompts(1, 21)[0]  # 16 of these are shared: a multiple of 8
+    queues = [[Request(np.append(beginning, prompt), i, max_new_tokens=4) for i, prompt in enumerate(prompts(8, seed=run))] for run in range(2)]
+    assert len(make_plan(queues, OPTIONS).prefix) == 16
+    for run, (queue, answers) in enumerate(zip(queues, sample(*two_runs, queues, OPTIONS), strict=True)):
+        for request, (answer,) in zip(queue, answers, strict=True):
+            assert_follows(two_runs, run, request, answer)
+
+
 def test_sampled_log_probs_are_scaled_and_untruncated(untrained):
     queue = [Request(prompt, i, temperature=0.6, top_p=0.5, max_new_tokens=8) for i, prompt in enumerate(prompts(8))]
     for request, (answer,) in zip(queue, sample(*untrained, [queue], OPTIONS)[0], strict=True):
@@ -147,7 +156,7 @@ def test_no_cache_is_copied_for_a_token(untrained, n_samples):
     queue = [Request(prompt, i, n_samples=n_samples, temperature=1.0) for i, prompt in enumerate(prompts(4))]
     plan = make_plan([queue], OPTIONS)
     graphdef, lora, base = untrained
-    empty = slots.empty_slots(TINY, plan.shape, "float32")
+    empty = slots.start_slots(graphdef, lora, base, plan.prefix, shape=plan.shape, dtype="float32")
     layers = slots.separate_layers(graphdef, lora, base)
     nothing = np.zeros(1, np.int32)
     program = slots.decode.lower(graphdef, lora, base, layers, empty, nothing, nothing, dtype="float32", candidates=256).compile().as_text()

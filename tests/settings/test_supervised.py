@@ -3,8 +3,10 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import jax
@@ -290,6 +292,24 @@ def test_a_full_disk_in_the_middle_loses_nothing(tmp_path, finished, model, monk
     after = contents(tmp_path / "out")
     assert after == contents(finished[0])
     assert kept and all(after[name].startswith(data) for name, data in kept.items())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a failing Orbax leaves event loops behind
+@pytest.mark.parametrize("kilobytes", [4, 60, 120, 200])
+def test_a_disk_that_is_too_small_is_one_sentence_and_with_space_the_run_ends_alike(tmp_path, finished, model, kilobytes):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", disk], capture_output=True).returncode:
+        pytest.skip("needs the permission to mount a tmpfs")
+    try:
+        with pytest.raises(OSError) as caught:
+            run(make_experiment(model), disk / "out")
+        assert re.fullmatch("cannot write .*: No space left on device; .* is kept, and the same command goes on from it", str(caught.value))
+        subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+        run(make_experiment(model), disk / "out")
+        assert contents(disk / "out") == contents(finished[0])
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_a_diverging_run_does_not_stop_the_others(tmp_path, finished, model, monkeypatch):

@@ -1,0 +1,74 @@
+"""Attention of the sampler in XLA: a prompt behind a shared prefix, and one new token over shared and own caches.
+
+Dims as in slots.py: R runs, P groups, G rows of one group, S prompt positions, C ring columns, Q prompts and T positions of one
+prefill, X positions of the prefix, K kv heads, J query heads of one kv head, H head dim.
+"""
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ip_jax.models.attention import MASKED
+from ip_jax.models.products import product
+
+QUERY_CHUNK = 256  # queries whose scores are alive at once
+
+
+def prompt_attend(dtype):
+    """Causal attention of prompts [R, Q, T] over the prefix in the cache and themselves. Padding lies behind a prompt, where it is not seen.
+
+    The cache of a layer is (keys [R, 1, K, H, X], values [R, 1, K, X, H]); emits the prompts' (keys [R, Q, K, H, T], values [R, Q, K, T, H]).
+    """
+
+    def attend(q, k, v, cache):
+        runs, prompts, length, kv, heads, size = q.shape
+        k, v = jnp.moveaxis(k, 2, 4).astype(dtype), jnp.moveaxis(v, 2, 3).astype(dtype)
+        prefix_k, prefix_v = (jnp.broadcast_to(x, (runs, prompts, *x.shape[2:])) for x in cache)
+        all_k, all_v, before = jnp.concatenate([prefix_k, k], axis=4), jnp.concatenate([prefix_v, v], axis=3), prefix_k.shape[4]
+        rows = (jnp.moveaxis(q, 2, 3) * size**-0.5).reshape(runs, prompts, kv, length * heads, size)
+        out = []
+        for first in range(0, length, QUERY_CHUNK):
+            end = min(first + QUERY_CHUNK, length)
+            scores = product("rqkmh,rqkhs->rqkms", rows[..., first * heads : end * heads, :], all_k[..., : before + end], dtype)
+            visible = jnp.repeat(jnp.arange(before + first, before + end)[:, None] >= jnp.arange(before + end), heads, axis=0)
+            weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)
+            out.append(product("rqkms,rqksh->rqkmh", weights, all_v[..., : before + end, :], dtype))
+        out = jnp.concatenate(out, axis=3).astype(q.dtype).reshape(runs, prompts, kv, length, heads, size)
+        return jnp.moveaxis(out, 3, 2), (k, v)
+
+    return attend
+
+
+def token_attend(in_prompt: Bool[Array, "R P S"], in_ring: Bool[Array, "R P C"], rows: int):
+    """Attention of one new token for each row over the visible positions of its group's prompt, its own ring and itself.
+
+    The cache of a layer is (prompt keys [R, P, K, H, S], values [R, P, K, S, H], ring keys [R, P, G, K, H, C], values [R, P, G, K, C, H]);
+    emits the token's (keys, values) [R, P, G, K, H].
+    """
+    in_prompt, in_ring = in_prompt[:, :, None, None, None], in_ring[:, :, None, None, None]
+
+    def attend(q, k, v, cache):
+        prompt_k, prompt_v, own_k, own_v = cache
+        runs, groups = prompt_k.shape[:2]
+        heads = lambda x: x.reshape(runs, groups, rows, *x.shape[3:])  # noqa: E731
+        q, k, v = heads(q) * q.shape[-1] ** -0.5, heads(k), heads(v)
+        shared = _over_prompt(q, prompt_k)
+        own = product("rpgkjh,rpgkhc->rpgkjc", q, own_k, own_k.dtype)
+        itself = jnp.sum(q * k[..., None, :], axis=-1, keepdims=True, dtype=jnp.float32)
+        shared, own = jnp.where(in_prompt, shared, MASKED), jnp.where(in_ring, own, MASKED)
+        largest = jnp.maximum(jnp.maximum(shared.max(-1, keepdims=True), own.max(-1, keepdims=True)), itself)
+        shared, own, itself = (jnp.exp(scores - largest) for scores in (shared, own, itself))
+        context = _over_prompt(shared, prompt_v)
+        context += product("rpgkjc,rpgkch->rpgkjh", own, own_v, own_v.dtype)
+        context += itself * v[..., None, :]
+        context /= shared.sum(-1, keepdims=True) + own.sum(-1, keepdims=True) + itself
+        return context.astype(q.dtype).reshape(runs, groups * rows, 1, *q.shape[3:]), (k, v)
+
+    return attend
+
+
+def _over_prompt(x: Float[Array, "R P G K J I"], cache: Float[Array, "R P K I O"]) -> Float[Array, "R P G K J O"]:
+    """One product for each prompt and kv head over all rows that share it, in the order in which the cache lies in memory."""
+    runs, groups, rows, kv, heads, _ = x.shape
+    x = jnp.moveaxis(x, 2, 3).reshape(runs, groups, kv, rows * heads, -1)
+    out = product("rpkmi,rpkio->rpkmo", x, cache, cache.dtype)
+    return jnp.moveaxis(out.reshape(runs, groups, kv, rows, heads, -1), 3, 2)
