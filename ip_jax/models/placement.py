@@ -10,3 +10,10 @@ EVERYWHERE = ()
 def constrain(x: Array, axes: tuple[str, ...]) -> Array:
     """`x` with its leading dimensions cut over these axes of the mesh in context and the others whole; without a mesh, `x`."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def on_one_cpu(there, elsewhere, *arguments):
+    """there(*arguments) where a CPU runs the program without a mesh, elsewhere(*arguments) on accelerators and on meshes."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return elsewhere(*arguments)
+    return jax.lax.platform_dependent(*arguments, cpu=there, default=elsewhere)

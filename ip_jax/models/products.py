@@ -6,10 +6,14 @@ float32, as long as the result is asked for in float32; XLA:CPU has no such prod
 for those bfloat16 gains nothing. The backward passes keep this form (autodiff would mix dtypes) and keep the narrow LoRA
 matrix on the side that must be transposed: transposing wide activations costs more than the products.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+from ip_jax.models.placement import on_one_cpu
 
 KEPT = "product"  # what the backward pass keeps of a layer by default: results of products; all else is cheap to make again
 
@@ -27,6 +31,19 @@ def as_bits(tree):
 def from_bits(tree):
     """The inverse of `as_bits`."""
     return jax.tree.map(lambda a: jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a, tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def kept(x: Array, dtype) -> Array:
+    """x rounded to `dtype`, in which it is kept for the backward pass."""
+    return _keep(x, dtype)
+
+
+def _keep(x, dtype):
+    return from_bits(checkpoint_name(as_bits(x.astype(dtype)), KEPT)).astype(x.dtype)
+
+
+kept.defvjp(lambda x, dtype: (_keep(x, dtype), None), lambda dtype, _, dy: (dy,))
 
 
 @jax.custom_vjp
@@ -49,24 +66,35 @@ def _base_bwd(residuals, dy):
 base_product.defvjp(_base_fwd, _base_bwd)
 
 
-@jax.custom_vjp
-def lora_product(x: Float[Array, "R B T I"], a: Float[Array, "R I r"], b: Float[Array, "R r O"]) -> Float[Array, "R B T O"]:
-    """(x @ a_r) @ b_r for each run, with the scale already in b, in x's dtype."""
-    return _lora_fwd(x, a, b)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def lora_product(x: Float[Array, "R B T I"], a: Float[Array, "R I r"], b: Float[Array, "R r O"], base_dtype) -> Float[Array, "R B T O"]:
+    """(x @ a_r) @ b_r for each run, with the scale already in b, in x's dtype (see `run_product`)."""
+    return _lora_fwd(x, a, b, base_dtype)[0]
 
 
-def _lora_fwd(x, a, b):
-    low = checkpoint_name(product("rbti,rik->rbtk", x, a, a.dtype), KEPT)
-    return product("rbtk,rko->rbto", low, b, a.dtype).astype(x.dtype), (x, low, a, b)
+def run_product(spec: str, a: Array, b: Array, base_dtype) -> Array:
+    """`product` of arrays that both begin with the run axis: one batched product in a's dtype; on a CPU one for each run, in the
+    base weights' dtype, because there the batched one is up to three times as slow and has no bfloat16 form.
+    """
+
+    def one_by_one(a, b):
+        return jnp.stack([product(spec.replace("r", ""), *run, base_dtype) for run in zip(a, b, strict=True)])
+
+    return on_one_cpu(one_by_one, lambda a, b: product(spec, a, b, a.dtype), a, b)
 
 
-def _lora_bwd(residuals, dy):
+def _lora_fwd(x, a, b, base_dtype):
+    low = checkpoint_name(run_product("rbti,rik->rbtk", x, a, base_dtype), KEPT)
+    return run_product("rbtk,rko->rbto", low, b, base_dtype).astype(x.dtype), (x, low, a, b)
+
+
+def _lora_bwd(base_dtype, residuals, dy):
     x, low, a, b = residuals
-    d_low = product("rbto,rko->rbtk", dy, b, a.dtype)
-    dx = product("rbtk,rik->rbti", d_low, a, a.dtype).astype(x.dtype)
-    da = jnp.swapaxes(product("rbtk,rbti->rki", d_low, x, a.dtype), 1, 2).astype(a.dtype)
-    db = product("rbtk,rbto->rko", low, dy, a.dtype).astype(b.dtype)
-    return dx, da, db
+    d_low = run_product("rbto,rko->rbtk", dy, b, base_dtype)
+    dx = run_product("rbtk,rik->rbti", d_low, a, base_dtype)
+    da = jnp.swapaxes(run_product("rbtk,rbti->rki", d_low, x, base_dtype), 1, 2).astype(a.dtype)
+    db = run_product("rbtk,rbto->rko", low, dy, base_dtype).astype(b.dtype)
+    return dx.astype(x.dtype), da, db
 
 
 lora_product.defvjp(_lora_fwd, _lora_bwd)

@@ -42,18 +42,25 @@ def _forward(hidden, vocabulary, targets, weights, with_gradient: bool):
         a = jnp.pad(a, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 3))
         return jnp.moveaxis(a.reshape(runs, rows, -1, chunk, *a.shape[3:]), 2, 0)
 
+    def chunk_loss(h, target, weight):
+        logits = product("rbpd,vd->rbpv", h, vocabulary, dtype)
+        largest = logits.max(axis=-1)
+        normaliser = jnp.dot(jnp.exp(logits - largest[..., None]), jnp.ones(logits.shape[-1]))  # XLA:CPU is slow at sums of what it makes as it goes
+        log_normaliser = jnp.log(normaliser) + largest
+        target_logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        loss = jnp.sum((log_normaliser - target_logit) * weight, axis=(1, 2))
+        if not with_gradient:
+            return loss, None
+        is_target = target[..., None] == jnp.arange(logits.shape[-1])
+        pull = jnp.exp(logits - log_normaliser[..., None]) - is_target
+        gradient = product("rbpv,vd->rbpd", pull * weight[..., None], vocabulary, dtype)
+        return loss, constrain(gradient.astype(h.dtype), BY_ROW)
+
     def body(total, scanned):
         h, target, weight = (constrain(a, EVERYWHERE) for a in scanned)  # each device has all rows and its part of the vocabulary
-        logits = product("rbpd,vd->rbpv", h, vocabulary, dtype)
-        log_normaliser = jax.nn.logsumexp(logits, axis=-1)
-        target_rows = jnp.take(vocabulary, target, axis=0)
-        target_logit = jnp.einsum("rbpd,rbpd->rbp", h.astype(dtype), target_rows, preferred_element_type=jnp.float32)
-        total = total + jnp.sum((log_normaliser - target_logit) * weight, axis=(1, 2))
-        if not with_gradient:
-            return total, None
-        pull = jnp.exp(logits - (log_normaliser - jnp.log(weight))[..., None])  # weight * softmax
-        gradient = product("rbpv,vd->rbpd", pull, vocabulary, dtype) - target_rows * weight[..., None]
-        return total, constrain(gradient.astype(h.dtype), BY_ROW)
+        nothing = jnp.zeros_like(total), jnp.zeros_like(h) if with_gradient else None
+        loss, gradient = jax.lax.cond(jnp.any(weight > 0), chunk_loss, lambda *_: nothing, h, target, weight)
+        return total + loss, gradient
 
     total, gradient = jax.lax.scan(body, jnp.zeros(runs, jnp.float32), (split(hidden), split(targets), split(weights)))
     if with_gradient:
