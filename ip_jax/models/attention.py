@@ -7,11 +7,10 @@ K kv heads, G query heads of one kv head, H head dim.
 """
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ip_jax.models.placement import on_one_cpu
-from ip_jax.models.products import KEPT, product
+from ip_jax.models.products import as_bits, from_bits, keep, product
 
 MASKED = -1e30  # finite: a softmax over masked scores alone is uniform, not NaN
 QUERY_CHUNK = 128  # queries that share one key range, so that most of the upper triangle is never computed
@@ -51,29 +50,32 @@ def by_segment(function, *arrays: Float[Array, "R E ..."]):
 
     def one_by_one(*arrays):
         leading = arrays[0].shape[:2]
-        segments = [a.reshape(-1, 1, 1, *a.shape[2:]) for a in arrays]
-        return jax.tree.map(lambda a: a.reshape(*leading, *a.shape[3:]), jax.lax.map(lambda segment: function(*segment), segments))
+        segments = as_bits([a.reshape(-1, 1, 1, *a.shape[2:]) for a in arrays])
+        results = from_bits(jax.lax.map(lambda segment: as_bits(function(*from_bits(segment))), segments))
+        return jax.tree.map(lambda a: a.reshape(*leading, *a.shape[3:]), results)
 
     return on_one_cpu(one_by_one, function, *arrays)
 
 
 def _forward(q, k, v):
     length, _, groups, head_dim = q.shape[2:]
-    q_rows, k_rows, v_rows = _heads_first(q * head_dim**-0.5), _heads_first(k), _heads_first(v)
+    q_rows, k_rows, v_rows = _heads_first(q * jnp.asarray(head_dim**-0.5, q.dtype)), _heads_first(k), _heads_first(v)
     out, normaliser = [], []
     for first, end in _chunks(length):
         rows = slice(first * groups, end * groups)
         scores = product("rekth,reksh->rekts", q_rows[..., rows, :], k_rows[..., :end, :], q.dtype)
         scores = jnp.where(_visible(first, end, groups), scores, MASKED)
-        normaliser.append(jax.nn.logsumexp(scores, axis=-1))
-        weights = jnp.exp(scores - normaliser[-1][..., None])
-        out.append(product("rekts,reksh->rekth", weights, v_rows[..., :end, :], q.dtype))
+        largest = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = jnp.dot(weights, jnp.ones((end, 1)))
+        out.append(product("rekts,reksh->rekth", weights, v_rows[..., :end, :], q.dtype) / total)
+        normaliser.append((jnp.log(total) + largest)[..., 0])
     out = jnp.concatenate(out, axis=-2).astype(q.dtype)
     return jnp.moveaxis(out.reshape(*out.shape[:3], length, groups, head_dim), 2, 3), jnp.concatenate(normaliser, axis=-1)
 
 
 def _forward_kept(q, k, v):
-    out, normaliser = (checkpoint_name(x, KEPT) for x in by_segment(_forward, q, k, v))
+    q, k, v, out, normaliser = (keep(x, x.dtype) for x in (q, k, v, *by_segment(_forward, q, k, v)))
     return out, (q, k, v, out, normaliser)
 
 
@@ -83,9 +85,10 @@ def _backward(residuals, cotangent):
 
 def _backward_of_segments(q, k, v, out, normaliser, cotangent):
     length, _, groups, head_dim = q.shape[2:]
-    q_rows, k_rows, v_rows, d_rows = (_heads_first(x) for x in (q * head_dim**-0.5, k, v, cotangent))
+    q_rows, k_rows, v_rows, d_rows = (_heads_first(x) for x in (q * jnp.asarray(head_dim**-0.5, q.dtype), k, v, cotangent))
     delta = jnp.einsum("retkgh,retkgh->retkg", cotangent, out, preferred_element_type=jnp.float32)
     delta = jnp.moveaxis(delta, 3, 2).reshape(normaliser.shape)
+    k_columns = jax.lax.optimization_barrier(jnp.swapaxes(k_rows, -1, -2))
     dq, dk, dv = [], jnp.zeros(k_rows.shape, jnp.float32), jnp.zeros(v_rows.shape, jnp.float32)
     for first, end in _chunks(length):
         rows = slice(first * groups, end * groups)
@@ -97,8 +100,8 @@ def _backward_of_segments(q, k, v, out, normaliser, cotangent):
         d_scores = weights * (d_weights - delta[..., None, rows])
         dv = dv.at[..., :end, :].add(product("rekst,rekth->reksh", weights, d_chunk, q.dtype))
         dk = dk.at[..., :end, :].add(product("rekst,rekth->reksh", d_scores, q_chunk, q.dtype))
-        dq.append(product("rekst,reksh->rekth", d_scores, k_rows[..., :end, :], q.dtype))
-    dq = jnp.concatenate(dq, axis=-2) * head_dim**-0.5
+        dq.append(product("rekhs,rekst->rekht", k_columns[..., :end], d_scores, q.dtype))
+    dq = jnp.swapaxes(jax.lax.optimization_barrier(jnp.concatenate(dq, axis=-1)), -1, -2) * head_dim**-0.5
     dq = jnp.moveaxis(dq.reshape(*dq.shape[:3], length, groups, head_dim), 2, 3)
     return dq.astype(q.dtype), jnp.moveaxis(dk, 2, 3).astype(k.dtype), jnp.moveaxis(dv, 2, 3).astype(v.dtype)
 

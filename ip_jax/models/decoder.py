@@ -36,7 +36,7 @@ class Projection(nnx.Module):
         """Base product over R*B*T rows, plus scale * (x A_r) B_r. `dropout` is (rate, keys [R]) on the adapter's input, as in PEFT."""
         y = base_product(x, self.kernel[...])
         if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
+            y = y + self.bias[...]
         if self.lora_a is None:
             return kept(y, self.kernel[...].dtype)
         if dropout is not None:
@@ -114,10 +114,11 @@ def decoder_layer(layer: Layers, config: DecoderConfig, x, rope, attend: Attend,
     k = apply_rope(layer.k(h, keys["k"]).reshape(*rows, kv_heads, 1, head_dim), rope)[..., 0, :]
     v = layer.v(h, keys["v"]).reshape(*rows, kv_heads, head_dim)
     context, emitted = attend(q, k, v, cache)
-    x = x + layer.o(context.reshape(*rows, config.n_heads * head_dim), keys["o"])
+    x = x + layer.o(context.reshape(*rows, config.n_heads * head_dim), keys["o"]).astype(x.dtype)
     h = rms_norm(x, layer.mlp_norm[...], config)
     activation = jax.nn.silu if config.activation == "silu" else lambda a: jax.nn.gelu(a, approximate=True)
-    x = x + layer.down(activation(layer.gate(h, keys["gate"])) * layer.up(h, keys["up"]), keys["down"])
+    gate, up = (projection(h, keys[name]).astype(x.dtype) for name, projection in (("gate", layer.gate), ("up", layer.up)))
+    x = x + layer.down(activation(gate) * up, keys["down"]).astype(x.dtype)
     return x, emitted
 
 
@@ -170,9 +171,9 @@ def rope_tables(positions: Int[Array, "R B T"], config: DecoderConfig) -> tuple[
 
 def apply_rope(x: Float[Array, "R B T K G H"], rope) -> Float[Array, "R B T K G H"]:
     """Rotates the two halves of each head (the convention of HF checkpoints)."""
-    cos, sin = (table.astype(x.dtype) for table in rope)
+    cos, sin = rope
     first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def causal_attend(q, k, v, _) -> tuple[Array, None]:

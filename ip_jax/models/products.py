@@ -35,21 +35,22 @@ def from_bits(tree):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def kept(x: Array, dtype) -> Array:
-    """x rounded to `dtype`, in which it is kept for the backward pass."""
-    return _keep(x, dtype)
+    """x in `dtype`, kept for the backward pass."""
+    return keep(x, dtype)
 
 
-def _keep(x, dtype):
-    return from_bits(checkpoint_name(as_bits(x.astype(dtype)), KEPT)).astype(x.dtype)
+def keep(x: Array, dtype) -> Array:
+    """`kept` for use within a written-out forward pass (it has no gradient)."""
+    return from_bits(checkpoint_name(as_bits(x.astype(dtype)), KEPT))
 
 
-kept.defvjp(lambda x, dtype: (_keep(x, dtype), None), lambda dtype, _, dy: (dy,))
+kept.defvjp(lambda x, dtype: (keep(x, dtype), jnp.zeros((), x.dtype)), lambda dtype, like, dy: (dy.astype(like.dtype),))
 
 
 @jax.custom_vjp
 def base_product(x: Float[Array, "R B T I"], kernel: Float[Array, "I O"]) -> Float[Array, "R B T O"]:
-    """x @ kernel as one product over R*B*T rows, in x's dtype."""
-    return product("rbti,io->rbto", x, kernel, kernel.dtype).astype(x.dtype)
+    """x @ kernel as one product over R*B*T rows, in float32."""
+    return product("rbti,io->rbto", x, kernel, kernel.dtype)
 
 
 def _base_fwd(x, kernel):
@@ -68,7 +69,7 @@ base_product.defvjp(_base_fwd, _base_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def lora_product(x: Float[Array, "R B T I"], a: Float[Array, "R I r"], b: Float[Array, "R r O"], base_dtype) -> Float[Array, "R B T O"]:
-    """(x @ a_r) @ b_r for each run, with the scale already in b, in x's dtype (see `run_product`)."""
+    """(x @ a_r) @ b_r for each run, with the scale already in b, in float32 (see `run_product`)."""
     return _lora_fwd(x, a, b, base_dtype)[0]
 
 
@@ -85,7 +86,7 @@ def run_product(spec: str, a: Array, b: Array, base_dtype) -> Array:
 
 def _lora_fwd(x, a, b, base_dtype):
     low = checkpoint_name(run_product("rbti,rik->rbtk", x, a, base_dtype), KEPT)
-    return run_product("rbtk,rko->rbto", low, b, base_dtype).astype(x.dtype), (x, low, a, b)
+    return run_product("rbtk,rko->rbto", low, b, base_dtype), (x, low, a, b)
 
 
 def _lora_bwd(base_dtype, residuals, dy):

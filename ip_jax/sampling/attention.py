@@ -50,7 +50,7 @@ def token_attend(in_prompt: Bool[Array, "R P S"], in_ring: Bool[Array, "R P C"],
         prompt_k, prompt_v, own_k, own_v = cache
         runs, groups = prompt_k.shape[:2]
         heads = lambda x: x.reshape(runs, groups, rows, *x.shape[3:])  # noqa: E731
-        q, k, v = heads(q) * q.shape[-1] ** -0.5, heads(k), heads(v)
+        q, k, v = heads(q).astype(jnp.float32) * q.shape[-1] ** -0.5, heads(k), heads(v)
         shared = _over_prompt(q, prompt_k)
         own = product("rpgkjh,rpgkhc->rpgkjc", q, own_k, own_k.dtype)
         itself = jnp.sum(q * k[..., None, :], axis=-1, keepdims=True, dtype=jnp.float32)
