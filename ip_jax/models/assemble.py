@@ -50,7 +50,7 @@ def assemble(config: DecoderConfig, read: Reader, dtype, sharding: ShardingOf | 
         if path[0] == "layers":
             branch[path[-1]] = _stack(lambda layer, path=path, shape=shape: checked(path, layer, shape[1:]), shape, dtype, place)
         else:
-            branch[path[-1]] = _put(checked(path, None, shape), dtype, place)
+            branch[path[-1]] = _put(checked(path, None, shape), dtype, place, {})
     return params
 
 
@@ -59,9 +59,10 @@ def _stack(read_layer: Callable[[int], Tensor], shape: tuple[int, ...], dtype, p
         raise ValueError(f"The layer axis of a stacked array must not be sharded, but its sharding is {place.spec}.")
     per_layer = place and NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
     target = jnp.zeros(shape, dtype, device=place)
+    buffers: dict[str, np.ndarray] = {}
     for layer in range(shape[0]):
-        target = _fill(place)(target, layer, _put(read_layer(layer), dtype, per_layer))
-        target.block_until_ready()  # else the host's copies of several layers wait for the device together
+        target = _fill(place)(target, layer, _put(read_layer(layer), dtype, per_layer, buffers))
+        target.block_until_ready()  # the next layer is written into the same buffers
     return target
 
 
@@ -71,13 +72,19 @@ def _fill(place: NamedSharding | None):
     return jax.jit(lambda target, layer, x: target.at[layer].set(x), donate_argnums=0, out_shardings=place)
 
 
-def _put(tensor: Tensor, dtype, place: Sharding | None) -> jax.Array:
-    pieces = {}  # devices that hold the same piece share one host copy
+def _put(tensor: Tensor, dtype, place: Sharding | None, buffers: dict[str, np.ndarray]) -> jax.Array:
+    """The tensor on its devices, by way of one host buffer for each distinct piece, made here or by an earlier tensor of this shape."""
+    written = set()  # devices that hold the same piece share one
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:
-        if str(index) not in pieces:
-            pieces[str(index)] = np.array(tensor[index], dtype=dtype, order="C")  # converts, transposes and copies at once
-        return pieces[str(index)]
+        key = str(index)
+        if key not in written:
+            source = tensor[index]
+            if key not in buffers:
+                buffers[key] = np.empty(source.shape, dtype)
+            np.copyto(buffers[key], source, casting="unsafe")
+            written.add(key)
+        return buffers[key]
 
     everything = (slice(None),) * len(tensor.shape)
     return jax.make_array_from_callback(tensor.shape, place, piece) if place else jnp.asarray(piece(everything))
