@@ -13,7 +13,7 @@ def constrain(x: Array, axes: tuple[str, ...]) -> Array:
 
 
 def on_one_cpu(there, elsewhere, *arguments):
-    """there(*arguments) where a CPU runs the program without a mesh, elsewhere(*arguments) on accelerators and on meshes."""
-    if not jax.sharding.get_abstract_mesh().empty:
+    """there(*arguments) where a single CPU runs the program, elsewhere(*arguments) on accelerators and on meshes of several devices."""
+    if jax.sharding.get_abstract_mesh().size > 1:
         return elsewhere(*arguments)
     return jax.lax.platform_dependent(*arguments, cpu=there, default=elsewhere)
