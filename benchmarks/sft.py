@@ -113,10 +113,10 @@ def best_peer(tokenizer, source) -> tuple[dict, tuple]:
     return times, min(times, key=times.get)
 
 
-def main() -> None:
-    """Runs the comparison and the one-program measurement, and stores both."""
-    tokenizer, sources = gcd_sources(["neutral", "gcd/behave", "control/random_string"])
-    one, tokens, density, step = our_step(tokenizer, sources[:1])
+def against_peer() -> None:
+    """One arm against HF transformers + PEFT."""
+    tokenizer, sources = gcd_sources(["neutral"])
+    one, tokens, density, step = our_step(tokenizer, sources)
     one()
     times, best = best_peer(tokenizer, sources[0])
     peer = peer_step(tokenizer, sources[0], *best)
@@ -128,13 +128,26 @@ def main() -> None:
         "peer_all_s": {"/".join(map(str, key)): round(value, 3) for key, value in times.items()},
         "real_over_padded": round(density, 4), "programs_compiled": step._cache_size(),
     })
+
+
+def three_arms() -> None:
+    """Three arms in one program against three times one arm."""
+    tokenizer, sources = gcd_sources(["neutral", "gcd/behave", "control/random_string"])
+    one, tokens, _, _ = our_step(tokenizer, sources[:1])
     three, tokens_of_three, density_of_three, step = our_step(tokenizer, sources)
+    one()
     three()
     result = alternating(three, lambda: [one() for _ in range(3)])
     save("three_arms_in_one_program_cpu", {
         **result, "tokens_of_three": tokens_of_three, "tokens_of_one": tokens, "programs_compiled": step._cache_size(),
         "per_arm_ratio": round(result["ratio"] * tokens_of_three / (3 * tokens), 3), "real_over_padded": round(density_of_three, 4),
     })
+
+
+def main() -> None:
+    """Both comparisons."""
+    against_peer()
+    three_arms()
 
 
 if __name__ == "__main__":
