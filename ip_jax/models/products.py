@@ -1,9 +1,9 @@
 """The matrix products of a layer, summed in float32, with their backward passes written out.
 
-Products with base weights run in the weights' dtype, everything that belongs to a run (LoRA, attention) in the activations'.
-With bfloat16 weights and float32 activations a CPU with bfloat16 instructions makes the large products twice as fast as in
-float32, as long as the result is asked for in float32; XLA:CPU has no such product with batch dimensions in every layout, and
-for those bfloat16 gains nothing. The backward passes keep this form (autodiff would mix dtypes) and keep the narrow LoRA
+Products with base weights run in the weights' dtype and come out in it; attention takes it from there. What belongs to a run (LoRA)
+is in the activations' dtype, on a single CPU in the weights' too. A CPU with bfloat16 instructions makes products of bfloat16
+twice as fast as float32 ones, as long as the result is asked for in float32; XLA:CPU has no such product with batch dimensions in every layout.
+The backward passes keep this form (autodiff would mix dtypes) and keep the narrow LoRA
 matrix on the side that must be transposed: transposing wide activations costs more than the products.
 """
 import functools
