@@ -137,7 +137,7 @@ def rms_norm(x: Float[Array, "*rows D"], weight: Float[Array, " D"], config: Dec
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _normalised(x, eps):
-    return x * jax.lax.rsqrt(_mean_square(x, x) + eps)
+    return x * _inverse_scale(x, eps)
 
 
 def _normalised_fwd(x, eps):
@@ -145,15 +145,16 @@ def _normalised_fwd(x, eps):
 
 
 def _normalised_bwd(eps, x, dy):
-    scale = jax.lax.rsqrt(_mean_square(x, x) + eps)
-    return (scale * (dy - x * (scale * scale * _mean_square(x, dy))),)
+    scale = _inverse_scale(x, eps)
+    mean = jnp.dot(x * dy, jnp.full((x.shape[-1], 1), 1 / x.shape[-1]))  # XLA:CPU takes 15 times as long for a sum that multiplies as it goes
+    return (scale * (dy - x * (scale * scale * mean)),)
 
 
 _normalised.defvjp(_normalised_fwd, _normalised_bwd)
 
 
-def _mean_square(x, y):
-    return jnp.dot(x * y, jnp.full((x.shape[-1], 1), 1 / x.shape[-1], jnp.float32))  # a sum that multiplies as it goes takes XLA:CPU 15 times as long
+def _inverse_scale(x, eps):
+    return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
 def rope_tables(positions: Int[Array, "R B T"], config: DecoderConfig) -> tuple[Float[Array, "R B T 1 1 h"], Float[Array, "R B T 1 1 h"]]:
