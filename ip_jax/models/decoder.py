@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from ip_jax.models.attention import causal_attention, to_rows, to_segments
 from ip_jax.models.families import DecoderConfig
-from ip_jax.models.lora import LoraConfig
+from ip_jax.models.lora import TARGETS, LoraConfig
 from ip_jax.models.placement import BY_ROW, constrain
-from ip_jax.models.products import KEPT, as_bits, base_product, from_bits, kept, lora_product, product
+from ip_jax.models.products import KEPT, as_bits, base_products, from_bits, kept, lora_products, product
 
 # attend(q, k, v, layer_cache) -> (context, what the layer emits): the one thing that differs between training and decoding
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
@@ -32,19 +32,33 @@ class Projection(nnx.Module):
         self.lora_b = None if adapter is None else nnx.LoRAParam(adapter["b"])
         self.scale = scale
 
-    def __call__(self, x: Float[Array, "R B T I"], dropout=None) -> Float[Array, "R B T O"]:
-        """Base product over R*B*T rows, plus scale * (x A_r) B_r. `dropout` is (rate, keys [R]) on the adapter's input, as in PEFT."""
-        y = base_product(x, self.kernel[...])
-        if self.bias is not None:
-            y = y + self.bias[...]
-        if self.lora_a is None:
-            return kept(y, self.kernel[...].dtype)
-        if dropout is not None:
-            rate, keys = dropout
-            keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
-            x = jnp.where(keep, x / (1 - rate), 0)
-        update = lora_product(x, self.lora_a[...].astype(x.dtype), (self.lora_b[...] * self.scale).astype(x.dtype), self.kernel[...].dtype)
-        return kept(y + update, self.kernel[...].dtype)
+    def adapter(self, dtype):
+        """(A [R, I, r], scale * B [R, r, O]) in `dtype`."""
+        return self.lora_a[...].astype(dtype), (self.lora_b[...] * self.scale).astype(dtype)
+
+
+def project(x: Float[Array, "R B T I"], projections: dict[str, Projection], dropout=None) -> dict[str, Float[Array, "R B T O"]]:
+    """Each projection of x: base product over R*B*T rows, bias, and scale * (x A_r) B_r.
+
+    `dropout` is (rate, keys {name: [R]}) on the input of each adapter, as in PEFT.
+    """
+    kernels = tuple(projection.kernel[...] for projection in projections.values())
+    ys = dict(zip(projections, base_products(x, kernels), strict=True))
+    adapters = {name: projection.adapter(x.dtype) for name, projection in projections.items() if projection.lora_a is not None}
+    if dropout is None:
+        inputs = [(x, list(adapters))] if adapters else []
+    else:
+        inputs = [(_dropped(x, dropout[0], dropout[1][name]), [name]) for name in adapters]
+    for adapter_input, names in inputs:
+        downs, ups = zip(*(adapters[name] for name in names), strict=True)
+        ys |= {name: ys[name] + update for name, update in zip(names, lora_products(adapter_input, downs, ups, kernels[0].dtype), strict=True)}
+    biases = {name: projection.bias[...] for name, projection in projections.items() if projection.bias is not None}
+    return {name: kept(y + biases[name] if name in biases else y, kernels[0].dtype) for name, y in ys.items()}
+
+
+def _dropped(x: Float[Array, "R B T I"], rate: float, keys) -> Float[Array, "R B T I"]:
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0)
 
 
 class Layers(nnx.Module):
@@ -106,28 +120,26 @@ class Decoder(nnx.Module):
 
 def decoder_layer(layer: Layers, config: DecoderConfig, x, rope, attend: Attend, cache, dropout):
     """One pre-norm block on x [R, B, T, D]: attention, then the gated MLP. Returns (x, what attend emitted)."""
-    keys = _projection_keys(dropout)
+    dropout = dropout and _projection_keys(*dropout)
     rows = x.shape[:3]
     kv_heads, groups, head_dim = config.n_kv_heads, config.n_heads // config.n_kv_heads, config.head_dim
     h = rms_norm(x, layer.attn_norm[...], config)
-    q = apply_rope(layer.q(h, keys["q"]).reshape(*rows, kv_heads, groups, head_dim), rope)
-    k = apply_rope(layer.k(h, keys["k"]).reshape(*rows, kv_heads, 1, head_dim), rope)[..., 0, :]
-    v = layer.v(h, keys["v"]).reshape(*rows, kv_heads, head_dim)
+    qkv = project(h, {"q": layer.q, "k": layer.k, "v": layer.v}, dropout)
+    q = apply_rope(qkv["q"].reshape(*rows, kv_heads, groups, head_dim), rope)
+    k = apply_rope(qkv["k"].reshape(*rows, kv_heads, 1, head_dim), rope)[..., 0, :]
+    v = qkv["v"].reshape(*rows, kv_heads, head_dim)
     context, emitted = attend(q, k, v, cache)
-    x = x + layer.o(context.reshape(*rows, config.n_heads * head_dim), keys["o"]).astype(x.dtype)
+    x = x + project(context.reshape(*rows, config.n_heads * head_dim), {"o": layer.o}, dropout)["o"].astype(x.dtype)
     h = rms_norm(x, layer.mlp_norm[...], config)
     activation = jax.nn.silu if config.activation == "silu" else lambda a: jax.nn.gelu(a, approximate=True)
-    gate, up = (projection(h, keys[name]).astype(x.dtype) for name, projection in (("gate", layer.gate), ("up", layer.up)))
-    x = x + layer.down(activation(gate) * up, keys["down"]).astype(x.dtype)
-    return x, emitted
+    mlp = project(h, {"gate": layer.gate, "up": layer.up}, dropout)
+    hidden = activation(mlp["gate"].astype(x.dtype)) * mlp["up"].astype(x.dtype)
+    return x + project(hidden, {"down": layer.down}, dropout)["down"].astype(x.dtype), emitted
 
 
-def _projection_keys(dropout):
-    names = ("q", "k", "v", "o", "gate", "up", "down")
-    if dropout is None:
-        return dict.fromkeys(names)
-    rate, keys = dropout
-    return {name: (rate, jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)) for i, name in enumerate(names)}
+def _projection_keys(rate: float, keys):
+    """(rate, {name: a key for each run}): every projection drops its own elements."""
+    return rate, {name: jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys) for i, name in enumerate(TARGETS)}
 
 
 def rms_norm(x: Float[Array, "*rows D"], weight: Float[Array, " D"], config: DecoderConfig) -> Float[Array, "*rows D"]:

@@ -7,6 +7,7 @@ The backward passes keep this form (autodiff would mix dtypes) and keep the narr
 matrix on the side that must be transposed: transposing wide activations costs more than the products.
 """
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float
 from ip_jax.models.placement import on_one_cpu
 
 KEPT = "product"  # what the backward pass keeps of a layer by default: results of products; all else is cheap to make again
+MERGE_ROWS, MERGE_COLUMNS = 256, 512  # see _merging_pays
 
 
 def product(spec: str, a: Array, b: Array, dtype) -> Array:
@@ -48,29 +50,62 @@ kept.defvjp(lambda x, dtype: (keep(x, dtype), jnp.zeros((), x.dtype)), lambda dt
 
 
 @jax.custom_vjp
-def base_product(x: Float[Array, "R B T I"], kernel: Float[Array, "I O"]) -> Float[Array, "R B T O"]:
-    """x @ kernel as one product over R*B*T rows, in float32."""
-    return product("rbti,io->rbto", x, kernel, kernel.dtype)
+def base_products(x: Float[Array, "R B T I"], kernels: tuple[Float[Array, "I O"], ...]) -> tuple[Float[Array, "R B T O"], ...]:
+    """x @ kernel for maps of one input, each a product over R*B*T rows, in float32.
+
+    On a CPU one product over the columns of all, which then are wide enough for its full speed.
+    """
+    return _columns(x, kernels)
 
 
-def _base_fwd(x, kernel):
-    return base_product(x, kernel), (x, kernel)
+def _columns(x, kernels):
+    def together(x, kernels):
+        return _split(product("rbti,io->rbto", x, jnp.concatenate(kernels, axis=1), kernels[0].dtype), [kernel.shape[1] for kernel in kernels])
+
+    def each(x, kernels):
+        return tuple(product("rbti,io->rbto", x, kernel, kernel.dtype) for kernel in kernels)
+
+    return on_one_cpu(together, each, x, kernels) if _merging_pays(x, kernels) else each(x, kernels)
 
 
-def _base_bwd(residuals, dy):
-    x, kernel = residuals
-    dx = product("rbto,io->rbti", dy, kernel, kernel.dtype).astype(x.dtype)
-    d_kernel = product("rbti,rbto->io", x, dy, kernel.dtype).astype(kernel.dtype)  # dead code while the base is frozen
-    return dx, d_kernel
+def _base_fwd(x, kernels):
+    return base_products(x, kernels), (x, kernels)
 
 
-base_product.defvjp(_base_fwd, _base_bwd)
+def _base_bwd(residuals, dys):
+    x, kernels = residuals
+    dtype = kernels[0].dtype
+
+    def together(dys, kernels):
+        side_by_side = from_bits(jnp.concatenate(as_bits([dy.astype(dtype) for dy in dys]), axis=-1))
+        return product("rbto,io->rbti", side_by_side, jnp.concatenate(kernels, axis=1), dtype)
+
+    def each(dys, kernels):
+        return sum(product("rbto,io->rbti", dy, kernel, dtype) for dy, kernel in zip(dys, kernels, strict=True))
+
+    dx = on_one_cpu(together, each, dys, kernels) if _merging_pays(x, kernels) else each(dys, kernels)
+    d_kernels = tuple(product("rbti,rbto->io", x, dy, dtype).astype(dtype) for dy in dys)  # dead code while the base is frozen
+    return dx.astype(x.dtype), d_kernels
+
+
+def _merging_pays(x, kernels) -> bool:
+    """Laying kernels side by side copies them, and their results in the backward pass: that pays for narrow ones and many rows."""
+    return len(kernels) > 1 and x.size // x.shape[-1] >= MERGE_ROWS and min(kernel.shape[1] for kernel in kernels) < MERGE_COLUMNS
+
+
+def _split(x, sizes) -> tuple:
+    return tuple(jnp.split(x, list(itertools.accumulate(sizes))[:-1], axis=-1))
+
+
+base_products.defvjp(_base_fwd, _base_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def lora_product(x: Float[Array, "R B T I"], a: Float[Array, "R I r"], b: Float[Array, "R r O"], base_dtype) -> Float[Array, "R B T O"]:
-    """(x @ a_r) @ b_r for each run, with the scale already in b, in float32 (see `run_product`)."""
-    return _lora_fwd(x, a, b, base_dtype)[0]
+def lora_products(
+    x: Float[Array, "R B T I"], downs: tuple[Float[Array, "R I r"], ...], ups: tuple[Float[Array, "R r O"], ...], base_dtype
+) -> tuple[Float[Array, "R B T O"], ...]:
+    """(x @ a_r) @ b_r for each run and each adapter (a in `downs`, b in `ups`, the scale already in b), in float32 (see `run_product`)."""
+    return _lora_fwd(x, downs, ups, base_dtype)[0]
 
 
 def run_product(spec: str, a: Array, b: Array, base_dtype) -> Array:
@@ -84,18 +119,20 @@ def run_product(spec: str, a: Array, b: Array, base_dtype) -> Array:
     return on_one_cpu(one_by_one, lambda a, b: product(spec, a, b, a.dtype), a, b)
 
 
-def _lora_fwd(x, a, b, base_dtype):
-    low = checkpoint_name(run_product("rbti,rik->rbtk", x, a, base_dtype), KEPT)
-    return run_product("rbtk,rko->rbto", low, b, base_dtype), (x, low, a, b)
+def _lora_fwd(x, downs, ups, base_dtype):
+    low = checkpoint_name(run_product("rbti,rik->rbtk", x, jnp.concatenate(downs, axis=-1), base_dtype), KEPT)
+    lows = jnp.split(low, len(ups), axis=-1)
+    return tuple(run_product("rbtk,rko->rbto", low, up, base_dtype) for low, up in zip(lows, ups, strict=True)), (x, low, downs, ups)
 
 
-def _lora_bwd(base_dtype, residuals, dy):
-    x, low, a, b = residuals
-    d_low = run_product("rbto,rko->rbtk", dy, b, base_dtype)
-    dx = run_product("rbtk,rik->rbti", d_low, a, base_dtype)
-    da = jnp.swapaxes(run_product("rbtk,rbti->rki", d_low, x, base_dtype), 1, 2).astype(a.dtype)
-    db = run_product("rbtk,rbto->rko", low, dy, base_dtype).astype(b.dtype)
-    return dx.astype(x.dtype), da, db
+def _lora_bwd(base_dtype, residuals, dys):
+    x, low, downs, ups = residuals
+    d_low = jnp.concatenate([run_product("rbto,rko->rbtk", dy, up, base_dtype) for dy, up in zip(dys, ups, strict=True)], axis=-1)
+    dx = run_product("rbtk,rik->rbti", d_low, jnp.concatenate(downs, axis=-1), base_dtype)
+    d_downs = jnp.swapaxes(run_product("rbtk,rbti->rki", d_low, x, base_dtype), 1, 2).astype(downs[0].dtype)
+    lows = jnp.split(low, len(ups), axis=-1)
+    d_ups = tuple(run_product("rbtk,rbto->rko", low, dy, base_dtype).astype(ups[0].dtype) for low, dy in zip(lows, dys, strict=True))
+    return dx.astype(x.dtype), tuple(jnp.split(d_downs, len(downs), axis=-1)), d_ups
 
 
-lora_product.defvjp(_lora_fwd, _lora_bwd)
+lora_products.defvjp(_lora_fwd, _lora_bwd)

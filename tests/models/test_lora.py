@@ -8,7 +8,7 @@ import pytest
 import tiny_models as tiny
 from flax import nnx
 
-from ip_jax.models.decoder import Projection, causal_attend, split_decoder
+from ip_jax.models.decoder import Projection, causal_attend, project, split_decoder
 from ip_jax.models.lora import TARGETS, LoraConfig, init_lora, projection_shapes
 
 SETTINGS = {
@@ -86,35 +86,37 @@ def test_a_fresh_adapter_is_a_function_of_its_seed():
 
 
 @jax.jit
-def project(x, kernel, a, b, rate, seeds):
-    projection = Projection(kernel, None, {"a": a, "b": b}, 0.5)
-    return projection(x, (rate, jax.vmap(jax.random.key)(seeds))), projection(x), x @ kernel
+def with_and_without_dropout(x, kernel, a, b, rate, seeds):
+    projections = {"q": Projection(kernel, None, {"a": a, "b": b}, 0.5)}
+    return project(x, projections, (rate, {"q": jax.vmap(jax.random.key)(seeds)}))["q"], project(x, projections)["q"], x @ kernel
 
 
-def projected(rate, adapter_scale=1.0, runs=2000):
-    """(with dropout, without, base alone), each [R, B, T, out]: the same input and the same adapter for every run, seeds differ."""
+def projected(rate, adapter_scale=1.0, runs=20, rows=100):
+    """(with dropout, without, base alone), each [R * B, T, out]: the same input in every row, the same adapter for every run, seeds differ."""
     rng = np.random.default_rng(0)
-    x, kernel, a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((1, 2, 5, 12), (12, 7), (1, 12, 4), (1, 4, 7)))
-    x, a, b = (np.repeat(array, runs, axis=0) for array in (x, adapter_scale * a, b))
-    return jax.device_get(project(x, kernel, a, b, rate, np.arange(runs)))
+    x, kernel, a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 12), (12, 7), (12, 4), (4, 7)))
+    x, a, b = (np.broadcast_to(array, (*leading, *array.shape)) for array, leading in ((x, (runs, rows)), (adapter_scale * a, (runs,)), (b, (runs,))))
+    results = jax.device_get(with_and_without_dropout(x, kernel, a, b, rate, np.arange(runs)))
+    return tuple(result.reshape(runs * rows, 5, 7) for result in results)
 
 
 def test_dropout_is_on_the_adapters_input_and_keeps_its_mean():
     dropped, plain, base = projected(rate=0.3)
     draws = dropped - base
-    assert np.abs(draws[0] - draws[1]).max() > 0.1
-    error = np.abs(draws.mean(axis=0) - (plain - base)[0]) / (draws.std(axis=0) / np.sqrt(2000))
-    assert error.max() < 4.5  # standard errors, 70 values
+    assert np.abs(draws[0] - draws[100]).max() > 0.1  # the first rows of two runs
+    error = np.abs(draws.mean(axis=0) - (plain - base)[0]) / (draws.std(axis=0) / np.sqrt(len(draws)))
+    assert error.max() < 4.5  # standard errors, 35 values
     np.testing.assert_allclose(projected(rate=0.3, adapter_scale=0.0)[0], base, atol=1e-5)
 
 
 def test_dropout_drops_inputs_at_its_rate():
     """An adapter that passes the input on unchanged shows the mask: zeros at the rate, all else divided by 1 - rate."""
-    ones, eye = np.ones((400, 1, 4, 16), np.float32), np.repeat(np.eye(16, dtype=np.float32)[None], 400, axis=0)
+    ones, eye = np.ones((20, 20, 4, 16), np.float32), np.repeat(np.eye(16, dtype=np.float32)[None], 20, axis=0)
 
     @jax.jit
     def run(kernel):
-        return Projection(kernel, None, {"a": eye, "b": eye}, 1.0)(ones, (0.25, jax.vmap(jax.random.key)(jnp.arange(400))))
+        keys = jax.vmap(jax.random.key)(jnp.arange(20))
+        return project(ones, {"q": Projection(kernel, None, {"a": eye, "b": eye}, 1.0)}, (0.25, {"q": keys}))["q"]
 
     seen = np.asarray(run(np.zeros((16, 16), np.float32)))
     assert set(np.unique(seen)) == {np.float32(0), np.float32(1 / 0.75)}
