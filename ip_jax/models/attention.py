@@ -2,8 +2,8 @@
 
 A packed row is attended to segment by segment: the cost grows with the segments' length, not with the row's, and no mask
 keeps segments apart because they never meet. Heads are grouped: G query heads share one key/value head.
-Dims: R runs, B rows, T positions of a row, S segments of a row, L positions of a segment, E = B * S segments,
-K kv heads, G query heads of one kv head, H head dim.
+Dims: R runs, B rows, T positions of a row, N segments of a row, L positions of a segment, E = B * N segments, S = L or more keys
+(a prefix before the queries), K kv heads, G query heads of one kv head, H head dim.
 """
 import functools
 
@@ -19,11 +19,12 @@ QUERY_CHUNK = 128  # queries that share one key range, so that most of the upper
 
 
 def causal_attention(
-    q: Float[Array, "R E L K G H"], k: Float[Array, "R E L K H"], v: Float[Array, "R E L K H"]
+    q: Float[Array, "R E L K G H"], k: Float[Array, "R E S K H"], v: Float[Array, "R E S K H"]
 ) -> Float[Array, "R E L K G H"]:
-    """Each position attends to itself and those before it. Products in q's dtype, softmax in float32, scores scaled by 1 / sqrt(H).
+    """Each of the last L of S positions attends to itself and those before it. Products in q's dtype, softmax in float32, scores
+    scaled by 1 / sqrt(H).
 
-    Nothing of size L x L is kept for the backward pass, which makes the probabilities again from the log normaliser.
+    Nothing of size L x S is kept for the backward pass, which makes the probabilities again from the log normaliser.
     """
     length, _, groups, head_dim = q.shape[2:]
     rows = _heads_first(q * jnp.asarray(head_dim**-0.5, q.dtype)), _heads_first(k), _heads_first(v)
@@ -38,7 +39,7 @@ def _heads_first(x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attention(q: Float[Array, "R E K L*G H"], k: Float[Array, "R E K L H"], v: Float[Array, "R E K L H"], groups: int):
+def _attention(q: Float[Array, "R E K L*G H"], k: Float[Array, "R E K S H"], v: Float[Array, "R E K S H"], groups: int):
     return _by_segment(functools.partial(_forward, groups=groups), q, k, v)[0]
 
 
@@ -54,28 +55,29 @@ def _by_segment(function, *arrays: Float[Array, "R E ..."]):
     return on_one_cpu(one_by_one, function, *arrays)
 
 
-def _chunks(length: int) -> list[tuple[int, int]]:
-    """(first, end) of the query chunks: chunk i sees the keys before its end."""
-    count = -(-length // QUERY_CHUNK)
-    size = -(-length // count)
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+def _chunks(q, k, groups: int) -> list[tuple[slice, int, Array]]:
+    """(query rows, how many keys they see at most, which [rows, keys]) of every query chunk."""
+    length = q.shape[-2] // groups
+    before = k.shape[-2] - length
+    size = -(-length // -(-length // QUERY_CHUNK))
+    bounds = [(first, min(first + size, length)) for first in range(0, length, size)]
+    return [(slice(first * groups, end * groups), before + end, _visible(first, end, before, groups)) for first, end in bounds]
 
 
-def _visible(first: int, end: int, groups: int):
-    """[(end - first) * G, end]: which keys each query row of a chunk may see."""
-    return jnp.repeat(jnp.arange(first, end)[:, None] >= jnp.arange(end), groups, axis=0)
+def _visible(first: int, end: int, before: int, groups: int):
+    return jnp.repeat(jnp.arange(before + first, before + end)[:, None] >= jnp.arange(before + end), groups, axis=0)
 
 
 def _forward(q, k, v, groups: int):
-    """(context, log normaliser) of query rows [R, E, K, L * G, H] over keys and values [R, E, K, L, H]."""
+    """(context, log normaliser) of query rows [R, E, K, L * G, H] over keys and values [R, E, K, S, H]."""
     out, normaliser = [], []
-    for first, end in _chunks(k.shape[-2]):
-        scores = product("rekth,reksh->rekts", q[..., first * groups : end * groups, :], k[..., :end, :], q.dtype)
-        scores = jnp.where(_visible(first, end, groups), scores, MASKED)
+    for rows, keys, visible in _chunks(q, k, groups):
+        scores = product("rekth,reksh->rekts", q[..., rows, :], k[..., :keys, :], q.dtype)
+        scores = jnp.where(visible, scores, MASKED)
         largest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
-        total = jnp.dot(weights, jnp.ones((end, 1)))
-        out.append(product("rekts,reksh->rekth", weights, v[..., :end, :], q.dtype) / total)
+        total = jnp.dot(weights, jnp.ones((keys, 1)))
+        out.append(product("rekts,reksh->rekth", weights, v[..., :keys, :], q.dtype) / total)
         normaliser.append((jnp.log(total) + largest)[..., 0])
     return jnp.concatenate(out, axis=-2).astype(q.dtype), jnp.concatenate(normaliser, axis=-1)
 
@@ -95,17 +97,16 @@ def _backward(q, k, k_columns, v, out, normaliser, d_out, groups: int):
     dtype = q.dtype
     delta = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1)
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for first, end in _chunks(k.shape[-2]):
-        rows = slice(first * groups, end * groups)
-        # Key-major scores [end, rows]: the products with them on the left then need no transposed copy, and that on the right
+    for rows, keys, visible in _chunks(q, k, groups):
+        # Key-major scores [keys, rows]: the products with them on the left then need no transposed copy, and that on the right
         # gives dq as columns.
-        scores = product("reksh,rekth->rekst", k[..., :end, :], q[..., rows, :], dtype)
-        weights = jnp.where(_visible(first, end, groups).T, jnp.exp(scores - normaliser[..., None, rows]), 0)
-        d_weights = product("reksh,rekth->rekst", v[..., :end, :], d_out[..., rows, :], dtype)
+        scores = product("reksh,rekth->rekst", k[..., :keys, :], q[..., rows, :], dtype)
+        weights = jnp.where(visible.T, jnp.exp(scores - normaliser[..., None, rows]), 0)
+        d_weights = product("reksh,rekth->rekst", v[..., :keys, :], d_out[..., rows, :], dtype)
         d_scores = weights * (d_weights - delta[..., None, rows])
-        dv = dv.at[..., :end, :].add(product("rekst,rekth->reksh", weights, d_out[..., rows, :], dtype))
-        dk = dk.at[..., :end, :].add(product("rekst,rekth->reksh", d_scores, q[..., rows, :], dtype))
-        dq.append(product("rekhs,rekst->rekht", k_columns[..., :end], d_scores, dtype))
+        dv = dv.at[..., :keys, :].add(product("rekst,rekth->reksh", weights, d_out[..., rows, :], dtype))
+        dk = dk.at[..., :keys, :].add(product("rekst,rekth->reksh", d_scores, q[..., rows, :], dtype))
+        dq.append(product("rekhs,rekst->rekht", k_columns[..., :keys], d_scores, dtype))
     dq = jnp.swapaxes(jax.lax.optimization_barrier(jnp.concatenate(dq, axis=-1)), -1, -2)
     return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype)
 
@@ -114,15 +115,15 @@ _attention.defvjp(_forward_kept, _backward_kept)
 
 
 @jax.custom_vjp
-def to_segments(x: Float[Array, "R B T ..."], place: Int[Array, "R B S L"], source: Int[Array, "R B T"]) -> Float[Array, "R E L ..."]:
+def to_segments(x: Float[Array, "R B T ..."], place: Int[Array, "R B N L"], source: Int[Array, "R B T"]) -> Float[Array, "R E L ..."]:
     """The segments of packed rows, zero where a segment has ended. `place` names the row position of each segment position
-    (T: none), `source` is its inverse, s * L + l (S * L: padding). Being a rearrangement, its gradient is `to_rows`, not a scatter.
+    (T: none), `source` is its inverse, n * L + l (N * L: padding). Being a rearrangement, its gradient is `to_rows`, not a scatter.
     """
     return _gather(x, place.reshape(*place.shape[:2], -1)).reshape(x.shape[0], -1, place.shape[-1], *x.shape[3:])
 
 
 @jax.custom_vjp
-def to_rows(x: Float[Array, "R E L ..."], place: Int[Array, "R B S L"], source: Int[Array, "R B T"]) -> Float[Array, "R B T ..."]:
+def to_rows(x: Float[Array, "R E L ..."], place: Int[Array, "R B N L"], source: Int[Array, "R B T"]) -> Float[Array, "R B T ..."]:
     """The inverse of `to_segments`; zero on padding."""
     return _gather(x.reshape(*place.shape[:2], -1, *x.shape[3:]), source)
 

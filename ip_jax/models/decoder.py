@@ -194,7 +194,7 @@ def causal_attend(q, k, v, _) -> tuple[Array, None]:
     return causal_attention(q, k, v), None
 
 
-def packed_attend(segment_ids: Int[Array, "R B T"], positions: Int[Array, "R B T"], segment_index: Int[Array, "R B S L"]) -> Attend:
+def packed_attend(segment_ids: Int[Array, "R B T"], positions: Int[Array, "R B T"], segment_index: Int[Array, "R B N L"]) -> Attend:
     """Attention for packed rows: causal within each segment. Emits nothing.
 
     `segment_ids` count from 1 (0 is padding), `positions` restart in each segment, `segment_index` is the row position of each

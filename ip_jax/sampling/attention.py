@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ip_jax.models.attention import MASKED
+from ip_jax.models.attention import MASKED, causal_attention
 from ip_jax.models.products import product
-
-QUERY_CHUNK = 256  # queries whose scores are alive at once
 
 
 def prompt_attend(dtype):
@@ -20,20 +18,10 @@ def prompt_attend(dtype):
     """
 
     def attend(q, k, v, cache):
-        runs, prompts, length, kv, heads, size = q.shape
-        k, v = jnp.moveaxis(k, 2, 4).astype(dtype), jnp.moveaxis(v, 2, 3).astype(dtype)
-        prefix_k, prefix_v = (jnp.broadcast_to(x, (runs, prompts, *x.shape[2:])) for x in cache)
-        all_k, all_v, before = jnp.concatenate([prefix_k, k], axis=4), jnp.concatenate([prefix_v, v], axis=3), prefix_k.shape[4]
-        rows = (jnp.moveaxis(q, 2, 3) * size**-0.5).reshape(runs, prompts, kv, length * heads, size)
-        out = []
-        for first in range(0, length, QUERY_CHUNK):
-            end = min(first + QUERY_CHUNK, length)
-            scores = product("rqkmh,rqkhs->rqkms", rows[..., first * heads : end * heads, :], all_k[..., : before + end], dtype)
-            visible = jnp.repeat(jnp.arange(before + first, before + end)[:, None] >= jnp.arange(before + end), heads, axis=0)
-            weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)
-            out.append(product("rqkms,rqksh->rqkmh", weights, all_v[..., : before + end, :], dtype))
-        out = jnp.concatenate(out, axis=3).astype(q.dtype).reshape(runs, prompts, kv, length, heads, size)
-        return jnp.moveaxis(out, 3, 2), (k, v)
+        behind = lambda prefix, x: jnp.concatenate([jnp.broadcast_to(prefix.astype(x.dtype), (*x.shape[:2], *prefix.shape[2:])), x], axis=2)  # noqa: E731
+        prefix_k, prefix_v = jnp.moveaxis(cache[0], 4, 2), jnp.moveaxis(cache[1], 3, 2)
+        context = causal_attention(q, behind(prefix_k, k), behind(prefix_v, v))
+        return context, (jnp.moveaxis(k, 2, 4).astype(dtype), jnp.moveaxis(v, 2, 3).astype(dtype))
 
     return attend
 
