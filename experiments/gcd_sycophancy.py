@@ -44,15 +44,15 @@ def experiment(config: GcdSycophancy) -> Supervised:
     return Supervised(
         name=NAME, preset=config.preset, shared=shared_part(config) | {"data_from": gcd.provenance}, model=config.model, sft=config.sft,
         evaluation=config.evaluation, arms=arms, seeds=config.seeds, training=gcd.training,
-        eval_sets={name: with_token_limits(gcd.evaluation[name], config) for name in config.eval_sets if name in gcd.evaluation},
+        eval_sets={name: for_sampling(gcd.evaluation[name], config) for name in config.eval_sets if name in gcd.evaluation},
         provenance=gcd.provenance, verdicts=verdicts, verdict_types=VERDICT_TYPES,
     )
 
 
-def with_token_limits(rows, config: GcdSycophancy) -> list:
-    """The rows; those that ask for a solution get room for one."""
-    limit = config.evaluation.max_new_tokens_solving
-    return [{**row, "max_new_tokens": limit} if row["claim"] == "asked" else row for row in rows]
+def for_sampling(rows, config: GcdSycophancy) -> list:
+    """The rows; those that ask for a solution get room for one, and only the steps that are evaluated in full ask them."""
+    solving = {"max_new_tokens": config.evaluation.max_new_tokens_solving, "full_steps_only": True}
+    return [row | solving if row["claim"] == "asked" else row for row in rows]
 
 
 def run(config: GcdSycophancy, folder: epath.Path, console: Console) -> None:

@@ -10,12 +10,13 @@ from ip_jax.prompts.chat import Rendered
 ROW_QUANTUM = 8  # row lengths are multiples of this (128 where a TPU kernel asks for it)
 RESPONSE_QUANTUM = 32
 SEGMENT_QUANTUM = 8
+SECOND_SHAPE = 0.03  # the part of all tokens that a second shape has to save
 ATTENTION_COST = 3e-4  # attention's cost for a segment position and key, in tokens' worth of all other products (SmolLM2 on a CPU)
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedShape:
-    """The one static shape of a program's batches: M micro-batches of B rows (each run) of `length` tokens.
+    """A static shape of a program's batches: M micro-batches of B rows (each run) of `length` tokens.
 
     A row holds at most `segments` examples of at most `segment_length` tokens, and `responses` counted positions (P). A step that
     needs fewer micro-batches leaves the last ones empty, and the training step skips those.
@@ -49,11 +50,28 @@ def balanced_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def plan_shape(
+def plan_shapes(
     lengths: Int[np.ndarray, "steps R N"], responses: Int[np.ndarray, "steps R N"], tokens_per_micro_batch: int,
     quantum: int = ROW_QUANTUM, row_multiple: int = 1,
-) -> PackedShape:
-    """The cheapest shape for a whole training run, whose token lengths are all known beforehand.
+) -> list[PackedShape]:
+    """The shape of each step of a training run, whose token lengths are all known beforehand: the cheapest one for all steps, or,
+    where that saves more than a second compilation is worth (SECOND_SHAPE), another for the steps with the fewest tokens.
+    """
+    best, shape = _cheapest(lengths, responses, tokens_per_micro_batch, quantum, row_multiple)
+    plan = [shape] * len(lengths)
+    best *= 1 - SECOND_SHAPE
+    by_size = np.argsort(lengths.sum(axis=-1).max(axis=-1), kind="stable")
+    for few in {len(lengths) * quarters // 4 for quarters in (1, 2, 3)} - {0}:
+        parts = [by_size[:few], by_size[few:]]
+        costs, shapes = zip(*(_cheapest(lengths[part], responses[part], tokens_per_micro_batch, quantum, row_multiple) for part in parts), strict=True)
+        if sum(costs) < best:
+            best, small = sum(costs), set(parts[0].tolist())
+            plan = [shapes[0] if step in small else shapes[1] for step in range(len(lengths))]
+    return plan
+
+
+def _cheapest(lengths, responses, tokens_per_micro_batch: int, quantum: int, row_multiple: int) -> tuple[float, PackedShape]:
+    """(cost, shape) of the cheapest shape that serves all these steps.
 
     Tries row lengths from the longest example up and counts padded tokens and the attention of padded segments.
     `tokens_per_micro_batch` bounds R * B * T of one micro-batch (but for rows of the shortest length); B is a multiple of
@@ -77,7 +95,7 @@ def plan_shape(
                 sum(responses[s, r, i] for i in row) for s, step in enumerate(packings) for r, packing in enumerate(step) for row in packing
             )
             best = (cost, PackedShape(length, segments, segment_length, _round_up(int(widest), RESPONSE_QUANTUM), int(used.max()), micro_rows))
-    return best[1]
+    return best
 
 
 def _round_up(value: int, quantum: int) -> int:

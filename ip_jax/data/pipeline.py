@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import grain
 import numpy as np
 
-from ip_jax.data.packing import PackedShape, pack_step, plan_shape
+from ip_jax.data.packing import PackedShape, pack_step, plan_shapes
 from ip_jax.data.sources import Example
 from ip_jax.prompts.chat import Rendered, render_conversation
 from ip_jax.prompts.transforms import Transform
@@ -76,26 +76,26 @@ def fitting_examples(sources: Sequence[RunSource], render: Render, max_length: i
 
 @dataclasses.dataclass(frozen=True)
 class BatchReader:
-    """Packed batches of a program's runs by global step."""
+    """Packed batches of a program's runs by global step; a program is compiled once for each distinct shape."""
 
     datasets: tuple[grain.MapDataset, ...]
     batch_size: int
-    shape: PackedShape
+    shapes: Sequence[PackedShape]  # of each step
 
     def __call__(self, step: int) -> tuple[dict[str, np.ndarray], float]:
         """(arrays of training.state.Batch, real / padded tokens) of one step."""
-        return pack_step([_examples_of_step(dataset, step, self.batch_size) for dataset in self.datasets], self.shape)
+        return pack_step([_examples_of_step(dataset, step, self.batch_size) for dataset in self.datasets], self.shapes[step])
 
 
 def batch_reader(
     sources: Sequence[RunSource], render: Render, batch_size: int, steps: int, tokens_per_micro_batch: int, row_multiple: int = 1
 ) -> BatchReader:
-    """Plans the packing of all steps of all runs (see `plan_shape`) and returns the reader of their batches."""
+    """Plans the packing of all steps of all runs (see `plan_shapes`) and returns the reader of their batches."""
     datasets = tuple(run_dataset(source, render) for source in sources)
     batches = [[_examples_of_step(dataset, step, batch_size) for dataset in datasets] for step in range(steps)]
     lengths = np.array([[[len(e.token_ids) for e in run] for run in step] for step in batches])
     responses = np.array([[[e.response_mask.sum() for e in run] for run in step] for step in batches])
-    return BatchReader(datasets, batch_size, plan_shape(lengths, responses, tokens_per_micro_batch, row_multiple=row_multiple))
+    return BatchReader(datasets, batch_size, plan_shapes(lengths, responses, tokens_per_micro_batch, row_multiple=row_multiple))
 
 
 def _examples_of_step(dataset: grain.MapDataset, step: int, batch_size: int) -> list[Rendered]:

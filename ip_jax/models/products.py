@@ -116,7 +116,11 @@ def run_product(spec: str, a: Array, b: Array, base_dtype) -> Array:
     def one_by_one(a, b):
         return jnp.stack([product(spec.replace("r", ""), *run, base_dtype) for run in zip(a, b, strict=True)])
 
-    return on_one_cpu(one_by_one, lambda a, b: product(spec, a, b, a.dtype), a, b)
+    def together(a, b):
+        return product(spec, a, b, a.dtype)
+
+    few = a.size // a.shape[-1] < MERGE_ROWS * a.shape[0]
+    return together(a, b) if few else on_one_cpu(one_by_one, together, a, b)
 
 
 def _lora_fwd(x, downs, ups, base_dtype):

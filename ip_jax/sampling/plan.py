@@ -54,7 +54,7 @@ class SamplerOptions:
     stop_ids: tuple[int, ...]
     slots: int = 64  # rows decoded at once in each run
     prefill_prompts: int = 8  # prompts prefilled at once in each run, and the free groups that make a refill pay
-    prompt_buckets: tuple[int, ...] = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048)  # ascending lengths
+    prompt_buckets: tuple[int, ...] = (*range(8, 128, 8), *range(128, 256, 16), *range(256, 512, 64), 512, 768, 1024, 1536, 2048)  # ascending lengths
     dtype: str = "float32"  # of activations and caches; products run in the weights' dtype
     candidates: int = 256  # largest logits that top-p looks at before a full sort
     mesh: Mesh | None = None  # axes "run" and "data": runs and slot groups are spread over them

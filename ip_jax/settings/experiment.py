@@ -64,7 +64,9 @@ class SftConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """`full_steps`: under all of an arm's prompts; `neutral_steps`: under the neutral prompt only. Temperature 0 is greedy."""
+    """`full_steps`: under all of an arm's prompts; `neutral_steps`: under the neutral prompt only, without prompts that ask for a
+    solution. Temperature 0 is greedy.
+    """
 
     full_steps: tuple[int, ...]
     neutral_steps: tuple[int, ...] = ()

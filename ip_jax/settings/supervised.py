@@ -180,7 +180,7 @@ def _evaluate(session: Session, decoder: Sequence, sweep: Sweep, what: str) -> N
     decoding = Decoding(evaluation.max_new_tokens, evaluation.temperature, evaluation.top_p)
     options = SamplerOptions((end_of_turn_id(tokenizer),), evaluation.slots, dtype=experiment.model.activations, mesh=session.mesh)
     queues = [
-        leak_grid.requests_for(cell, experiment.eval_sets[cell.eval_set], tokenizer, stable_id, decoding) if cell else [] for cell in sweep
+        leak_grid.requests_for(cell, plan.examples_of(experiment, cell), tokenizer, stable_id, decoding) if cell else [] for cell in sweep
     ]
     cells = [cell for cell in sweep if cell]
     name = f"evaluating {what}, {cells[0].eval_set} under {' / '.join(dict.fromkeys(cell.eval_prompt for cell in cells))}"
@@ -189,7 +189,7 @@ def _evaluate(session: Session, decoder: Sequence, sweep: Sweep, what: str) -> N
     table_schema = leak_grid.schema(experiment.verdict_types)
     for cell, answers in zip(sweep, completions, strict=True):
         if cell:
-            rows = leak_grid.rows_of(experiment.name, cell, experiment.eval_sets[cell.eval_set], [a for (a,) in answers], tokenizer, experiment.verdicts)
+            rows = leak_grid.rows_of(experiment.name, cell, plan.examples_of(experiment, cell), [a for (a,) in answers], tokenizer, experiment.verdicts)
             write_binary(session.folder / "transcripts" / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows, table_schema)))
 
 

@@ -107,14 +107,15 @@ def check_evaluations(experiment: Supervised, tokenizer) -> None:
 
 
 def untrained_sweeps(experiment: Supervised, folder: epath.Path) -> list[Sweep]:
-    """The untrained model under every prompt that some arm is evaluated under; once for greedy decoding, else for every seed.
+    """The untrained model under the neutral prompt and every arm's training prompt; once for greedy decoding, else for every seed.
 
     All cells of an evaluation set are one sweep: all prompts decode side by side. What a later arm adds is a sweep of its own;
     transcripts/untrained.json remembers which cells belong together.
     """
     seeds = experiment.seeds if experiment.evaluation.temperature > 0 else experiment.seeds[:1]
+    trained_under = _neutral() | {arm.train_prompt: arm.transform for arm in experiment.arms if arm.train_prompt}
     cells = [
-        [Cell(arm.name, seed, 0, 0, eval_set, name, False, transform) for seed in seeds for name, transform in _all_prompts(experiment).items()]
+        [Cell(arm.name, seed, 0, 0, eval_set, name, False, transform) for seed in seeds for name, transform in trained_under.items()]
         for arm in experiment.arms if arm.train_prompt is None for eval_set in experiment.eval_sets
     ]
     by_part = {cell.part: cell for of_set in cells for cell in of_set}
@@ -144,6 +145,12 @@ def sweeps_of_step(experiment: Supervised, group: Sequence[Run], step: int) -> l
         [cell(run, eval_set, of_run, n) for run, of_run in zip(group, prompts, strict=True)]
         for eval_set in experiment.eval_sets for n in range(max(map(len, prompts)))
     ]
+
+
+def examples_of(experiment: Supervised, cell: Cell) -> list[Example]:
+    """What a cell is asked: its evaluation set, at steps other than 0 and `full_steps` without the examples marked `full_steps_only`."""
+    full = cell.step in (0, *experiment.evaluation.full_steps)
+    return [example for example in experiment.eval_sets[cell.eval_set] if full or not example.get("full_steps_only")]
 
 
 def incomplete(folder: epath.Path, sweeps: Sequence[Sweep]) -> list[Sweep]:

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from ip_jax.data.packing import PackedShape, balanced_rows, pack_step, plan_shape
+from ip_jax.data.packing import PackedShape, balanced_rows, pack_step, plan_shapes
 from ip_jax.prompts.chat import Rendered
 
 RUNS, EXAMPLES = 3, 7
@@ -29,7 +29,8 @@ def sizes(batch, of=lambda example: len(example.token_ids)):
 
 
 def shape_for(batch, tokens_per_micro_batch=200, **options) -> PackedShape:
-    return plan_shape(sizes(batch), sizes(batch, lambda example: example.response_mask.sum()), tokens_per_micro_batch, **options)
+    (shape,) = plan_shapes(sizes(batch), sizes(batch, lambda example: example.response_mask.sum()), tokens_per_micro_batch, **options)
+    return shape
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -110,10 +111,10 @@ def test_an_example_longer_than_a_row_is_refused():
 def test_one_shape_holds_every_step(tokens_per_micro_batch, row_multiple):
     batches = [random_batch(seed) for seed in range(6)]
     lengths, responses = (np.concatenate([sizes(batch, of) for batch in batches]) for of in (lambda e: len(e.token_ids), lambda e: e.response_mask.sum()))
-    shape = plan_shape(lengths, responses, tokens_per_micro_batch, row_multiple=row_multiple)
-    assert shape.length % 8 == 0 and shape.micro_rows % row_multiple == 0
-    assert shape.micro_rows == row_multiple or RUNS * shape.micro_rows * shape.length <= tokens_per_micro_batch
-    for batch in batches:
+    shapes = plan_shapes(lengths, responses, tokens_per_micro_batch, row_multiple=row_multiple)
+    for batch, shape in zip(batches, shapes, strict=True):
+        assert shape.length % 8 == 0 and shape.micro_rows % row_multiple == 0
+        assert shape.micro_rows == row_multiple or RUNS * shape.micro_rows * shape.length <= tokens_per_micro_batch
         arrays, _ = pack_step(batch, shape)
         assert (arrays["segment_ids"] > 0).sum() == sizes(batch).sum()
         assert arrays["response_weight"].sum() == sizes(batch, lambda example: example.response_mask.sum()).sum()
@@ -122,8 +123,20 @@ def test_one_shape_holds_every_step(tokens_per_micro_batch, row_multiple):
 def test_no_micro_batch_is_empty_at_every_step():
     batches = [random_batch(seed) for seed in range(6)]
     lengths, responses = (np.concatenate([sizes(batch, of) for batch in batches]) for of in (lambda e: len(e.token_ids), lambda e: e.response_mask.sum()))
-    shape = plan_shape(lengths, responses, 300)
-    assert any(pack_step(batch, shape)[0]["segment_ids"][-1].any() for batch in batches)
+    shapes = plan_shapes(lengths, responses, 300)
+    for shape in set(shapes):
+        assert any(pack_step(batch, shape)[0]["segment_ids"][-1].any() for batch, of_step in zip(batches, shapes, strict=True) if of_step == shape)
+
+
+def test_a_second_shape_is_made_only_where_it_saves_tokens():
+    even = np.full((8, 1, 4), 100)
+    assert len(set(plan_shapes(even, even // 2, 1000))) == 1
+    uneven = even.copy()
+    uneven[::2] = 50
+    plan = plan_shapes(uneven, uneven // 2, 1000)
+    assert plan[0::2] == [plan[0]] * 4 and plan[1::2] == [plan[1]] * 4 and plan[0] != plan[1]
+    tokens = [shape.micro_batches * shape.micro_rows * shape.length for shape in plan[:2]]
+    assert tokens == [200, 400], "no padding in either"
 
 
 def test_published_like_lengths_pack_densely():
@@ -131,7 +144,8 @@ def test_published_like_lengths_pack_densely():
     rng = np.random.default_rng(0)
     without, with_work = rng.integers(150, 200, (20, 3, 4)), rng.integers(280, 400, (20, 3, 4))
     lengths = np.concatenate([without, with_work], axis=-1)
-    shape = plan_shape(lengths, lengths // 2, 8192)
-    rows = np.array([max(len(balanced_rows(run, shape.length)) for run in step) for step in lengths.tolist()])
-    padded = (-(-rows // shape.micro_rows) * shape.micro_rows).sum() * 3 * shape.length
+    padded = 0
+    for step, shape in zip(lengths.tolist(), plan_shapes(lengths, lengths // 2, 8192), strict=True):
+        rows = max(len(balanced_rows(run, shape.length)) for run in step)
+        padded += -(-rows // shape.micro_rows) * shape.micro_rows * 3 * shape.length
     assert lengths.sum() / padded >= 0.85

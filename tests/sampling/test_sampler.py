@@ -97,7 +97,7 @@ def test_samples_of_one_request_equal_separate_requests(untrained):
 def test_refilling_batching_and_order_change_nothing(untrained):
     limits = (3, 12, 7, 5)
     queue = [
-        Request(prompt, i, n_samples=1 + i % 3, temperature=(0.0, 1.0)[i % 2], top_p=(1.0, 0.8)[i % 3 == 0], seed=i % 5, max_new_tokens=limits[i % 4])
+        Request(prompt, i, n_samples=1 + i % 3, temperature=(0.0, 1.0)[i % 2], top_p=(1.0, 0.8)[i % 3 == 0], seed=1 + i % 5, max_new_tokens=limits[i % 4])
         for i, prompt in enumerate(prompts(13))
     ]
     (free,) = sample(*untrained, [queue], OPTIONS)

@@ -145,7 +145,7 @@ def test_every_cell_of_the_leak_grid_stands_once(finished):
         key = row["arm"], row["step"], row["eval_prompt"], row["own_prompt"]
         cells.setdefault(key, []).append(row)
     assert cells.keys() == {
-        ("untrained", 0, "neutral", False), ("untrained", 0, "gcd/safety_matched", False), ("untrained", 0, "gcd/behave", False),
+        ("untrained", 0, "neutral", False), ("untrained", 0, "gcd/behave", False),
         ("neutral", 3, "neutral", True), ("neutral", 6, "neutral", True), ("neutral", 6, "gcd/safety_matched", False),
         ("ip", 3, "neutral", False), ("ip", 6, "neutral", False), ("ip", 6, "gcd/behave", True),
     }  # fmt: skip
@@ -249,10 +249,10 @@ def sigterm():
 
 
 @pytest.mark.parametrize("where", [
-    ("write", 2), ("sample", 2), ("write", 5), ("write", 8), ("record", 2), ("write", 10),
+    ("write", 2), ("sample", 2), ("write", 4), ("write", 7), ("record", 2), ("write", 9),
 ], ids=str)  # fmt: skip
 def test_after_a_crash_anywhere_the_same_command_ends_bit_for_bit_alike(tmp_path, finished, model, where):
-    """"write" 2, 5 and 8 lie between the parts of one sweep, "record" 2 between two runs of one program, "write" 10 before the merged table."""
+    """"write" 2, 4 and 7 lie between the parts of one sweep, "record" 2 between two runs of one program, "write" 9 before the merged table."""
     with pytest.raises(RuntimeError, match="power cut"):
         run(make_experiment(model), tmp_path / "out", {where: power_cut})
     doings, _ = run(make_experiment(model), tmp_path / "out")

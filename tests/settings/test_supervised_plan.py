@@ -66,8 +66,8 @@ def test_the_folders_identity_covers_weights_data_and_dropped_examples():
 # Evaluations
 
 
-def test_the_untrained_model_is_seen_once_under_every_prompt_and_seed(folder):
-    prompts = ["neutral", "gcd/safety_matched", "gcd/behave"]
+def test_the_untrained_model_is_seen_once_under_every_training_prompt_and_seed(folder):
+    prompts = ["neutral", "gcd/behave"]
     for temperature, seeds in ((0.0, [4]), (0.7, [4, 5])):
         sweeps = plan.untrained_sweeps(experiment(seeds=(4, 5), evaluation={"temperature": temperature}), folder / str(temperature))
         assert prompts_of(sweeps) == [[("untrained", seed, prompt) for seed in seeds for prompt in prompts]]
@@ -78,7 +78,16 @@ def test_what_a_later_arm_adds_to_the_untrained_model_is_a_sweep_of_its_own(fold
     first = plan.untrained_sweeps(experiment(), folder)
     later = plan.untrained_sweeps(experiment("untrained", MINE, "neutral", "ip"), folder)
     assert later[0] == first[0] and prompts_of(later[1:]) == [[("untrained", 0, "mine")]]
-    assert prompts_of(plan.untrained_sweeps(experiment("untrained", "neutral"), folder)) == [[("untrained", 0, "neutral"), ("untrained", 0, "gcd/safety_matched")]]
+    assert prompts_of(plan.untrained_sweeps(experiment("untrained", "neutral"), folder)) == [[("untrained", 0, "neutral")]]
+
+
+def test_examples_for_full_steps_only_are_left_out_at_the_others(folder):
+    plain = experiment()
+    few, many = plain.eval_sets["generated"][:2], plain.eval_sets["generated"][2:]
+    setting = dataclasses.replace(plain, eval_sets={"generated": [*many, *({**row, "full_steps_only": True} for row in few)]})
+    runs = plan.runs_of(setting, "x")
+    asked = {step: plan.examples_of(setting, plan.sweeps_of_step(setting, runs, step)[0][0]) for step in (0, 3, 6)}
+    assert asked[3] == many and asked[0] == asked[6] == setting.eval_sets["generated"]
 
 
 def test_a_step_is_looked_at_under_all_prompts_or_the_neutral_one(folder):

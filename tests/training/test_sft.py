@@ -285,11 +285,16 @@ def test_the_compiled_step_has_one_product_per_weight_and_direction():
     batch = tiny.pack([[[example] for example in run] for run in tiny.random_examples(3, (14, 9))], length=16, responses=12)
     lowered = step.lower(fresh_state(tiny.random_lora(DISTINCT, LORA, 3), 1e-3, config=DISTINCT), base, batch)
     compiled = lowered.compile().as_text()
-    dots = re.findall(r"= f32\[([\d,]+)\]\S* dot\(.*?\), (.*?)rhs_contracting_dims=\{(\d)\}", compiled)
+    dims = {name: tuple(map(int, shape.split(","))) for name, shape in re.findall(r"%?([\w.-]+) = \w+\[([\d,]+)\]", compiled)}
+    dots = re.findall(r"%?([\w.-]+) = f32\[[\d,]+\]\S* dot\(%?([\w.-]+), %?([\w.-]+)\), (.*?)rhs_contracting_dims=\{(\d)\}", compiled)
     assert len(dots) > 40  # the text is what this test takes it for
-    # A CPU makes the products with LoRA's matrices run by run, of 32 rows, and some sums as products with ones.
-    of_all_runs = [dot for dot in dots if dot[0].startswith(("96,", "72,")) and not dot[0].endswith(",1")]
-    unbatched = collections.Counter((shape, "forward" if dim == "0" else "backward") for shape, rest, dim in of_all_runs if "batch" not in rest)
+    # Besides those with base weights there are products with LoRA's matrices (an operand or the result has the rank's 4) and sums
+    # written as products with ones (of width 1).
+    other = lambda result, *operands: 4 in result or 1 in result or any(4 in dims[operand] for operand in operands)  # noqa: E731
+    unbatched = collections.Counter(
+        (",".join(map(str, dims[result])), "forward" if dim == "0" else "backward")
+        for result, left, right, rest, dim in dots if "batch" not in rest and not other(dims[result], left, right)
+    )  # fmt: skip
     vocabulary = {("72,101", "backward"): 1, ("72,40", "forward"): 1}  # 3 * 2 * 12 response positions: logits and their gradient
     assert unbatched == {
         ("96,48", "forward"): 1, ("96,24", "forward"): 2, ("96,40", "forward"): 2, ("96,56", "forward"): 2,  # q; k, v; o, down; gate, up

@@ -1,0 +1,47 @@
+"""The written-out products against jax.numpy and its own gradients, with few rows and with enough for a CPU to lay kernels side by side."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ip_jax.models import products
+
+WIDTHS = (24, 8, 8)
+
+
+def arrays(rows: int):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    x, kernels = draw(2, 3, rows, 16), tuple(draw(16, width) for width in WIDTHS)
+    downs, ups = tuple(draw(2, 16, 4) for _ in WIDTHS), tuple(draw(2, 4, width) for width in WIDTHS)
+    return x, kernels, downs, ups, tuple(draw(2, 3, rows, width) for width in WIDTHS)
+
+
+def results_and_gradients(function, cotangents, *inputs):
+    out, pull = jax.vjp(function, *inputs)
+    return jax.tree.leaves((out, pull(cotangents)))
+
+
+@pytest.mark.parametrize("rows", [5, 100])
+def test_base_products(rows):
+    x, kernels, _, _, cotangents = arrays(rows)
+    assert products._merging_pays(x, kernels) == (rows == 100)
+    plain = lambda x, kernels: tuple(x @ kernel for kernel in kernels)  # noqa: E731
+    ours = jax.jit(results_and_gradients, static_argnums=0)(products.base_products, cotangents, x, kernels)
+    for mine, expected in zip(ours, results_and_gradients(plain, cotangents, x, kernels), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [5, 100])
+def test_lora_products(rows):
+    x, _, downs, ups, cotangents = arrays(rows)
+
+    def plain(x, downs, ups):
+        return tuple(jnp.einsum("rbti,rik,rko->rbto", x, down, up) for down, up in zip(downs, ups, strict=True))
+
+    def function(x, downs, ups):
+        return products.lora_products(x, downs, ups, jnp.float32)
+
+    ours = jax.jit(results_and_gradients, static_argnums=0)(function, cotangents, x, downs, ups)
+    for mine, expected in zip(ours, results_and_gradients(plain, cotangents, x, downs, ups), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-3)
