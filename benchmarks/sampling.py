@@ -6,7 +6,7 @@ import statistics
 
 import numpy as np
 
-from benchmarks.common import alternating, peer_model, save, seconds
+from benchmarks.common import alternating, in_own_process, peer_model, save, seconds
 
 MODEL = "smollm2-135m-instruct"
 PROMPT, NEW = 128, 48  # tokens
@@ -60,18 +60,18 @@ def peer_sampler(prompts: np.ndarray, samples: int, dtype: str, attention: str, 
             )
             assert out.shape == (len(ids) * samples, PROMPT + new)
 
+    work(2)
     return work
 
 
 def best_peer(prompts: np.ndarray, samples: int) -> tuple[dict, tuple]:
-    """Seconds of every peer configuration (after a warm-up of two tokens), and the fastest one's key."""
+    """Seconds of every peer configuration (warmed up with two tokens), and the fastest one's key."""
     times = {}
     for dtype in ("bfloat16", "float32"):
         for attention in ("sdpa", "eager"):
             for batch in (len(prompts), len(prompts) // 2):
-                work = peer_sampler(prompts, samples, dtype, attention, batch)
-                work(2)
-                times[dtype, attention, batch] = seconds(work)
+                with in_own_process(peer_sampler, prompts, samples, dtype, attention, batch) as work:
+                    times[dtype, attention, batch] = seconds(work)
                 print(f"peer {dtype} {attention} batches of {batch} prompts: {times[dtype, attention, batch]:.2f} s", flush=True)
     return times, min(times, key=times.get)
 
@@ -82,9 +82,8 @@ def main():
         ours = our_sampler(prompts, samples)
         first = seconds(ours)
         times, best = best_peer(prompts, samples)
-        peer = peer_sampler(prompts, samples, *best)
-        peer(2)
-        result = alternating(ours, peer)
+        with in_own_process(peer_sampler, prompts, samples, *best) as peer:
+            result = alternating(ours, peer)
         tokens = count * samples * NEW
         save(f"sampling_{case}", {
             "what": f"{count} prompts of {PROMPT} tokens, {samples} samples of each, {NEW} new tokens, SmolLM2-135M, ours in bfloat16 weights",

@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 
-from benchmarks.common import alternating, peer_model, save, seconds
+from benchmarks.common import alternating, in_own_process, peer_model, save, seconds
 
 EXAMPLES = 8  # of one step and run
 STEPS = 1
@@ -62,13 +62,14 @@ def our_step(tokenizer, sources, tokens_per_micro_batch: int = 2048):
     return work, tokens, density, step
 
 
-def peer_step(tokenizer, source, dtype: str, attention: str, batch_size: int):
-    """A function that trains HF transformers + PEFT on the same STEPS * EXAMPLES examples, padded to the longest of each batch."""
+def peer_step(dtype: str, attention: str, batch_size: int):
+    """A function that trains HF transformers + PEFT on the same STEPS * EXAMPLES examples of the neutral arm, padded to the longest of each batch."""
     import torch
     from peft import LoraConfig, get_peft_model
 
     from ip_jax.data.pipeline import renderer, run_dataset
 
+    tokenizer, (source,) = gcd_sources(["neutral"])
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = peer_model("bfloat16" if dtype == "bfloat16" else "float32", attention)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
@@ -100,15 +101,15 @@ def peer_step(tokenizer, source, dtype: str, attention: str, batch_size: int):
     return work
 
 
-def best_peer(tokenizer, source) -> tuple[dict, tuple]:
+def best_peer() -> tuple[dict, tuple]:
     """Seconds of every peer configuration (its second pass over the batch), and the fastest one's key."""
     times = {}
     for dtype in ("float32", "autocast", "bfloat16"):
         for attention in ("sdpa", "eager"):
             for batch_size in (4, 8):
-                work = peer_step(tokenizer, source, dtype, attention, batch_size)
-                work()
-                times[dtype, attention, batch_size] = seconds(work)
+                with in_own_process(peer_step, dtype, attention, batch_size) as work:
+                    work()
+                    times[dtype, attention, batch_size] = seconds(work)
                 print(f"peer {dtype} {attention} batch {batch_size}: {times[dtype, attention, batch_size]:.2f} s", flush=True)
     return times, min(times, key=times.get)
 
@@ -118,10 +119,10 @@ def against_peer() -> None:
     tokenizer, sources = gcd_sources(["neutral"])
     one, tokens, density, step = our_step(tokenizer, sources)
     one()
-    times, best = best_peer(tokenizer, sources[0])
-    peer = peer_step(tokenizer, sources[0], *best)
-    peer()
-    result = alternating(one, peer)
+    times, best = best_peer()
+    with in_own_process(peer_step, *best) as peer:
+        peer()
+        result = alternating(one, peer)
     save("sft_smollm2_cpu", {
         **result, "tokens": tokens, "ours_tokens_per_s": round(tokens / statistics.median(result["ours_s"]), 1),
         "peer_tokens_per_s": round(tokens / statistics.median(result["peer_s"]), 1), "peer_best": list(best),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from rich.console import Console
+from rich.text import Text
 from safetensors import safe_open
 
 from ip_jax.models import hub
@@ -64,7 +65,7 @@ def chat(folder: epath.Path, options: ChatOptions, console: Console) -> None:
         request = Request(np.asarray(prompt), example_id=len(messages), seed=seed, temperature=options.temperature, max_new_tokens=options.max_new_tokens)
         completion = sample(*decoder, [[request]], sampler)[0][0][0]
         reply = model.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        console.print(f"[bold cyan]{options.arm}[/bold cyan]", reply, highlight=False)
+        console.print(Text(options.arm, "bold cyan"), Text(reply))
         messages.append({"role": "assistant", "content": reply})
 
 
