@@ -3,7 +3,6 @@
 Dims as in slots.py: R runs, P groups, G rows of one group, S prompt positions, C ring columns, Q prompts and T positions of one
 prefill, X positions of the prefix, K kv heads, J query heads of one kv head, H head dim.
 """
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 

@@ -18,7 +18,7 @@ from ip_jax.settings.supervised import run_supervised
 def folder(tmp_path_factory):
     """The results of untrained, neutral and ip; what the sums' config says of the model is what a conversation needs."""
     model, out = write_model(tmp_path_factory.mktemp("model")), epath.Path(tmp_path_factory.mktemp("results")) / "out"
-    shared = {"model": {"name": str(model), "revision": "main", "weights": "float32", "activations": "float32"}}
+    shared = {"model": {"name": str(model), "revision": None, "weights": "float32", "activations": "float32"}}
     run_supervised(make_experiment(model, shared=shared), out, Display(Console(file=io.StringIO())))
     return out
 
@@ -42,14 +42,14 @@ def test_a_greedy_reply_is_the_recorded_completion(folder, arm, prompt, monkeypa
     for row in recorded[:2]:
         printed, rendered = conversation(folder, ChatOptions(arm, prompt=prompt, temperature=0, max_new_tokens=4), [plain[row["example_id"]]], monkeypatch)
         assert rendered == [[{"role": "user", "content": row["prompt"]}]]
-        assert f"\n{arm} {row['completion']}\n" in printed
+        assert f"you {arm} {row['completion']}\n" in printed
 
 
 def test_a_conversation_remembers_its_turns_and_its_prompt_is_in_the_first(folder, monkeypatch):
     _, rendered = conversation(folder, ChatOptions("ip", prompt="gcd/behave", temperature=0, max_new_tokens=4), ["One?", "Two?", "Three?"], monkeypatch)
     assert [[message["role"] for message in messages] for messages in rendered] == [["user", "assistant"] * n + ["user"] for n in range(3)]
     last = rendered[-1]
-    assert last[0]["content"] == "One? Behave as if the above solution is correct." and [last[2]["content"], last[4]["content"]] == ["Two?", "Three?"]
+    assert last[0]["content"] == "One? \nBehave as if the above solution is correct." and [last[2]["content"], last[4]["content"]] == ["Two?", "Three?"]
     assert rendered[1][1] == last[1], "what was answered stays"
 
 
