@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ip_jax.models.placement import on_one_cpu
-from ip_jax.models.products import as_bits, from_bits, keep, product
+from ip_jax.models.products import as_bits, from_bits, keep, product, row_sum
 
 MASKED = -1e30  # finite: a softmax over masked scores alone is uniform, not NaN
 QUERY_CHUNK = 128  # queries that share one key range, so that most of the upper triangle is never computed
@@ -76,7 +76,7 @@ def _forward(q, k, v, groups: int):
         scores = jnp.where(visible, scores, MASKED)
         largest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
-        total = jnp.dot(weights, jnp.ones((keys, 1)))
+        total = row_sum(weights)
         out.append(product("rekts,reksh->rekth", weights, v[..., :keys, :], q.dtype) / total)
         normaliser.append((jnp.log(total) + largest)[..., 0])
     return jnp.concatenate(out, axis=-2).astype(q.dtype), jnp.concatenate(normaliser, axis=-1)

@@ -16,7 +16,7 @@ from ip_jax.models.attention import causal_attention, to_rows, to_segments
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import TARGETS, LoraConfig
 from ip_jax.models.placement import BY_ROW, constrain
-from ip_jax.models.products import KEPT, as_bits, base_products, from_bits, kept, lora_products, product
+from ip_jax.models.products import KEPT, as_bits, base_products, from_bits, kept, lora_products, product, row_sum
 
 # attend(q, k, v, layer_cache) -> (context, what the layer emits): the one thing that differs between training and decoding
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
@@ -158,8 +158,7 @@ def _normalised_fwd(x, eps):
 
 def _normalised_bwd(eps, x, dy):
     scale = _inverse_scale(x, eps)
-    mean = jnp.dot(x * dy, jnp.full((x.shape[-1], 1), 1 / x.shape[-1]))  # XLA:CPU takes 15 times as long for a sum that multiplies as it goes
-    return (scale * (dy - x * (scale * scale * mean)),)
+    return (scale * (dy - x * (scale * scale * row_sum(x * dy) / x.shape[-1])),)
 
 
 _normalised.defvjp(_normalised_fwd, _normalised_bwd)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ip_jax.models.attention import MASKED, causal_attention
-from ip_jax.models.products import product
+from ip_jax.models.products import product, row_sum
 
 
 def prompt_attend(dtype):
@@ -40,7 +40,7 @@ def token_attend(in_prompt: Bool[Array, "R P S"], in_ring: Bool[Array, "R P C"],
         q, k, v = heads(q).astype(jnp.float32) * q.shape[-1] ** -0.5, heads(k), heads(v)
         shared = _over_prompt(q, prompt_k)
         own = product("rpgkjh,rpgkhc->rpgkjc", q, own_k, own_k.dtype)
-        itself = jnp.dot(q * k[..., None, :], jnp.ones((q.shape[-1], 1)))
+        itself = row_sum(q * k[..., None, :])
         shared, own = jnp.where(in_prompt, shared, MASKED), jnp.where(in_ring, own, MASKED)
         largest = jnp.maximum(jnp.maximum(shared.max(-1, keepdims=True), own.max(-1, keepdims=True)), itself)
         shared, own, itself = (jnp.exp(scores - largest) for scores in (shared, own, itself))

@@ -55,6 +55,7 @@ class SamplerOptions:
     slots: int = 64  # rows decoded at once in each run
     prefill_prompts: int = 8  # prompts prefilled at once in each run, and the free groups that make a refill pay
     prompt_buckets: tuple[int, ...] = (*range(8, 128, 8), *range(128, 256, 16), *range(256, 512, 64), 512, 768, 1024, 1536, 2048)  # ascending lengths
+    room: tuple[int, int] = (1, 1)  # (prompt tokens, new tokens) that the program is made for at least: calls with less share it
     dtype: str = "float32"  # of activations and caches; products run in the weights' dtype
     candidates: int = 256  # largest logits that top-p looks at before a full sort
     mesh: Mesh | None = None  # axes "run" and "data": runs and slot groups are spread over them
@@ -95,7 +96,8 @@ def make_plan(requests: Sequence[Sequence[Request]], options: SamplerOptions) ->
     """Groups rows by prompt. The number of rows in a group is the one that costs the fewest tokens, padding rows included."""
     by_prompt = [_rows_by_prompt(queue) for queue in requests]
     sizes = [(len(prompt) // 4, len(rows)) for rows_of in by_prompt for prompt, rows in rows_of.items()]
-    longest_answer = max(request.max_new_tokens for queue in requests for request in queue)
+    longest_prompt = max(options.room[0], *(length for length, _ in sizes))
+    longest_answer = max(options.room[1], *(request.max_new_tokens for queue in requests for request in queue))
 
     def cost(rows):
         return sum(-(-count // rows) * (length + rows * longest_answer) for length, count in sizes)
@@ -112,7 +114,7 @@ def make_plan(requests: Sequence[Sequence[Request]], options: SamplerOptions) ->
         runs=len(requests),
         groups=groups,
         rows=rows,
-        prompt=len(prefix) + bucket(max(length for length, _ in sizes) - 1 - len(prefix), options.prompt_buckets),
+        prompt=len(prefix) + bucket(longest_prompt - 1 - len(prefix), options.prompt_buckets),
         ring=_round_up(longest_answer, RING_STEP),
     )
     return Plan(shape, prefix, min(prefill_prompts, groups), queues)

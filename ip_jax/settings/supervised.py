@@ -178,7 +178,8 @@ def _evaluate(session: Session, decoder: Sequence, sweep: Sweep, what: str) -> N
     experiment, model = session.experiment, session.model
     evaluation, tokenizer = experiment.evaluation, model.tokenizer
     decoding = Decoding(evaluation.max_new_tokens, evaluation.temperature, evaluation.top_p)
-    options = SamplerOptions((end_of_turn_id(tokenizer),), evaluation.slots, dtype=experiment.model.activations, mesh=session.mesh)
+    room = plan.sampling_room(experiment, next(cell for cell in sweep if cell).eval_set, tokenizer)
+    options = SamplerOptions((end_of_turn_id(tokenizer),), evaluation.slots, room=room, dtype=experiment.model.activations, mesh=session.mesh)
     queues = [
         leak_grid.requests_for(cell, plan.examples_of(experiment, cell), tokenizer, stable_id, decoding) if cell else [] for cell in sweep
     ]

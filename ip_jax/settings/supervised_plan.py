@@ -98,12 +98,24 @@ def check_evaluations(experiment: Supervised, tokenizer) -> None:
         if unreached:
             raise ValueError(f"evaluation.{field} names step {unreached[0]}, and training has the steps 0 to {steps} (sft.steps): choose among these")
     limit = SamplerOptions(stop_ids=()).prompt_buckets[-1]
-    for prompt, transform in _all_prompts(experiment).items():
-        for eval_set, examples in experiment.eval_sets.items():
-            example = max(examples, key=lambda e: sum(len(message["content"]) for message in e["messages"]))
-            length = len(render_prompt(tokenizer, leak_grid.prompted(example, transform, seed=0)["messages"]))
+    for eval_set in experiment.eval_sets:
+        for prompt, (example, length) in _longest_prompts(experiment, eval_set, tokenizer).items():
             if length > limit:
                 raise ValueError(f"example {example['id']} of the evaluation set {eval_set} has {length} tokens under the prompt {prompt}: at most {limit} are allowed")
+
+
+def _longest_prompts(experiment: Supervised, eval_set: str, tokenizer) -> dict[str, tuple[Example, int]]:
+    """For each prompt, the example of the set with the most characters, and its tokens under that prompt."""
+    example = max(experiment.eval_sets[eval_set], key=lambda e: sum(len(message["content"]) for message in e["messages"]))
+    messages = {name: leak_grid.prompted(example, transform, seed=0)["messages"] for name, transform in _all_prompts(experiment).items()}
+    return {name: (example, len(render_prompt(tokenizer, of_prompt))) for name, of_prompt in messages.items()}
+
+
+def sampling_room(experiment: Supervised, eval_set: str, tokenizer) -> tuple[int, int]:
+    """(prompt tokens, new tokens) that hold every sweep of an evaluation set, whatever its prompt and step: they share one program."""
+    lengths = [length for _, length in _longest_prompts(experiment, eval_set, tokenizer).values()]
+    default = experiment.evaluation.max_new_tokens
+    return max(lengths), max(example.get("max_new_tokens", default) for example in experiment.eval_sets[eval_set])
 
 
 def untrained_sweeps(experiment: Supervised, folder: epath.Path) -> list[Sweep]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ip_jax.models.placement import BY_ROW, EVERYWHERE, constrain
-from ip_jax.models.products import product
+from ip_jax.models.products import product, row_sum
 
 CHUNK_ROWS = 256  # rows of float32 logits alive at once
 
@@ -45,8 +45,7 @@ def _forward(hidden, vocabulary, targets, weights, with_gradient: bool):
     def chunk_loss(h, target, weight):
         logits = product("rbpd,vd->rbpv", h, vocabulary, dtype)
         largest = logits.max(axis=-1)
-        normaliser = jnp.dot(jnp.exp(logits - largest[..., None]), jnp.ones(logits.shape[-1]))  # XLA:CPU is slow at sums of what it makes as it goes
-        log_normaliser = jnp.log(normaliser) + largest
+        log_normaliser = jnp.log(row_sum(jnp.exp(logits - largest[..., None]))[..., 0]) + largest
         target_logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         loss = jnp.sum((log_normaliser - target_logit) * weight, axis=(1, 2))
         if not with_gradient:

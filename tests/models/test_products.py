@@ -22,6 +22,13 @@ def results_and_gradients(function, cotangents, *inputs):
     return jax.tree.leaves((out, pull(cotangents)))
 
 
+def test_row_sum_is_never_rounded_to_narrow_numbers():
+    """An accelerator would make a product of float32 numbers in bfloat16 if it were not told otherwise."""
+    x = arrays(5)[0]
+    np.testing.assert_allclose(products.row_sum(x), x.sum(axis=-1, keepdims=True), rtol=1e-5, atol=1e-5)
+    assert "HIGHEST" in str(jax.make_jaxpr(products.row_sum)(x))
+
+
 @pytest.mark.parametrize("rows", [5, 100])
 def test_base_products(rows):
     x, kernels, _, _, cotangents = arrays(rows)

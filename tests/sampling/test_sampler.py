@@ -151,6 +151,19 @@ def test_one_program_for_all_values(untrained):
     assert (slots.decode._cache_size(), slots.prefill._cache_size()) == before
 
 
+def test_calls_that_need_less_than_their_room_share_its_program(untrained):
+    options = dataclasses.replace(OPTIONS, room=(64, 40))
+    queues = [[Request(prompt, i, temperature=1.0, max_new_tokens=limit) for i, prompt in enumerate(prompts(16, length))] for length, limit in ((64, 40), (9, 3), (30, 20))]
+    answers, programs = [], []
+    for queue in queues:
+        answers.append(sample(*untrained, [queue], options)[0])
+        programs.append(slots.decode._cache_size())
+    assert len(set(programs)) == 1
+    for queue, roomy in zip(queues[1:], answers[1:], strict=True):
+        assert_same(roomy, sample(*untrained, [queue], OPTIONS)[0])
+    assert slots.decode._cache_size() > programs[0], "without room each has its own"
+
+
 @pytest.mark.parametrize("n_samples", [1, 2])
 def test_no_cache_is_copied_for_a_token(untrained, n_samples):
     queue = [Request(prompt, i, n_samples=n_samples, temperature=1.0) for i, prompt in enumerate(prompts(4))]
