@@ -142,6 +142,7 @@ def cached_models() -> dict[str, Path]:
 
 
 def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal digits, read piece by piece."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

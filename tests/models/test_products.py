@@ -1,4 +1,6 @@
 """The written-out products against jax.numpy and its own gradients, with few rows and with enough for a CPU to lay kernels side by side."""
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,13 @@ def test_base_products(rows):
     ours = jax.jit(results_and_gradients, static_argnums=0)(products.base_products, cotangents, x, kernels)
     for mine, expected in zip(ours, results_and_gradients(plain, cotangents, x, kernels), strict=True):
         np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows, count", [(5, 3), (100, 1)])
+def test_narrow_kernels_share_one_product_where_there_are_many_rows(rows, count):
+    x, kernels, *_ = arrays(rows)
+    compiled = jax.jit(products.base_products).lower(x, kernels).compile().as_text()
+    assert len(re.findall(r" dot\(", compiled)) == count
 
 
 @pytest.mark.parametrize("rows", [5, 100])
