@@ -1,6 +1,7 @@
 """Packing within a step's batch: the N examples of a step go into as few rows as they need, alike for all runs of a program."""
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -57,45 +58,56 @@ def plan_shapes(
     """The shape of each step of a training run, whose token lengths are all known beforehand: the cheapest one for all steps, or,
     where that saves more than a second compilation is worth (SECOND_SHAPE), another for the steps with the fewest tokens.
     """
-    best, shape = _cheapest(lengths, responses, tokens_per_micro_batch, quantum, row_multiple)
+
+    @functools.cache
+    def pack(step: int, length: int) -> tuple[int, int]:
+        """(rows, most segments of a row) of one step."""
+        packings = [balanced_rows(run, length) for run in lengths[step].tolist()]
+        return max(map(len, packings)), max(len(row) for packing in packings for row in packing)
+
+    cheapest = functools.partial(_cheapest, lengths, responses, pack, tokens_per_micro_batch, quantum, row_multiple)
+    by_size = np.argsort(lengths.sum(axis=-1).max(axis=-1), kind="stable").tolist()
+    best, shape = cheapest(by_size)
     plan = [shape] * len(lengths)
     best *= 1 - SECOND_SHAPE
-    by_size = np.argsort(lengths.sum(axis=-1).max(axis=-1), kind="stable")
-    for few in {len(lengths) * quarters // 4 for quarters in (1, 2, 3)} - {0}:
-        parts = [by_size[:few], by_size[few:]]
-        costs, shapes = zip(*(_cheapest(lengths[part], responses[part], tokens_per_micro_batch, quantum, row_multiple) for part in parts), strict=True)
-        if sum(costs) < best:
-            best, small = sum(costs), set(parts[0].tolist())
-            plan = [shapes[0] if step in small else shapes[1] for step in range(len(lengths))]
+    for few in sorted({len(lengths) * quarters // 4 for quarters in (1, 2, 3)} - {0}):
+        small, large = by_size[:few], by_size[few:]
+        (cost, shape), (cost_of_large, shape_of_large) = cheapest(small), cheapest(large)
+        if cost + cost_of_large < best:
+            best = cost + cost_of_large
+            plan = [shape if step in small else shape_of_large for step in range(len(lengths))]
     return plan
 
 
-def _cheapest(lengths, responses, tokens_per_micro_batch: int, quantum: int, row_multiple: int) -> tuple[float, PackedShape]:
-    """(cost, shape) of the cheapest shape that serves all these steps.
+def _cheapest(
+    lengths, responses, pack: Callable[[int, int], tuple[int, int]], tokens_per_micro_batch: int, quantum: int, row_multiple: int, steps: list[int]
+) -> tuple[float, PackedShape]:
+    """(cost, shape) of the cheapest shape that serves these steps. `pack(step, length)`: (rows, most segments of a row).
 
     Tries row lengths from the longest example up and counts padded tokens and the attention of padded segments.
     `tokens_per_micro_batch` bounds R * B * T of one micro-batch (but for rows of the shortest length); B is a multiple of
     `row_multiple`, the devices that rows are spread over.
     """
-    runs = lengths.shape[1]
-    shortest = _round_up(int(lengths.max()), quantum)
-    segment_length = _round_up(int(lengths.max()), SEGMENT_QUANTUM)
+    runs, longest_example = lengths.shape[1], int(lengths[steps].max())
+    shortest = _round_up(longest_example, quantum)
+    segment_length = _round_up(longest_example, SEGMENT_QUANTUM)
     longest = max(shortest, min(8 * shortest, tokens_per_micro_batch // (runs * row_multiple)))
     best: tuple[float, PackedShape] | None = None
     for length in range(shortest, longest + 1, quantum):
-        packings = [[balanced_rows(run, length) for run in step] for step in lengths.tolist()]
-        rows = np.array([max(len(packing) for packing in step) for step in packings])  # [steps]
-        segments = max(len(row) for step in packings for packing in step for row in packing)
+        rows, segments = np.array([pack(step, length) for step in steps]).T  # each [steps]
+        segments = int(segments.max())
         fitting = tokens_per_micro_batch // (runs * length) // row_multiple * row_multiple
         micro_rows = min(_round_up(int(rows.max()), row_multiple), max(row_multiple, fitting))
         used = -(-rows // micro_rows)
         cost = float(used.sum()) * micro_rows * (length + ATTENTION_COST * segments * segment_length**2)
         if best is None or cost < best[0]:
-            widest = max(
-                sum(responses[s, r, i] for i in row) for s, step in enumerate(packings) for r, packing in enumerate(step) for row in packing
-            )
-            best = (cost, PackedShape(length, segments, segment_length, _round_up(int(widest), RESPONSE_QUANTUM), int(used.max()), micro_rows))
-    return best
+            best = cost, PackedShape(length, segments, segment_length, 0, int(used.max()), micro_rows)
+    cost, shape = best
+    widest = max(
+        int(responses[step, r, row].sum())
+        for step in steps for r, run in enumerate(lengths[step].tolist()) for row in balanced_rows(run, shape.length)
+    )
+    return cost, dataclasses.replace(shape, responses=_round_up(widest, RESPONSE_QUANTUM))
 
 
 def _round_up(value: int, quantum: int) -> int:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from ip_jax.models.placement import on_one_cpu
 
 KEPT = "product"  # what the backward pass keeps of a layer by default: results of products; all else is cheap to make again
-MERGE_ROWS, MERGE_COLUMNS = 256, 512  # see _merging_pays
+MANY_ROWS, NARROW = 256, 512  # from how many rows on, and below how many columns, a CPU's products are rearranged as below
 
 
 def product(spec: str, a: Array, b: Array, dtype) -> Array:
@@ -26,8 +26,8 @@ def product(spec: str, a: Array, b: Array, dtype) -> Array:
 
 
 def row_sum(x: Float[Array, "*rows N"]) -> Float[Array, "*rows 1"]:
-    """Sum over the last axis in x's precision: a product with ones, because XLA:CPU is 15 times slower at a sum of what it makes as it goes."""
-    return jnp.dot(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=jax.lax.Precision.HIGHEST)
+    """Sum over the last axis; on a CPU a product with ones, because there XLA is 15 times slower at a sum of what it makes as it goes."""
+    return on_one_cpu(lambda x: jnp.dot(x, jnp.ones((x.shape[-1], 1), x.dtype)), lambda x: x.sum(axis=-1, keepdims=True), x)
 
 
 def as_bits(tree):
@@ -58,14 +58,12 @@ kept.defvjp(lambda x, dtype: (keep(x, dtype), jnp.zeros((), x.dtype)), lambda dt
 def base_products(x: Float[Array, "R B T I"], kernels: tuple[Float[Array, "I O"], ...]) -> tuple[Float[Array, "R B T O"], ...]:
     """x @ kernel for maps of one input, each a product over R*B*T rows, in float32.
 
-    On a CPU one product over the columns of all, which then are wide enough for its full speed.
+    On a CPU one product over the columns of all where they are narrow: together they are wide enough for its full speed.
     """
-    return _columns(x, kernels)
 
-
-def _columns(x, kernels):
     def together(x, kernels):
-        return _split(product("rbti,io->rbto", x, jnp.concatenate(kernels, axis=1), kernels[0].dtype), [kernel.shape[1] for kernel in kernels])
+        ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels))
+        return tuple(jnp.split(product("rbti,io->rbto", x, jnp.concatenate(kernels, axis=1), kernels[0].dtype), ends[:-1], axis=-1))
 
     def each(x, kernels):
         return tuple(product("rbti,io->rbto", x, kernel, kernel.dtype) for kernel in kernels)
@@ -95,11 +93,7 @@ def _base_bwd(residuals, dys):
 
 def _merging_pays(x, kernels) -> bool:
     """Laying kernels side by side copies them, and their results in the backward pass: that pays for narrow ones and many rows."""
-    return len(kernels) > 1 and x.size // x.shape[-1] >= MERGE_ROWS and min(kernel.shape[1] for kernel in kernels) < MERGE_COLUMNS
-
-
-def _split(x, sizes) -> tuple:
-    return tuple(jnp.split(x, list(itertools.accumulate(sizes))[:-1], axis=-1))
+    return len(kernels) > 1 and x.size // x.shape[-1] >= MANY_ROWS and min(kernel.shape[1] for kernel in kernels) < NARROW
 
 
 base_products.defvjp(_base_fwd, _base_bwd)
@@ -114,8 +108,8 @@ def lora_products(
 
 
 def run_product(spec: str, a: Array, b: Array, base_dtype) -> Array:
-    """`product` of arrays that both begin with the run axis: one batched product in a's dtype; on a CPU one for each run, in the
-    base weights' dtype, because there the batched one is up to three times as slow and has no bfloat16 form.
+    """`product` of arrays that both begin with the run axis: one batched product in a's dtype; for many rows on a CPU one for each run,
+    in the base weights' dtype, because there the batched one is up to three times as slow and has no bfloat16 form.
     """
 
     def one_by_one(a, b):
@@ -124,8 +118,8 @@ def run_product(spec: str, a: Array, b: Array, base_dtype) -> Array:
     def together(a, b):
         return product(spec, a, b, a.dtype)
 
-    few = a.size // a.shape[-1] < MERGE_ROWS * a.shape[0]
-    return together(a, b) if few else on_one_cpu(one_by_one, together, a, b)
+    many = a[0].size // a.shape[-1] >= MANY_ROWS
+    return on_one_cpu(one_by_one, together, a, b) if many else together(a, b)
 
 
 def _lora_fwd(x, downs, ups, base_dtype):

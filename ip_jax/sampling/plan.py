@@ -96,8 +96,8 @@ def make_plan(requests: Sequence[Sequence[Request]], options: SamplerOptions) ->
     """Groups rows by prompt. The number of rows in a group is the one that costs the fewest tokens, padding rows included."""
     by_prompt = [_rows_by_prompt(queue) for queue in requests]
     sizes = [(len(prompt) // 4, len(rows)) for rows_of in by_prompt for prompt, rows in rows_of.items()]
-    longest_prompt = max(options.room[0], *(length for length, _ in sizes))
-    longest_answer = max(options.room[1], *(request.max_new_tokens for queue in requests for request in queue))
+    longest_prompt = max(length for length, _ in sizes)
+    longest_answer = max(request.max_new_tokens for queue in requests for request in queue)
 
     def cost(rows):
         return sum(-(-count // rows) * (length + rows * longest_answer) for length, count in sizes)
@@ -114,8 +114,8 @@ def make_plan(requests: Sequence[Sequence[Request]], options: SamplerOptions) ->
         runs=len(requests),
         groups=groups,
         rows=rows,
-        prompt=len(prefix) + bucket(longest_prompt - 1 - len(prefix), options.prompt_buckets),
-        ring=_round_up(longest_answer, RING_STEP),
+        prompt=len(prefix) + bucket(max(longest_prompt, options.room[0]) - 1 - len(prefix), options.prompt_buckets),
+        ring=_round_up(max(longest_answer, options.room[1]), RING_STEP),
     )
     return Plan(shape, prefix, min(prefill_prompts, groups), queues)
 

@@ -112,7 +112,10 @@ def _longest_prompts(experiment: Supervised, eval_set: str, tokenizer) -> dict[s
 
 
 def sampling_room(experiment: Supervised, eval_set: str, tokenizer) -> tuple[int, int]:
-    """(prompt tokens, new tokens) that hold every sweep of an evaluation set, whatever its prompt and step: they share one program."""
+    """(prompt tokens, new tokens) with which all sweeps of an evaluation set share a program, whatever their prompt and step.
+
+    The prompt with the most characters stands for the longest one: where another has more tokens, its sweep gets a program of its own.
+    """
     lengths = [length for _, length in _longest_prompts(experiment, eval_set, tokenizer).values()]
     default = experiment.evaluation.max_new_tokens
     return max(lengths), max(example.get("max_new_tokens", default) for example in experiment.eval_sets[eval_set])

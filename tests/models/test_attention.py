@@ -60,6 +60,20 @@ def test_context_and_gradients_equal_torch(heads, chunk, monkeypatch):
         np.testing.assert_allclose(mine, reference, atol=3e-6)
 
 
+def test_queries_behind_a_prefix_are_the_last_ones_of_the_whole():
+    q, k, v, cotangent = (x[:, :1] for x in arrays(2, 3))
+
+    def whole(q, k, v):
+        return attention.causal_attention(q, k, v)[:, :, 5:]
+
+    def behind(q, k, v):
+        return attention.causal_attention(q[:, :, 5:], k, v)
+
+    (expected, pull), (out, pull_behind) = jax.vjp(whole, q, k, v), jax.vjp(behind, q, k, v)
+    for mine, reference in zip([out, *pull_behind(cotangent[:, :, 5:])], [expected, *pull(cotangent[:, :, 5:])], strict=True):
+        np.testing.assert_allclose(mine, reference, atol=3e-6)
+
+
 def test_bfloat16_stays_near():
     """Stated tolerance 0.1 for values and gradients of order 1; what is returned keeps the activations' dtype."""
     inputs = arrays(2, 3)
