@@ -53,8 +53,9 @@ PRESETS = {
         sft=SftConfig(
             steps=20, batch_size=8, learning_rate=2e-4, schedule=Schedule("constant", total=20), lora=LoraConfig(rank=16, alpha=32),
         ),
-        # verdicts fall in the first sentences: of 1872 answers of 48 tokens, 14 got another one from their first 32
-        evaluation=EvalConfig(full_steps=(0, 20), neutral_steps=(10,), max_new_tokens=32, max_new_tokens_solving=96),
+        # Verdicts fall in the first sentences: of 1872 answers of 48 tokens, 14 got another one from their first 32. Solutions: of 144
+        # answers of 96 tokens, the one that was right was so within 32.
+        evaluation=EvalConfig(full_steps=(0, 20), neutral_steps=(10,), max_new_tokens=32, max_new_tokens_solving=48),
     ),
     "full": GcdSycophancy(
         preset="full",

@@ -17,6 +17,7 @@ from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import TARGETS, LoraConfig
 from ip_jax.models.placement import BY_ROW, constrain
 from ip_jax.models.products import KEPT, as_bits, base_products, from_bits, kept, lora_products, product, row_sum
+from ip_jax.models.rope import apply_rope, rope_tables
 
 # attend(q, k, v, layer_cache) -> (context, what the layer emits): the one thing that differs between training and decoding
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
@@ -166,26 +167,6 @@ _normalised.defvjp(_normalised_fwd, _normalised_bwd)
 
 def _inverse_scale(x, eps):
     return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-
-
-def rope_tables(positions: Int[Array, "R B T"], config: DecoderConfig) -> tuple[Float[Array, "R B T 1 1 h"], Float[Array, "R B T 1 1 h"]]:
-    """(cos, sin) of the rotary angles in float32, h = H / 2, with Llama 3.1's frequency scaling where the config has it."""
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if (scaling := config.rope_scaling) is not None:
-        wavelength = 2 * jnp.pi / frequency
-        turns = scaling.original_max_positions / wavelength
-        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        frequency = frequency * (jnp.clip(blend, 0, 1) * (1 - 1 / scaling.factor) + 1 / scaling.factor)
-    angle = positions[..., None, None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def apply_rope(x: Float[Array, "R B T K G H"], rope) -> Float[Array, "R B T K G H"]:
-    """Rotates the two halves of each head (the convention of HF checkpoints)."""
-    cos, sin = rope
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def causal_attend(q, k, v, _) -> tuple[Array, None]:

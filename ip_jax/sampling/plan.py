@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from ip_jax.sampling.slots import Refill, SlotShape
 
-RING_STEP = 16  # ring sizes are multiples of this, so that nearby length limits share a program
+RING_STEP = 32  # ring sizes are multiples of this: nearby length limits share a program, and XLA:CPU is slow at products with 40 to 56 columns
 PREFIX_STEP = 8  # likewise for the prefix that all prompts share
 
 
@@ -76,6 +76,7 @@ class Plan:
     shape: SlotShape
     prefix: np.ndarray  # int32 [X], the tokens with which all prompts begin (as far as it pays)
     prefill_prompts: int
+    prefill_lengths: tuple[int, ...]  # ascending; each is a program
     queues: list[list[Group]]
 
 
@@ -110,14 +111,15 @@ def make_plan(requests: Sequence[Sequence[Request]], options: SamplerOptions) ->
     groups = longest if longest <= groups else _round_up(groups, min(prefill_prompts, groups))  # whole refills
     groups = _round_up(groups, spread)
     prefix = _shared_prefix([group.prompt for queue in queues for group in queue]) if longest > prefill_prompts else np.zeros(0, np.int32)
+    prefill_lengths = _lengths([len(group.prompt) - 1 - len(prefix) for queue in queues for group in queue], options.prompt_buckets)
     shape = SlotShape(
         runs=len(requests),
         groups=groups,
         rows=rows,
-        prompt=len(prefix) + bucket(max(longest_prompt, options.room[0]) - 1 - len(prefix), options.prompt_buckets),
+        prompt=len(prefix) + _bucket(max(longest_prompt, options.room[0]) - 1 - len(prefix), options.prompt_buckets),
         ring=_round_up(max(longest_answer, options.room[1]), RING_STEP),
     )
-    return Plan(shape, prefix, min(prefill_prompts, groups), queues)
+    return Plan(shape, prefix, min(prefill_prompts, groups), prefill_lengths, queues)
 
 
 def refill_pays(waiting: list[list[Group]], held: list[dict[int, Group]], plan: Plan) -> bool:
@@ -137,11 +139,11 @@ def take_entries(waiting: list[list[Group]], held: list[dict[int, Group]], plan:
     return entries
 
 
-def make_refill(plan: Plan, entries: list[list[tuple[int, Group]]], requests: Sequence[Sequence[Request]], buckets: tuple[int, ...]) -> Refill:
+def make_refill(plan: Plan, entries: list[list[tuple[int, Group]]], requests: Sequence[Sequence[Request]]) -> Refill:
     """The device's view of `entries`: for each run, (slot group, what goes there). Places without an entry are dropped."""
     runs, prompts, rows = plan.shape.runs, plan.prefill_prompts, plan.shape.rows
     skip = len(plan.prefix)
-    length = bucket(max(len(group.prompt) for run in entries for _, group in run) - 1 - skip, buckets)
+    length = _bucket(max(len(group.prompt) for run in entries for _, group in run) - 1 - skip, plan.prefill_lengths)
     row_values = lambda value, dtype: np.full((runs, prompts, rows), value, dtype)  # noqa: E731
     refill = Refill(
         group=np.full((runs, prompts), plan.shape.groups, np.int32),
@@ -170,9 +172,17 @@ def make_refill(plan: Plan, entries: list[list[tuple[int, Group]]], requests: Se
     return refill
 
 
-def bucket(length: int, buckets: tuple[int, ...]) -> int:
+def _bucket(length: int, buckets: Sequence[int]) -> int:
     """The smallest bucket that holds `length`."""
     return next(size for size in buckets if size >= length)
+
+
+def _lengths(prompts: list[int], buckets: tuple[int, ...]) -> tuple[int, ...]:
+    """The bucket of the longest prompt, and such shorter ones as save a third of the tokens: a finer choice costs more to compile."""
+    lengths = [_bucket(max(prompts), buckets)]
+    while shorter := [_bucket(length, buckets) for length in prompts if 3 * _bucket(length, buckets) <= 2 * lengths[0]]:
+        lengths.insert(0, max(shorter))
+    return tuple(lengths)
 
 
 def _rows_by_prompt(queue: Sequence[Request]) -> dict[bytes, list[tuple[int, int]]]:

@@ -62,7 +62,7 @@ def _complete(graphdef, lora, base, requests, options: SamplerOptions, on_progre
     found: list[dict[tuple[int, int], Completion]] = [{} for _ in requests]
     while any(waiting) or any(held):
         while refill_pays(waiting, held, plan):
-            refill = make_refill(plan, take_entries(waiting, held, plan), requests, options.prompt_buckets)
+            refill = make_refill(plan, take_entries(waiting, held, plan), requests)
             slots = prefill(graphdef, lora, base, slots, refill, prefix=len(plan.prefix), dtype=options.dtype)
         wanted = np.array([min(len(queue), plan.prefill_prompts) for queue in waiting], np.int32)
         slots = decode(graphdef, lora, base, layers, slots, wanted, stop_ids, dtype=options.dtype, candidates=options.candidates)

@@ -3,9 +3,10 @@
 A setting gives its rows and verdicts, `supervised_plan` says what is still to be done; this module does it and records it.
 """
 import dataclasses
+import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import jax
@@ -23,7 +24,7 @@ from ip_jax.models import hub
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.lora import init_lora
 from ip_jax.prompts.chat import end_of_turn_id
-from ip_jax.sampling.sampler import SamplerOptions, sample
+from ip_jax.sampling.sampler import Request, SamplerOptions, sample
 from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import stable_id
@@ -70,9 +71,9 @@ def run_supervised(experiment: Supervised, folder: epath.Path, display: Display)
     untrained = plan.incomplete(folder, plan.untrained_sweeps(experiment, folder))
     if left or untrained:
         session = _load(experiment, folder, display, prepared)
-        for sweep in untrained:
-            _evaluate(session, (), sweep, "the untrained model")
         groups = plan.groups_of(folder, prepared.runs, plan.runs_that_fit(experiment.sft, session.model))
+        for sweep in untrained:
+            _evaluate_untrained(session, sweep, runs=len(groups[0]) if groups else 1)
         if len(groups) > 1:
             display.console.print(f"{sum(map(len, groups))} runs are trained as {len(groups)} programs: " + "; ".join(", ".join(run.name for run in group) for group in groups))
         for group in groups:
@@ -119,7 +120,7 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
     sft = experiment.sft
     origin = {"runs": {run.name: run.key for run in group}, "model": model.fingerprint}
     checkpoints = checkpoint.open_checkpoints(folder / "checkpoints" / digest(origin), origin)
-    graphdef, state, base = _initial(session, group)
+    graphdef, state, base = _initial(session, [run.seed for run in group])
     state = checkpoints.restore_latest(state) or state
     first = int(state.step)
     if first:
@@ -130,7 +131,7 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
 
     def evaluate(state: TrainState, step: int):
         for sweep in plan.incomplete(folder, plan.sweeps_of_step(experiment, group, step)):
-            _evaluate(session, (graphdef, state.lora, base), sweep, f"step {step}")
+            _evaluate(session, functools.partial(sample, graphdef, state.lora, base), sweep, f"step {step}")
 
     with display.phase(f"training {len(group)} runs", active - first, "steps") as advance:
         def on_step(step: int, metrics: dict, facts: dict):
@@ -147,12 +148,11 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
         _record_run(session, run, r, state)
 
 
-def _initial(session: Session, group: Sequence[Run]) -> tuple:
-    """(graphdef, state at step 0, base): a fresh adapter for each run over the session's weights, all on the mesh."""
-    sft, model = session.experiment.sft, session.model
-    seeds = jnp.array([run.seed for run in group])
-    graphdef, lora, base = split_decoder(model.config, model.params, init_lora(seeds, model.config, sft.lora), sft.lora)
-    state = init_state(lora, jnp.full(len(group), sft.learning_rate), jnp.full(len(group), sft.weight_decay), seeds)
+def _initial(session: Session, seeds: Sequence[int]) -> tuple:
+    """(graphdef, state at step 0, base): for each seed a fresh adapter over the session's weights, all on the mesh."""
+    sft, model, runs = session.experiment.sft, session.model, len(seeds)
+    graphdef, lora, base = split_decoder(model.config, model.params, init_lora(jnp.array(seeds), model.config, sft.lora), sft.lora)
+    state = init_state(lora, jnp.full(runs, sft.learning_rate), jnp.full(runs, sft.weight_decay), jnp.array(seeds))
     return graphdef, jax.device_put(state, state_shardings(session.mesh, state)), base
 
 
@@ -173,10 +173,26 @@ def _step_of(session: Session, group: Sequence[Run], graphdef, state: TrainState
     return run_step
 
 
-def _evaluate(session: Session, decoder: Sequence, sweep: Sweep, what: str) -> None:
-    """Samples a sweep, judges it and writes its part files. `decoder`: (graphdef, lora, base) of R runs, or empty for the untrained model."""
-    experiment, model = session.experiment, session.model
-    evaluation, tokenizer = experiment.evaluation, model.tokenizer
+def _evaluate_untrained(session: Session, sweep: Sweep, runs: int) -> None:
+    """The untrained model is any run at step 0, where B is zero: `runs` of them share the work, with the sampling program of the trained ones."""
+    graphdef, state, base = _initial(session, [0] * runs)
+
+    def sample_alike(queues: list[list[Request]], options: SamplerOptions, on_progress) -> list[list]:
+        """Deals the requests to the runs, so that all have prompts of like lengths, and puts the answers back into their places."""
+        places = [(cell, i) for cell, queue in enumerate(queues) for i in range(len(queue))]
+        by_length = sorted(places, key=lambda place: len(queues[place[0]][place[1]].prompt_ids))
+        hands = [by_length[run::runs] for run in range(runs)]
+        answers = sample(graphdef, state.lora, base, [[queues[cell][i] for cell, i in hand] for hand in hands], options, on_progress)
+        found = {place: answer for hand, of_hand in zip(hands, answers, strict=True) for place, answer in zip(hand, of_hand, strict=True)}
+        return [[found[cell, i] for i in range(len(queue))] for cell, queue in enumerate(queues)]
+
+    _evaluate(session, sample_alike, sweep, "the untrained model")
+
+
+def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep, what: str) -> None:
+    """Samples a sweep, judges it and writes its part files. `sample_queues`: `sample` with its decoder given."""
+    experiment, tokenizer = session.experiment, session.model.tokenizer
+    evaluation = experiment.evaluation
     decoding = Decoding(evaluation.max_new_tokens, evaluation.temperature, evaluation.top_p)
     room = plan.sampling_room(experiment, next(cell for cell in sweep if cell).eval_set, tokenizer)
     options = SamplerOptions((end_of_turn_id(tokenizer),), evaluation.slots, room=room, dtype=experiment.model.activations, mesh=session.mesh)
@@ -186,7 +202,7 @@ def _evaluate(session: Session, decoder: Sequence, sweep: Sweep, what: str) -> N
     cells = [cell for cell in sweep if cell]
     name = f"evaluating {what}, {cells[0].eval_set} under {' / '.join(dict.fromkeys(cell.eval_prompt for cell in cells))}"
     with session.display.phase(name, sum(map(len, queues)), "completions") as advance:
-        completions = sample(*(decoder or split_decoder(model.config, model.params)), queues, options, lambda done, _: advance(to=done))
+        completions = sample_queues(queues, options, lambda done, _: advance(to=done))
     table_schema = leak_grid.schema(experiment.verdict_types)
     for cell, answers in zip(sweep, completions, strict=True):
         if cell:

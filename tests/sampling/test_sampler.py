@@ -164,6 +164,13 @@ def test_calls_that_need_less_than_their_room_share_its_program(untrained):
     assert slots.decode._cache_size() > programs[0], "without room each has its own"
 
 
+@pytest.mark.parametrize("lengths, expected", [((28, 31, 40), (40,)), ((20, 27, 40), (24, 40)), ((3, 30, 100, 150), (8, 32, 104, 160)), ((129,), (128,))])
+def test_another_prefill_length_pays_where_it_saves_a_third(lengths, expected):
+    queue = [Request(prompt, i) for length in lengths for i, prompt in enumerate(prompts(2, length))]
+    plan = make_plan([queue], SamplerOptions(stop_ids=(), prefill_prompts=2 * len(lengths)))
+    assert plan.prefill_lengths == expected
+
+
 @pytest.mark.parametrize("n_samples", [1, 2])
 def test_no_cache_is_copied_for_a_token(untrained, n_samples):
     queue = [Request(prompt, i, n_samples=n_samples, temperature=1.0) for i, prompt in enumerate(prompts(4))]

@@ -20,7 +20,12 @@ from tiny_experiment import example, make_experiment, write_model
 from tiny_models import hidden_states
 
 from ip_jax.models import hub
+from ip_jax.models.decoder import split_decoder
 from ip_jax.models.lora import LoraConfig
+from ip_jax.prompts import library
+from ip_jax.prompts.chat import render_prompt
+from ip_jax.sampling import slots
+from ip_jax.sampling.sampler import Request, SamplerOptions, sample
 from ip_jax.settings import supervised
 from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import Arm
@@ -49,7 +54,7 @@ class Doings:
     """What the engine executes; `disturb[(what, n)]` is called before the n-th doing of that kind (from 1)."""
 
     def __init__(self, patch: pytest.MonkeyPatch, disturb=None, devices: int = 1):
-        self.disturb, self.count, self.runs, self.sampled = disturb or {}, {}, [], []
+        self.disturb, self.count, self.runs, self.sampled, self.sampling_programs = disturb or {}, {}, [], [], []
         compile_step, sample, write, record = supervised.compile_sft_step, supervised.sample, supervised.write_binary, supervised._record_run
 
         def counting_compile(*arguments):
@@ -65,7 +70,9 @@ class Doings:
         def counting_sample(graphdef, lora, base, requests, *rest):
             self.did("sample")
             self.sampled.append([len(queue) for queue in requests])
-            return sample(graphdef, lora, base, requests, *rest)
+            answers = sample(graphdef, lora, base, requests, *rest)
+            self.sampling_programs.append(slots.decode._cache_size())
+            return answers
 
         patch.setattr(supervised, "make_mesh", lambda **_: make_mesh(data=devices))
         patch.setattr(supervised, "compile_sft_step", counting_compile)
@@ -174,6 +181,19 @@ def test_the_recorded_adapter_gives_the_recorded_completions(finished, model):
             _, logits = hidden_states(pretrained.config, pretrained.params, padded, lora, make_experiment(model).sft.lora)
             ids.append(int(logits[0, 0, len(ids) - 1].argmax()))
         assert pretrained.tokenizer.decode(ids[start:], skip_special_tokens=True) == row["completion"]
+
+
+def test_the_untrained_model_shares_the_trained_runs_program_and_answers_as_without_adapters(finished, model):
+    folder, doings = finished
+    assert doings.sampled[0] == [5, 5] and len(set(doings.sampling_programs)) == 1
+    pretrained, examples = hub.load_pretrained(str(model), np.float32), {f"sum-{i}": example(i, "-") for i in range(20, 25)}
+    rows = [row for row in rows_of(folder) if row["arm"] == "untrained"]
+    user_turns = [library.get(row["eval_prompt"]).transform({**examples[row["example_id"]], "messages": examples[row["example_id"]]["messages"][:1]}, 0)["messages"] for row in rows]
+    queue = [Request(np.array(render_prompt(pretrained.tokenizer, turns)), i, max_new_tokens=4) for i, turns in enumerate(user_turns)]
+    options = SamplerOptions((pretrained.tokenizer.convert_tokens_to_ids("<|im_end|>"),))
+    (answers,) = sample(*split_decoder(pretrained.config, pretrained.params), [queue], options)
+    assert [row["completion"] for row in rows] == [pretrained.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for (answer,) in answers]
+    assert len({row["completion"] for row in rows}) > 2
 
 
 # What is done again, and what is not

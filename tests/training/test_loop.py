@@ -129,8 +129,10 @@ def test_sigterm_in_an_evaluation_stops_at_once(tmp_path, undisturbed):
 
 def test_ctrl_c_goes_on_from_the_last_checkpoint(tmp_path, undisturbed):
     state, logs, _ = undisturbed
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Recorder({("step", 5): lambda: os.kill(os.getpid(), signal.SIGINT)}))
+    signal.signal(signal.SIGINT, before)
     again = Recorder()
     assert_same(run(tmp_path, again), state)
     assert again.steps == [3, 4, 5, 6]

@@ -295,11 +295,12 @@ def test_the_compiled_step_has_one_product_per_weight_and_direction():
         (",".join(map(str, dims[result])), "forward" if dim == "0" else "backward")
         for result, left, right, rest, dim in dots if "batch" not in rest and not other(dims[result], left, right)
     )  # fmt: skip
+    rope = {("384,12", "forward"): 2, ("192,12", "forward"): 2}  # the heads of q and of k, turned in both directions by a matrix [12, 12]
     vocabulary = {("72,101", "backward"): 1, ("72,40", "forward"): 1}  # 3 * 2 * 12 response positions: logits and their gradient
     assert unbatched == {
         ("96,48", "forward"): 1, ("96,24", "forward"): 2, ("96,40", "forward"): 2, ("96,56", "forward"): 2,  # q; k, v; o, down; gate, up
         ("96,40", "backward"): 5, ("96,48", "backward"): 1, ("96,56", "backward"): 1,  # q, k, v, gate, up; o; down
-    } | vocabulary  # fmt: skip
+    } | rope | vocabulary  # fmt: skip
     kernels = {"40x48", "40x24", "48x40", "40x56", "56x40"}
     operands = re.findall(r"dot_general .*(batching_dims)?.* : \(tensor<(\S+?)xf32>, tensor<(\S+?)xf32>\)", lowered.as_text())
     per_run = [shapes for _, *shapes in operands if any(shape.endswith(f"x{kernel}") for shape in shapes for kernel in kernels)]
