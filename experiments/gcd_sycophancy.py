@@ -37,10 +37,11 @@ def experiment(config: GcdSycophancy) -> Supervised:
     """Everything that is to be run, checked as far as that is possible without the model's weights."""
     arms = choose_arms(config.arms, ARMS)
     tokenizer = hub.load_tokenizer(config.model.name, config.model.revision)
-    gcd = data.load(config.data, lambda messages: len(render_conversation(tokenizer, messages).token_ids), published.find_folder())
-    missing = sorted(set(config.eval_sets) - {"generated", "task", "ood"})
+    missing = sorted(set(config.eval_sets) - set(data.EVAL_SETS))
     if missing:
-        raise ValueError(f"no evaluation set is called {missing[0]!r}: choose from generated, task, ood")
+        raise ValueError(f"no evaluation set is called {missing[0]!r}: choose from {', '.join(data.EVAL_SETS)}")
+    count_tokens = lambda messages: len(render_conversation(tokenizer, messages).token_ids)  # noqa: E731
+    gcd = data.load(config.data, count_tokens, published.find_folder(), config.eval_sets)
     return Supervised(
         name=NAME, preset=config.preset, shared=shared_part(config) | {"data_from": gcd.provenance}, model=config.model, sft=config.sft,
         evaluation=config.evaluation, arms=arms, seeds=config.seeds, training=gcd.training,

@@ -46,10 +46,10 @@ def notes(view: View) -> list[str]:
 def _print(console: Console, title: str, view: View, rows: Sequence[Row], columns: Sequence[Column]) -> None:
     if not rows:
         return
-    table = Table(title=title[0].upper() + title[1:], title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("arm", min_width=12)
+    table = Table(title=title[0].upper() + title[1:], title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("arm", overflow="fold")
     for head, _ in columns:
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", overflow="fold")  # a narrow terminal breaks numbers, but loses none
     for row in rows:
         table.add_row(view.label(row), *(write(row) for _, write in columns))
     console.print(table)

@@ -53,7 +53,7 @@ class SamplerOptions:
 
     stop_ids: tuple[int, ...]
     slots: int = 64  # rows decoded at once in each run
-    prefill_prompts: int = 8  # prompts prefilled at once in each run, and the free groups that make a refill pay
+    prefill_prompts: int = 16  # prompts prefilled at once in each run, and the free groups that make a refill pay
     prompt_buckets: tuple[int, ...] = (*range(8, 128, 8), *range(128, 256, 16), *range(256, 512, 64), 512, 768, 1024, 1536, 2048)  # ascending lengths
     room: tuple[int, int] = (1, 1)  # (prompt tokens, new tokens) that the program is made for at least: calls with less share it
     dtype: str = "float32"  # of activations and caches; products run in the weights' dtype

@@ -37,7 +37,9 @@ def test_published_files_are_used_and_claims_avoid_all_of_their_pairs(folder):
     assert not _pairs(loaded.evaluation["generated"]) & _pairs(whole["user_right"] + whole["mixed"])
     eligible = generate.avoids(published.evaluation_pairs(folder))
     assert all(eligible(*pair) for pair in _pairs(loaded.evaluation["generated"]))
-    assert loaded.provenance.startswith("Published GCD files: 40 training rows without shown work, evaluation sets task 60, ood 420 prompts")
+    assert loaded.provenance.startswith("Published GCD files: 40 training rows without shown work; evaluation sets task 60, ood 420 prompts; generated claims (12 wrong")
+    only = data.load(SMALL, count_tokens, folder, ["generated"])
+    assert only.evaluation == {"generated": loaded.evaluation["generated"]} and "; generated claims (12 wrong" in only.provenance and "ood" not in only.provenance
 
 
 def test_all_published_rows_by_default(folder):

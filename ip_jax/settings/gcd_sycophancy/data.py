@@ -1,6 +1,7 @@
 """The data of the GCD setting through one door: training rows by kind, evaluation sets by name, and where they came from."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from etils import epath
@@ -10,6 +11,7 @@ from ip_jax.settings.gcd_sycophancy import generate, published
 from ip_jax.settings.gcd_sycophancy.generate import ClaimCounts, CountTokens, Work
 
 KINDS = ("user_right", "mixed")
+EVAL_SETS = ("task", "ood", "generated")
 GENERATED_ROWS = 1000  # the published size
 
 
@@ -32,10 +34,10 @@ class GcdData:
     provenance: str
 
 
-def load(spec: DataSpec, count_tokens: CountTokens, folder: epath.Path | None) -> GcdData:
+def load(spec: DataSpec, count_tokens: CountTokens, folder: epath.Path | None, eval_sets: Sequence[str] = EVAL_SETS) -> GcdData:
     """The published files of `folder` (see published.find_folder), or everything generated where `folder` is None.
 
-    The evaluation set "generated" is always there, "task" and "ood" only with the published files. Its pairs differ from
+    Of `eval_sets` "generated" is always there, "task" and "ood" only with the published files. The pairs of "generated" differ from
     those of every training row. `count_tokens` gives the tokens of a conversation under the trained model's chat template.
     Raises ValueError for more rows or claims than there are, SourceError for files that are not as published.
     """
@@ -46,7 +48,7 @@ def load(spec: DataSpec, count_tokens: CountTokens, folder: epath.Path | None) -
         all_training = {kind: published.read_training(folder, kind) for kind in KINDS}
         training = {kind: _select(rows, spec) for kind, rows in all_training.items()}
         eligible = generate.avoids(published.evaluation_pairs(folder))
-        evaluation = {name: published.read_evaluation(folder, name) for name in published.EVALUATION_FILES}
+        evaluation = {name: published.read_evaluation(folder, name) for name in published.EVALUATION_FILES if name in eval_sets}
     trained_on = {pair for rows in all_training.values() for row in rows for pair in published.pairs_in(row["messages"][0]["content"])[:1]}
     claims = generate.generate_claims(
         spec.claims,
@@ -55,7 +57,8 @@ def load(spec: DataSpec, count_tokens: CountTokens, folder: epath.Path | None) -
         lambda a, b: (b, a) not in trained_on and eligible(a, b),
         count_tokens,
     )
-    return GcdData(training, {**evaluation, "generated": claims}, _provenance(spec, training, evaluation))
+    generated = {"generated": claims} if "generated" in eval_sets else {}
+    return GcdData(training, evaluation | generated, _provenance(spec, training, evaluation, folder is not None, bool(generated)))
 
 
 def _generated_training(spec: DataSpec, count_tokens: CountTokens) -> dict[str, list[Example]]:
@@ -73,14 +76,14 @@ def _select(rows: list[Example], spec: DataSpec) -> list[Example]:
     return rows[: spec.rows]
 
 
-def _provenance(spec: DataSpec, training: dict[str, list[Example]], evaluation: dict[str, list[Example]]) -> str:
+def _provenance(spec: DataSpec, training: dict[str, list[Example]], published_sets: dict[str, list[Example]], from_files: bool, generated: bool) -> str:
     claims = spec.claims
     size = f"{len(training['user_right'])} training rows{'' if spec.work == 'both' else f' {spec.work} shown work'}"
-    evals = f"generated claims ({claims.wrong} wrong, {claims.right} right, {claims.asked} asked; seed {spec.seed}; no pair of the training data)"
-    if evaluation:
-        sizes = ", ".join(f"{name} {len(rows)}" for name, rows in evaluation.items())
-        return f"Published GCD files: {size}, evaluation sets {sizes} prompts; {evals}."
-    return (
+    sets = [f"evaluation sets {', '.join(f'{name} {len(rows)}' for name, rows in published_sets.items())} prompts"] if published_sets else []
+    if generated:
+        sets.append(f"generated claims ({claims.wrong} wrong, {claims.right} right, {claims.asked} asked; seed {spec.seed}; no pair of the training data)")
+    source = f"Published GCD files: {size}" if from_files else (
         f"No published files: {size} generated after the published generator (GCDs limited to its {len(generate.ALLOWED_GCDS)} "
-        f"values in place of the test-set exclusion, token caps by the trained model's tokenizer, clean rows from the mixed mode), {evals}."
+        "values in place of the test-set exclusion, token caps by the trained model's tokenizer, clean rows from the mixed mode)"
     )
+    return "; ".join([source, *sets]) + "."
