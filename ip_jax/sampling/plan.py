@@ -179,8 +179,9 @@ def _bucket(length: int, buckets: Sequence[int]) -> int:
 
 def _lengths(prompts: list[int], buckets: tuple[int, ...]) -> tuple[int, ...]:
     """The bucket of the longest prompt, and such shorter ones as save a third of the tokens: a finer choice costs more to compile."""
-    lengths = [_bucket(max(prompts), buckets)]
-    while shorter := [_bucket(length, buckets) for length in prompts if 3 * _bucket(length, buckets) <= 2 * lengths[0]]:
+    sizes = {_bucket(length, buckets) for length in set(prompts)}
+    lengths = [max(sizes)]
+    while shorter := [size for size in sizes if 3 * size <= 2 * lengths[0]]:
         lengths.insert(0, max(shorter))
     return tuple(lengths)
 

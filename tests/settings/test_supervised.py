@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from tiny_experiment import example, make_experiment, write_model
 from tiny_models import hidden_states
 
+from ip_jax.evals.leak_grid import prompted
 from ip_jax.models import hub
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.lora import LoraConfig
@@ -186,10 +187,9 @@ def test_the_recorded_adapter_gives_the_recorded_completions(finished, model):
 def test_the_untrained_model_shares_the_trained_runs_program_and_answers_as_without_adapters(finished, model):
     folder, doings = finished
     assert doings.sampled[0] == [5, 5] and len(set(doings.sampling_programs)) == 1
-    pretrained, examples = hub.load_pretrained(str(model), np.float32), {f"sum-{i}": example(i, "-") for i in range(20, 25)}
-    rows = [row for row in rows_of(folder) if row["arm"] == "untrained"]
-    user_turns = [library.get(row["eval_prompt"]).transform({**examples[row["example_id"]], "messages": examples[row["example_id"]]["messages"][:1]}, 0)["messages"] for row in rows]
-    queue = [Request(np.array(render_prompt(pretrained.tokenizer, turns)), i, max_new_tokens=4) for i, turns in enumerate(user_turns)]
+    pretrained, rows = hub.load_pretrained(str(model), np.float32), [row for row in rows_of(folder) if row["arm"] == "untrained"]
+    asked = [prompted(example(int(row["example_id"][4:]), "-"), library.get(row["eval_prompt"]).transform, 0)["messages"] for row in rows]
+    queue = [Request(np.array(render_prompt(pretrained.tokenizer, turns)), i, max_new_tokens=4) for i, turns in enumerate(asked)]
     options = SamplerOptions((pretrained.tokenizer.convert_tokens_to_ids("<|im_end|>"),))
     (answers,) = sample(*split_decoder(pretrained.config, pretrained.params), [queue], options)
     assert [row["completion"] for row in rows] == [pretrained.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for (answer,) in answers]
