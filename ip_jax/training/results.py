@@ -91,9 +91,9 @@ def _record_in(path: epath.Path) -> dict:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted names of the fields in which two nested JSON dicts differ."""
+    """Dotted names of the fields in which two nested dicts differ once they are JSON (a tuple is a list there)."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [prefix]
+        return [] if json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True) else [prefix]
     return [name for key in sorted({*old, *new}) for name in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)]
 
 

@@ -106,6 +106,7 @@ def test_a_kill_inside_the_first_write_is_no_obstacle(folder, monkeypatch):
 def test_differences_names_nested_fields():
     assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 3}, "e": 6}) == ["b.c", "e"]
     assert differences({"a": {"b": 1}}, {"a": {"b": 1}}) == []
+    assert differences({"a": [0, 20]}, {"a": (0, 20)}) == []  # as read back from config.json
 
 
 def test_digest_depends_on_values_not_on_their_order():
