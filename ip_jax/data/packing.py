@@ -20,7 +20,8 @@ class PackedShape:
     """A static shape of a program's batches: M micro-batches of B rows (each run) of `length` tokens.
 
     A row holds at most `segments` examples of at most `segment_length` tokens, and `responses` counted positions (P). A step that
-    needs fewer micro-batches leaves the last ones empty, and the training step skips those.
+    needs fewer micro-batches leaves the last ones empty, and the training step skips those. The first `shared` tokens of all
+    examples are the same: a row holds them once, at its beginning.
     """
 
     length: int
@@ -29,23 +30,33 @@ class PackedShape:
     responses: int
     micro_batches: int
     micro_rows: int
+    shared: int = 0
 
 
-def balanced_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in the fewest rows of at most `capacity` that greedy balancing finds.
+def shared_prefix(examples: Sequence[Rendered]) -> int:
+    """How many tokens all examples begin with, at most those before the last prompt token of any (all counted tokens come after them)."""
+    limit = max(0, min(int(np.argmax(example.response_mask)) for example in examples) - 1)
+    starts = np.array([example.token_ids[:limit] for example in examples])
+    differing = np.flatnonzero((starts != starts[0]).any(axis=0))
+    return int(differing[0]) if len(differing) else limit
+
+
+def balanced_rows(lengths: Sequence[int], capacity: int, shared: int = 0) -> list[list[int]]:
+    """Indices of `lengths` in the fewest rows of at most `capacity` that greedy balancing finds; a row holds `shared` tokens once.
 
     For k = fewest possible, k + 1, ...: the longest first, each into the emptiest of k rows (Graham's LPT rule), until all rows fit.
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if lengths[longest_first[0]] > capacity:
         raise ValueError(f"example {longest_first[0]} of the batch has {lengths[longest_first[0]]} tokens: a row holds {capacity}")
-    for count in range(-(-sum(lengths) // capacity), len(lengths) + 1):
+    own = [length - shared for length in lengths]
+    for count in range(-(-sum(own) // (capacity - shared)), len(lengths) + 1):
         rows: list[list[int]] = [[] for _ in range(count)]
-        filled = [0] * count
+        filled = [shared] * count
         for i in longest_first:
             row = filled.index(min(filled))
             rows[row].append(i)
-            filled[row] += lengths[i]
+            filled[row] += own[i]
         if max(filled) <= capacity:
             break
     return rows
@@ -53,7 +64,7 @@ def balanced_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 def plan_shapes(
     lengths: Int[np.ndarray, "steps R N"], responses: Int[np.ndarray, "steps R N"], tokens_per_micro_batch: int,
-    quantum: int = ROW_QUANTUM, row_multiple: int = 1,
+    quantum: int = ROW_QUANTUM, row_multiple: int = 1, shared: int = 0,
 ) -> list[PackedShape]:
     """The shape of each step of a training run, whose token lengths are all known beforehand: the cheapest one for all steps, or,
     where that saves more than a second compilation is worth (SECOND_SHAPE), another for the steps with the fewest tokens.
@@ -62,10 +73,10 @@ def plan_shapes(
     @functools.cache
     def pack(step: int, length: int) -> tuple[int, int]:
         """(rows, most segments of a row) of one step."""
-        packings = [balanced_rows(run, length) for run in lengths[step].tolist()]
+        packings = [balanced_rows(run, length, shared) for run in lengths[step].tolist()]
         return max(map(len, packings)), max(len(row) for packing in packings for row in packing)
 
-    cheapest = functools.partial(_cheapest, lengths, responses, pack, tokens_per_micro_batch, quantum, row_multiple)
+    cheapest = functools.partial(_cheapest, lengths, responses, pack, tokens_per_micro_batch, quantum, row_multiple, shared)
     by_size = np.argsort(lengths.sum(axis=-1).max(axis=-1), kind="stable").tolist()
     best, shape = cheapest(by_size)
     plan = [shape] * len(lengths)
@@ -80,7 +91,8 @@ def plan_shapes(
 
 
 def _cheapest(
-    lengths, responses, pack: Callable[[int, int], tuple[int, int]], tokens_per_micro_batch: int, quantum: int, row_multiple: int, steps: list[int]
+    lengths, responses, pack: Callable[[int, int], tuple[int, int]], tokens_per_micro_batch: int, quantum: int, row_multiple: int,
+    shared: int, steps: list[int],
 ) -> tuple[float, PackedShape]:
     """(cost, shape) of the cheapest shape that serves these steps. `pack(step, length)`: (rows, most segments of a row).
 
@@ -101,11 +113,11 @@ def _cheapest(
         used = -(-rows // micro_rows)
         cost = float(used.sum()) * micro_rows * (length + ATTENTION_COST * segments * segment_length**2)
         if best is None or cost < best[0]:
-            best = cost, PackedShape(length, segments, segment_length, 0, int(used.max()), micro_rows)
+            best = cost, PackedShape(length, segments, segment_length, 0, int(used.max()), micro_rows, shared)
     cost, shape = best
     widest = max(
         int(responses[step, r, row].sum())
-        for step in steps for r, run in enumerate(lengths[step].tolist()) for row in balanced_rows(run, shape.length)
+        for step in steps for r, run in enumerate(lengths[step].tolist()) for row in balanced_rows(run, shape.length, shared)
     )
     return cost, dataclasses.replace(shape, responses=_round_up(widest, RESPONSE_QUANTUM))
 
@@ -115,23 +127,24 @@ def _round_up(value: int, quantum: int) -> int:
 
 
 def segment_index(
-    segment_ids: Int[np.ndarray, "*rows T"], positions: Int[np.ndarray, "*rows T"], segments: int, length: int
+    segment_ids: Int[np.ndarray, "*rows T"], positions: Int[np.ndarray, "*rows T"], segments: int, length: int, shared: int = 0
 ) -> Int[np.ndarray, "*rows S L"]:
-    """The row position of token l of segment s + 1, and T where there is none."""
+    """The row position of token l of segment s + 1, and T where there is none. All segments begin with the row's first `shared` tokens."""
     flat = segment_ids.reshape(-1, segment_ids.shape[-1])
     index = np.full((len(flat), segments, length), flat.shape[-1], np.int32)
     row, place = np.nonzero(flat)
     index[row, flat[row, place] - 1, positions.reshape(flat.shape)[row, place]] = place
+    index[row, flat[row, place] - 1, :shared] = np.arange(shared)
     return index.reshape(*segment_ids.shape[:-1], segments, length)
 
 
 def pack_step(batch: Sequence[Sequence[Rendered]], shape: PackedShape) -> tuple[dict[str, np.ndarray], float]:
-    """The arrays of one step (see training.state.Batch: [M, R, B, T] and [M, R, B, P]) and real / padded tokens.
+    """The arrays of one step (see training.state.Batch: [M, R, B, T] and [M, R, B, P]) and real / padded tokens, as far as computed.
 
     Rows are spread so that row i of every run lies in the same micro-batch. Micro-batches that no run needs do not count as padding.
     `batch` holds each run's N rendered examples. Segments count from 1, positions restart in each; padding is segment 0.
     """
-    packings = [balanced_rows([len(example.token_ids) for example in run], shape.length) for run in batch]
+    packings = [balanced_rows([len(example.token_ids) for example in run], shape.length, shape.shared) for run in batch]
     runs, micro, rows = len(batch), shape.micro_batches, shape.micro_rows
     tokens = np.zeros((3, runs, micro * rows, shape.length), np.int32)  # ids, segments, positions
     response = np.zeros((2, runs, micro * rows, shape.responses), np.int32)  # index, target
@@ -140,19 +153,19 @@ def pack_step(batch: Sequence[Sequence[Rendered]], shape: PackedShape) -> tuple[
         for b, row in enumerate(packing):
             start = counted = 0
             for segment, i in enumerate(row, start=1):
-                ids, mask = batch[r][i].token_ids, batch[r][i].response_mask
+                first = shape.shared if segment > 1 else 0  # what the row holds already
+                ids, mask = batch[r][i].token_ids[first:], batch[r][i].response_mask[first:]
                 span = slice(start, start + len(ids))
-                tokens[0, r, b, span], tokens[1, r, b, span], tokens[2, r, b, span] = ids, segment, np.arange(len(ids))
+                tokens[0, r, b, span], tokens[1, r, b, span], tokens[2, r, b, span] = ids, segment, np.arange(first, first + len(ids))
                 where = np.flatnonzero(mask)
                 place = slice(counted, counted + len(where))
                 response[0, r, b, place], response[1, r, b, place], weight[r, b, place] = start + where - 1, ids[where], 1
                 start, counted = start + len(ids), counted + len(where)
     fold = lambda a: np.moveaxis(a.reshape(runs, micro, rows, a.shape[-1]), 1, 0)  # noqa: E731
-    real = sum(len(example.token_ids) for run in batch for example in run)
     used = -(-max(len(packing) for packing in packings) // rows)
     arrays = dict(
         tokens=fold(tokens[0]), segment_ids=fold(tokens[1]), positions=fold(tokens[2]),
-        segment_index=segment_index(fold(tokens[1]), fold(tokens[2]), shape.segments, shape.segment_length),
+        segment_index=segment_index(fold(tokens[1]), fold(tokens[2]), shape.segments, shape.segment_length, shape.shared),
         response_index=fold(response[0]), response_target=fold(response[1]), response_weight=fold(weight),
     )
-    return arrays, real / (used * runs * rows * shape.length)
+    return arrays, np.count_nonzero(tokens[1]) / (used * runs * rows * shape.length)

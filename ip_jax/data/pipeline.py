@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import grain
 import numpy as np
 
-from ip_jax.data.packing import PackedShape, pack_step, plan_shapes
+from ip_jax.data.packing import PackedShape, pack_step, plan_shapes, shared_prefix
 from ip_jax.data.sources import Example
 from ip_jax.prompts.chat import Rendered, render_conversation
 from ip_jax.prompts.transforms import Transform
@@ -81,6 +81,7 @@ class BatchReader:
     datasets: tuple[grain.MapDataset, ...]
     batch_size: int
     shapes: Sequence[PackedShape]  # of each step
+    shared: int  # tokens with which all examples of a run begin: a row holds them once
 
     def __call__(self, step: int) -> tuple[dict[str, np.ndarray], float]:
         """(arrays of training.state.Batch, real / padded tokens) of one step."""
@@ -95,7 +96,9 @@ def batch_reader(
     batches = [[_examples_of_step(dataset, step, batch_size) for dataset in datasets] for step in range(steps)]
     lengths = np.array([[[len(e.token_ids) for e in run] for run in step] for step in batches])
     responses = np.array([[[e.response_mask.sum() for e in run] for run in step] for step in batches])
-    return BatchReader(datasets, batch_size, plan_shapes(lengths, responses, tokens_per_micro_batch, row_multiple=row_multiple))
+    shared = min(shared_prefix([example for step in batches for example in step[run]]) for run in range(len(datasets)))
+    shapes = plan_shapes(lengths, responses, tokens_per_micro_batch, row_multiple=row_multiple, shared=shared)
+    return BatchReader(datasets, batch_size, shapes, shared)
 
 
 def _examples_of_step(dataset: grain.MapDataset, step: int, batch_size: int) -> list[Rendered]:

@@ -114,17 +114,22 @@ def _backward(q, k, k_columns, v, out, normaliser, d_out, groups: int):
 _attention.defvjp(_forward_kept, _backward_kept)
 
 
-@jax.custom_vjp
-def to_segments(x: Float[Array, "R B T ..."], place: Int[Array, "R B N L"], source: Int[Array, "R B T"]) -> Float[Array, "R E L ..."]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def to_segments(
+    x: Float[Array, "R B T ..."], place: Int[Array, "R B N L"], source: Int[Array, "R B T"], shared: int
+) -> Float[Array, "R E L ..."]:
     """The segments of packed rows, zero where a segment has ended. `place` names the row position of each segment position
-    (T: none), `source` is its inverse, n * L + l (N * L: padding). Being a rearrangement, its gradient is `to_rows`, not a scatter.
+    (T: none), `source` is its inverse, n * L + l (N * L: padding). The first `shared` positions of all segments of a row are the
+    row's own first ones. A rearrangement but for these, its gradient is `to_rows` and their sum, not a scatter.
     """
     return _gather(x, place.reshape(*place.shape[:2], -1)).reshape(x.shape[0], -1, place.shape[-1], *x.shape[3:])
 
 
-@jax.custom_vjp
-def to_rows(x: Float[Array, "R E L ..."], place: Int[Array, "R B N L"], source: Int[Array, "R B T"]) -> Float[Array, "R B T ..."]:
-    """The inverse of `to_segments`; zero on padding."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def to_rows(
+    x: Float[Array, "R E L ..."], place: Int[Array, "R B N L"], source: Int[Array, "R B T"], shared: int
+) -> Float[Array, "R B T ..."]:
+    """The inverse of `to_segments`; zero on padding. Shared positions are taken from the first segment."""
     return _gather(x.reshape(*place.shape[:2], -1, *x.shape[3:]), source)
 
 
@@ -132,5 +137,26 @@ def _gather(x, index):
     return jax.vmap(jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0)))(x, index)
 
 
-to_segments.defvjp(lambda x, place, source: (to_segments(x, place, source), (place, source)), lambda kept, d: (to_rows(d, *kept), None, None))
-to_rows.defvjp(lambda x, place, source: (to_rows(x, place, source), (place, source)), lambda kept, d: (to_segments(d, *kept), None, None))
+def _to_segments_bwd(shared: int, kept, d):
+    place, _ = kept
+    rows = to_rows(d, *kept, shared)
+    if shared:
+        others = d.reshape(*place.shape, *d.shape[3:])[:, :, 1:, :shared].astype(jnp.float32)
+        there = (place < rows.shape[2])[:, :, 1:, :shared].reshape(*others.shape[:4], *(1,) * (others.ndim - 4))
+        others = jnp.where(there, others, 0).sum(axis=2)
+        rows = rows.at[:, :, :shared].set((rows[:, :, :shared] + others).astype(d.dtype))
+    return rows, None, None
+
+
+def _to_rows_bwd(shared: int, kept, d):
+    place, _ = kept
+    segments = to_segments(d, *kept, shared)
+    if shared:
+        is_copy = (jnp.arange(place.shape[2]) > 0)[:, None] & (jnp.arange(place.shape[3]) < shared)
+        is_copy = jnp.broadcast_to(is_copy, place.shape).reshape(*segments.shape[:3], *(1,) * (segments.ndim - 3))
+        segments = jnp.where(is_copy, 0, segments)
+    return segments, None, None
+
+
+to_segments.defvjp(lambda x, place, source, shared: (to_segments(x, place, source, shared), (place, source)), _to_segments_bwd)
+to_rows.defvjp(lambda x, place, source, shared: (to_rows(x, place, source, shared), (place, source)), _to_rows_bwd)

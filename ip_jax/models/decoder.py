@@ -174,18 +174,21 @@ def causal_attend(q, k, v, _) -> tuple[Array, None]:
     return causal_attention(q, k, v), None
 
 
-def packed_attend(segment_ids: Int[Array, "R B T"], positions: Int[Array, "R B T"], segment_index: Int[Array, "R B N L"]) -> Attend:
+def packed_attend(
+    segment_ids: Int[Array, "R B T"], positions: Int[Array, "R B T"], segment_index: Int[Array, "R B N L"], shared: int = 0
+) -> Attend:
     """Attention for packed rows: causal within each segment. Emits nothing.
 
     `segment_ids` count from 1 (0 is padding), `positions` restart in each segment, `segment_index` is the row position of each
-    segment's tokens, T where there is none (see data.packing.segment_index).
+    segment's tokens, T where there is none (see data.packing.segment_index). All segments of a row begin with the row's first
+    `shared` tokens, which stand there once.
     """
     segments, length = segment_index.shape[-2:]
     source = jnp.where(segment_ids > 0, (segment_ids - 1) * length + positions, segments * length)
 
     def attend(q, k, v, _):
-        q, k, v = (to_segments(x, segment_index, source) for x in (q, k, v))
-        return to_rows(causal_attention(q, k, v), segment_index, source), None
+        q, k, v = (to_segments(x, segment_index, source, shared) for x in (q, k, v))
+        return to_rows(causal_attention(q, k, v), segment_index, source, shared), None
 
     return attend
 

@@ -21,6 +21,7 @@ class SftOptions:
     max_grad_norm: float | None = None
     dtype: str = "float32"
     remat: bool = False
+    shared: int = 0  # tokens with which all segments of a row begin
 
 
 def sft_step(state: TrainState, base, batch: Batch, *, graphdef, options: SftOptions) -> tuple[TrainState, dict]:
@@ -35,7 +36,7 @@ def sft_step(state: TrainState, base, batch: Batch, *, graphdef, options: SftOpt
         decoder = nnx.merge(graphdef, lora, base)
         keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(dropout_keys)
         hidden, _ = decoder(
-            micro.tokens, micro.positions, packed_attend(micro.segment_ids, micro.positions, micro.segment_index),
+            micro.tokens, micro.positions, packed_attend(micro.segment_ids, micro.positions, micro.segment_index, options.shared),
             dtype=jnp.dtype(options.dtype), remat=options.remat,
             dropout=(options.dropout, keys) if options.dropout else None,
         )

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from ip_jax.data.packing import PackedShape, balanced_rows, pack_step, plan_shapes
+from ip_jax.data.packing import PackedShape, balanced_rows, pack_step, plan_shapes, shared_prefix
 from ip_jax.prompts.chat import Rendered
 
 RUNS, EXAMPLES = 3, 7
@@ -118,6 +118,36 @@ def test_one_shape_holds_every_step(tokens_per_micro_batch, row_multiple):
         arrays, _ = pack_step(batch, shape)
         assert (arrays["segment_ids"] > 0).sum() == sizes(batch).sum()
         assert arrays["response_weight"].sum() == sizes(batch, lambda example: example.response_mask.sum()).sum()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_hold_a_shared_prefix_once(seed):
+    """From a row's own tokens and the first ones, `segment_index` gives every example back whole."""
+    batch = [[Rendered(np.concatenate([[7, 8, 9], e.token_ids]), np.concatenate([[False] * 3, e.response_mask])) for e in run] for run in random_batch(seed)]
+    lengths, responses = sizes(batch), sizes(batch, lambda example: example.response_mask.sum())
+    (shape,) = plan_shapes(lengths, responses, 200, shared=3)
+    arrays, _ = pack_step(batch, shape)
+    used = (arrays["segment_ids"] > 0).any(axis=-1)
+    assert (arrays["segment_ids"] > 0).sum() == lengths.sum() - 3 * lengths.size + 3 * used.sum() < lengths.sum()
+    for r, run in enumerate(batch):
+        found = []
+        for m, b in np.ndindex(shape.micro_batches, shape.micro_rows):
+            index, tokens = arrays["segment_index"][m, r, b], arrays["tokens"][m, r, b]
+            found += [tuple(tokens[places[places < shape.length]]) for places in index if (places < shape.length).any()]
+            counted = arrays["response_weight"][m, r, b] > 0
+            before = tokens[arrays["response_index"][m, r, b][counted]]
+            after = arrays["response_target"][m, r, b][counted]
+            pairs = {pair for e in run for pair in zip(e.token_ids[:-1][e.response_mask[1:]], e.token_ids[1:][e.response_mask[1:]], strict=True)}
+            assert set(zip(before.tolist(), after.tolist(), strict=True)) <= pairs
+        assert sorted(found) == sorted(tuple(example.token_ids) for example in run)
+
+
+def test_shared_prefix_ends_where_examples_differ_and_before_the_last_prompt_token():
+    example = lambda ids, first: Rendered(np.array(ids, np.int32), np.arange(len(ids)) >= first)  # noqa: E731
+    assert shared_prefix([example([1, 2, 3, 4, 5], 4), example([1, 2, 9, 4], 3)]) == 2
+    assert shared_prefix([example([1, 2, 3, 4, 5], 4)] * 2) == 3, "the token that predicts the first response belongs to the example"
+    assert shared_prefix([example([1, 2, 3], 1), example([1, 2, 3], 2)]) == 0
+    assert shared_prefix([example([1, 2, 3], 0)]) == 0
 
 
 def test_no_micro_batch_is_empty_at_every_step():

@@ -95,9 +95,27 @@ def test_segments_by_hand_and_back():
     assert place[0, 0].tolist() == [[0, 1, 4], [2, 4, 4]]
     source = jnp.array([[[0, 1, 3, 6]]])
     x = jnp.arange(1.0, 5)[None, None, :, None]
-    blocks = to_segments(x, jnp.asarray(place), source)
+    blocks = to_segments(x, jnp.asarray(place), source, 0)
     assert blocks[0, :, :, 0].tolist() == [[1, 2, 0], [3, 0, 0]]
-    assert to_rows(blocks, jnp.asarray(place), source)[0, 0, :, 0].tolist() == [1, 2, 3, 0]
+    assert to_rows(blocks, jnp.asarray(place), source, 0)[0, 0, :, 0].tolist() == [1, 2, 3, 0]
     weights = jnp.arange(6.0).reshape(1, 2, 3, 1)
-    written = jax.grad(lambda x: (to_segments(x, jnp.asarray(place), source) * weights).sum())(x)
+    written = jax.grad(lambda x: (to_segments(x, jnp.asarray(place), source, 0) * weights).sum())(x)
     assert written[0, 0, :, 0].tolist() == [0, 1, 3, 0]
+
+
+def test_shared_prefix_by_hand_and_its_gradients():
+    """A row of [0 1 2 | 2 3]: both segments begin with the row's first two tokens. The gradient of a copy goes to its original."""
+    segment_ids, positions = np.array([[[1, 1, 1, 2, 2, 0]]]), np.array([[[0, 1, 2, 2, 3, 0]]])
+    place = jnp.asarray(segment_index(segment_ids, positions, segments=3, length=4, shared=2))
+    assert place[0, 0].tolist() == [[0, 1, 2, 6], [0, 1, 3, 4], [6, 6, 6, 6]]
+    source = jnp.array([[[0, 1, 2, 6, 7, 12]]])
+    x = jnp.arange(1.0, 7)[None, None, :, None]
+    assert to_segments(x, place, source, 2)[0, :, :, 0].tolist() == [[1, 2, 3, 0], [1, 2, 4, 5], [0, 0, 0, 0]]
+    rearranged = jax.vjp(lambda x: to_segments(x, place, source, 2), x)[1]
+    expected = jax.vjp(lambda x: jnp.pad(x[0, 0, :, 0], (0, 1))[place[0, 0]], x)[1]  # a plain gather, whose gradient is a scatter
+    cotangent = jnp.arange(1.0, 13).reshape(3, 4)
+    assert rearranged(cotangent[None, :, :, None])[0][0, 0, :, 0].tolist() == expected(cotangent)[0][0, 0, :, 0].tolist()
+    blocks = jnp.arange(1.0, 13).reshape(1, 3, 4, 1)
+    rows, back = jax.vjp(lambda blocks: to_rows(blocks, place, source, 2), blocks)
+    assert rows[0, 0, :, 0].tolist() == [1, 2, 3, 7, 8, 0]
+    assert back(x)[0][0, :, :, 0].tolist() == [[1, 2, 3, 0], [0, 0, 4, 5], [0, 0, 0, 0]], "the copies' contexts are not read"
