@@ -10,14 +10,15 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ip_jax.models.assemble import ShardingOf, assemble
-from ip_jax.models.families import DecoderConfig, ParamPath
+from ip_jax.models.families import DecoderConfig, ParamPath, uniform_attention
 
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 _OUTSIDE = {("embed",): "token_embd.weight", ("final_norm",): "output_norm.weight", ("head",): "output.weight"}
 _LAYER = {
     "attn_norm": "attn_norm.weight", "q": "attn_q.weight", "k": "attn_k.weight", "v": "attn_v.weight", "o": "attn_output.weight",
     "q_bias": "attn_q.bias", "k_bias": "attn_k.bias", "v_bias": "attn_v.bias",
+    "q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight",
     "mlp_norm": "ffn_norm.weight", "gate": "ffn_gate.weight", "up": "ffn_up.weight", "down": "ffn_down.weight",
 }  # fmt: skip
 _SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
@@ -78,6 +79,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
         raise ValueError(f"{file.path} uses scaled rope or experts, which are not read from GGUF files; load the model's safetensors folder instead.")
     d_model = _required(file, f"{family}.embedding_length")
     n_heads = _required(file, f"{family}.attention.head_count")
+    head_dim = file.metadata.get(f"{family}.attention.key_length", d_model // n_heads)
     return DecoderConfig(
         family=family,
         vocab_size=len(_required(file, "tokenizer.ggml.tokens")),
@@ -86,12 +88,13 @@ def read_config(file: GgufFile) -> DecoderConfig:
         n_layers=_required(file, f"{family}.block_count"),
         n_heads=n_heads,
         n_kv_heads=file.metadata.get(f"{family}.attention.head_count_kv", n_heads),
-        head_dim=file.metadata.get(f"{family}.attention.key_length", d_model // n_heads),
-        rope_theta=file.metadata.get(f"{family}.rope.freq_base", 10000.0),
+        head_dim=head_dim,
+        attention=uniform_attention(head_dim, file.metadata.get(f"{family}.rope.freq_base", 10000.0)),
         norm_eps=_required(file, f"{family}.attention.layer_norm_rms_epsilon"),
         max_positions=_required(file, f"{family}.context_length"),
         tied_embeddings="output.weight" not in file.tensors,
         qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
     )
 
 
