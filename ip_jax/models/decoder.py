@@ -16,7 +16,8 @@ from ip_jax.models.attention import causal_attention, to_rows, to_segments
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import TARGETS, LoraConfig
 from ip_jax.models.placement import BY_ROW, constrain
-from ip_jax.models.products import KEPT, as_bits, base_products, from_bits, kept, lora_products, product, row_sum
+from ip_jax.models.products import as_bits, base_products, from_bits, kept, lora_products, product, row_sum
+from ip_jax.models.remat import rematerialised
 from ip_jax.models.rope import apply_rope, rope_tables
 
 # attend(q, k, v, layer_cache) -> (context, what the layer emits): the one thing that differs between training and decoding
@@ -43,7 +44,7 @@ def project(x: Float[Array, "R B T I"], projections: dict[str, Projection], drop
 
     `dropout` is (rate, keys {name: [R]}) on the input of each adapter, as in PEFT.
     """
-    kernels = tuple(projection.kernel[...] for projection in projections.values())
+    kernels = tuple(projection.kernel.get_value() for projection in projections.values())
     ys = dict(zip(projections, base_products(x, kernels), strict=True))
     adapters = {name: projection.adapter(x.dtype) for name, projection in projections.items() if projection.lora_a is not None}
     if dropout is None:
@@ -84,18 +85,19 @@ class Decoder(nnx.Module):
 
     def __call__(
         self, tokens: Int[Array, "R B T"], positions: Int[Array, "R B T"], attend: Attend, cache=None, *, dtype=jnp.float32,
-        remat: bool = False, dropout=None,
+        remat: str = "products", dropout=None, frozen: bool = True,
     ) -> tuple[Float[Array, "R B T D"], Any]:
         """Final-norm hidden states and the stacked emissions of `attend` ([L, ...]).
 
-        `cache` is a pytree of [L, ...] arrays whose slice goes to `attend`; `dropout` is (rate, keys [R]) or None.
+        `cache` is a pytree of [L, ...] arrays whose slice goes to `attend`; `remat` names what the backward pass keeps (`models.remat`);
+        `dropout` is (rate, keys [R]) or None; `frozen`: no gradient is asked for the layers' weights other than the adapters.
         """
         config = self.config
         x = jnp.take(self.embed[...], tokens, axis=0).astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
         rope = rope_tables(positions, config)
         graphdef, lora, base = nnx.split(self.layers, nnx.LoRAParam, nnx.Param)
         lora = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), lora)
-        base = as_bits(base)
+        base = as_bits(base) if frozen else base  # bits have no gradient
 
         def body(x, scanned):
             lora, base, cache, index = scanned
@@ -104,9 +106,7 @@ class Decoder(nnx.Module):
             x = constrain(x, BY_ROW)  # else the partitioner may cut x as the weights are cut and send activations about
             return decoder_layer(nnx.merge(graphdef, lora, base), config, x, rope, attend, cache, layer_dropout)
 
-        policy = None if remat else jax.checkpoint_policies.save_only_these_names(KEPT)
-        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        x, emitted = jax.lax.scan(body, x, (lora, base, cache, jnp.arange(config.n_layers)))
+        x, emitted = jax.lax.scan(rematerialised(body, remat), x, (lora, base, cache, jnp.arange(config.n_layers)))
         return rms_norm(x, self.final_norm[...], config), emitted
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
@@ -197,3 +197,13 @@ def split_decoder(config: DecoderConfig, params, lora=None, lora_config: LoraCon
     """
     decoder = Decoder(config, params, lora, lora_config.scale if lora_config else 0.0)
     return nnx.split(decoder, nnx.LoRAParam, nnx.Param)
+
+
+def params_of(base) -> dict:
+    """The params dict (`families.param_shapes`) of a decoder's weights without adapters: the inverse of `split_decoder`."""
+    params = nnx.to_pure_dict(base)
+    layers = {}
+    for name, value in params["layers"].items():
+        parts = value if isinstance(value, dict) else {"kernel": value}
+        layers |= {name if part == "kernel" else f"{name}_{part}": array for part, array in parts.items()}
+    return params | {"layers": layers}

@@ -63,7 +63,7 @@ def run_steps(step, state, base, batches):
     for batch in batches:
         state, metrics = step(state, base, batch)
         seen.append(jax.device_get(metrics))
-    return jax.device_get(state.lora), seen
+    return jax.device_get(state.trained), seen
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)

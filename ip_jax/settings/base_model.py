@@ -1,0 +1,23 @@
+"""The base model of an experiment, as its config asks for it, on a mesh."""
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ip_jax.models import hub
+from ip_jax.models.quantised import quantise
+from ip_jax.settings.experiment import ModelConfig
+from ip_jax.training.sharding import base_shardings, param_shardings
+
+
+def load_base(model: ModelConfig, mesh: Mesh) -> hub.Pretrained:
+    """Reads the weights straight to their places on the mesh, then quantises them there if that is asked for.
+
+    Raises as `hub.load_pretrained` and `quantise`.
+    """
+    places = param_shardings(mesh, hub.load_config(model.name, model.revision))
+    pretrained = hub.load_pretrained(model.name, jnp.dtype(model.weights), model.revision, places)
+    if model.quantised is None:
+        return pretrained
+    return dataclasses.replace(pretrained, params=quantise(pretrained.params, model.quantised, functools.partial(base_shardings, mesh)))
