@@ -85,19 +85,20 @@ class Decoder(nnx.Module):
 
     def __call__(
         self, tokens: Int[Array, "R B T"], positions: Int[Array, "R B T"], attend: Attend, cache=None, *, dtype=jnp.float32,
-        remat: str = "products", dropout=None, frozen: bool = True,
+        remat: str = "products", dropout=None,
     ) -> tuple[Float[Array, "R B T D"], Any]:
         """Final-norm hidden states and the stacked emissions of `attend` ([L, ...]).
 
         `cache` is a pytree of [L, ...] arrays whose slice goes to `attend`; `remat` names what the backward pass keeps (`models.remat`);
-        `dropout` is (rate, keys [R]) or None; `frozen`: no gradient is asked for the layers' weights other than the adapters.
+        `dropout` is (rate, keys [R]) or None. Beside adapters the layers' weights have no gradient.
         """
         config = self.config
         x = jnp.take(self.embed[...], tokens, axis=0).astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
         rope = rope_tables(positions, config)
         graphdef, lora, base = nnx.split(self.layers, nnx.LoRAParam, nnx.Param)
         lora = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), lora)
-        base = as_bits(base) if frozen else base  # bits have no gradient
+        if jax.tree.leaves(lora):  # else the weights themselves may be trained, and bits have no gradient
+            base = as_bits(base)
 
         def body(x, scanned):
             lora, base, cache, index = scanned

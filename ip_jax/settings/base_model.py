@@ -16,8 +16,7 @@ def load_base(model: ModelConfig, mesh: Mesh) -> hub.Pretrained:
 
     Raises as `hub.load_pretrained` and `quantise`.
     """
-    places = param_shardings(mesh, hub.load_config(model.name, model.revision))
-    pretrained = hub.load_pretrained(model.name, jnp.dtype(model.weights), model.revision, places)
+    pretrained = hub.load_pretrained(model.name, jnp.dtype(model.weights), model.revision, functools.partial(param_shardings, mesh))
     if model.quantised is None:
         return pretrained
     return dataclasses.replace(pretrained, params=quantise(pretrained.params, model.quantised, functools.partial(base_shardings, mesh)))

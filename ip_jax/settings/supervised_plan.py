@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import pyarrow as pa
 from etils import epath
 from jax.sharding import Mesh
@@ -225,7 +226,7 @@ def runs_that_fit(sft: SftConfig, model: hub.Pretrained, mesh: Mesh) -> int:
     if sft.train == "full":
         return 1
     config, by_row = model.config, mesh.shape["run"] * mesh.shape["data"]
-    base = sum(a.nbytes for a in jax.tree.leaves(model.params)) / mesh.size
+    base = sum(a.nbytes / (2 if a.dtype == jnp.uint4 else 1) for a in jax.tree.leaves(model.params)) / mesh.size  # devices pack uint4
     shapes = projection_shapes(config)
     adapter = 4 * sft.lora.rank * config.n_layers * sum(sum(shapes[target]) for target in sft.lora.targets)
     attention, products = 5 * config.d_model, 5 * config.d_model + 5 * config.d_ff

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ip_jax.models.decoder import packed_attend
-from ip_jax.training.losses import cross_entropy_sum, response_hidden, token_log_probs
+from ip_jax.training.losses import cross_entropy_sum, response_hidden
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.state import Batch, TrainState, adam
 
@@ -50,14 +50,12 @@ def sft_step(state: TrainState, frozen, batch: Batch, *, graphdef, options: SftO
         hidden, _ = decoder(
             micro.tokens, micro.positions, packed_attend(micro.segment_ids, micro.positions, micro.segment_index),
             dtype=jnp.dtype(options.dtype), remat=options.remat,
-            dropout=(options.dropout, keys) if options.dropout else None, frozen=options.train == "lora",
+            dropout=(options.dropout, keys) if options.dropout else None,
         )
-        predicting = response_hidden(hidden, micro.response_index)
-        if options.train == "lora":
-            losses = cross_entropy_sum(predicting, decoder.vocabulary(), micro.response_target, micro.response_weight)
-        else:  # the vocabulary has a gradient too
-            log_probs = token_log_probs(predicting, decoder.vocabulary(), micro.response_target)
-            losses = -(log_probs * micro.response_weight).sum(axis=(1, 2))
+        losses = cross_entropy_sum(
+            response_hidden(hidden, micro.response_index), decoder.vocabulary(), micro.response_target, micro.response_weight,
+            train_vocabulary=options.train == "full",
+        )
         return losses.sum(), losses  # the gradient of the sum over runs is each run's own gradient
 
     def accumulate(total, scanned):

@@ -3,13 +3,14 @@ import collections
 import functools
 import math
 import re
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny_models as tiny
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ip_jax.models.assemble import assemble
 from ip_jax.models.decoder import split_decoder
@@ -18,7 +19,16 @@ from ip_jax.models.lora import LoraConfig, projection_shapes
 from ip_jax.models.placement import BY_ROW, constrain
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sft import SftOptions, compile_sft_step
-from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, param_shardings, state_shardings
+from ip_jax.training.sharding import (
+    MeshConfig,
+    base_shardings,
+    batch_sharding,
+    make_mesh,
+    mesh_for,
+    mesh_sizes,
+    param_shardings,
+    state_shardings,
+)
 from ip_jax.training.state import init_state
 
 # The vocabulary outweighs a layer, and one kernel of all layers outweighs one whole layer, so that a gather of either is seen.
@@ -108,7 +118,7 @@ def test_a_gathered_embedding_would_be_seen():
     """The measure of the test above on a program that does gather the embedding."""
     mesh = make_mesh(data=8)
     place = base_shardings(mesh, {"embed": np.zeros((2048, 32), np.float32)})["embed"]
-    whole = jax.sharding.NamedSharding(mesh, PartitionSpec())
+    whole = NamedSharding(mesh, PartitionSpec())
     text = jax.jit(lambda x: x + 1, in_shardings=place, out_shardings=whole).lower(np.zeros((2048, 32), np.float32)).compile().as_text()
     assert gathered_shapes(text) == [(2048, 32)]
 
@@ -158,8 +168,33 @@ def test_axes_that_do_not_divide_are_dropped():
 
 
 def test_a_weight_without_a_rule_is_refused():
-    with pytest.raises(ValueError, match="no sharding rule matches the parameter layers/router: add one to RULES in ip_jax.training.sharding"):
-        base_shardings(make_mesh(), {"layers": {"router": np.zeros((2, 4, 4))}})
+    with pytest.raises(ValueError, match="no sharding rule matches the parameter layers/gizmo: add one to RULES in ip_jax.training.sharding"):
+        base_shardings(make_mesh(), {"layers": {"gizmo": np.zeros((2, 4, 4))}})
+
+
+@pytest.mark.parametrize("axes, experts, inputs, hidden", [
+    (dict(data=8), ("data",), None, None),  # 8 experts over 8 devices
+    (dict(run=2, data=2, tensor=2), ("run", "data"), None, ("tensor",)),
+    (dict(run=1, data=4, tensor=2), ("run", "data"), None, ("tensor",)),
+], ids=str)  # fmt: skip
+def test_experts_are_cut_over_devices_then_their_hidden_dimension(axes, experts, inputs, hidden):
+    mesh = make_mesh(**axes)
+    stacks = {"expert_gate": np.zeros((2, 8, 16, 32)), "expert_up": np.zeros((2, 8, 16, 32)), "expert_down": np.zeros((2, 8, 32, 16)), "router": np.zeros((2, 16, 8))}
+    specs = {name: place.spec for name, place in base_shardings(mesh, {"layers": stacks})["layers"].items()}
+    clean = lambda spec: tuple(tuple(a for a in axes_of or () if mesh.shape[a] > 1) or None for axes_of in spec)  # noqa: E731
+    experts, hidden = (tuple(a for a in axes_of or () if mesh.shape[a] > 1) or None for axes_of in (experts, hidden))
+    assert clean(specs["expert_gate"]) == clean(specs["expert_up"]) == (None, experts, inputs, hidden)
+    assert clean(specs["expert_down"]) == (None, experts, hidden, inputs)
+    assert specs["router"] == PartitionSpec()
+    for name in ("expert_gate", "expert_down"):
+        assert math.prod(NamedSharding(mesh, specs[name]).shard_shape(stacks[name].shape)) == stacks[name].size // 8
+
+
+def test_experts_that_the_axes_do_not_divide_are_cut_within():
+    """3 experts over 8 devices: no axis divides them, so that data cuts the inputs as it does elsewhere."""
+    stacks = {"expert_gate": np.zeros((2, 3, 16, 32)), "expert_down": np.zeros((2, 3, 32, 16))}
+    places = base_shardings(make_mesh(data=4, tensor=2), {"layers": stacks})["layers"]
+    assert {places[name].shard_shape(stacks[name].shape) for name in stacks} == {(2, 3, 4, 16), (2, 3, 16, 4)}
 
 
 def test_meshes():
@@ -167,6 +202,52 @@ def test_meshes():
     for axes in (dict(run=3, data=3), dict(data=0)):
         with pytest.raises(ValueError, match=r"a mesh of run=\d, data=\d, tensor=1 needs \d devices, and this program has 8"):
             make_mesh(**axes)
+
+
+EIGHT = [types.SimpleNamespace(platform="cpu")] * 8
+
+
+@pytest.mark.parametrize("config, expected", [
+    (MeshConfig(), (1, 8, 1)), (MeshConfig(tensor=4), (1, 2, 4)), (MeshConfig(run=None, data=2, tensor=2), (2, 2, 2)),
+    (MeshConfig(run=2, data=4, platform="cpu"), (2, 4, 1)), (MeshConfig(data=2, tensor=None), (1, 2, 4)),
+])  # fmt: skip
+def test_one_axis_takes_what_the_others_leave(config, expected):
+    assert tuple(mesh_sizes(config, EIGHT, n_heads=8).values()) == expected
+
+
+@pytest.mark.parametrize("config, message", [
+    (MeshConfig(run=3), "a mesh of run=3, data=None, tensor=1 does not divide the 8 devices"),
+    (MeshConfig(data=4), "a mesh of run=1, data=4, tensor=1 does not divide the 8 devices of this program: make one axis None"),
+    (MeshConfig(data=16), "run=1, data=16, tensor=1 does not divide the 8 devices"),
+    (MeshConfig(tensor=8), "has tensor=8, which does not divide the model's 12 heads"),
+    (MeshConfig(platform="tpu"), "demands the platform 'tpu' .*, and this machine's devices are cpu"),
+])  # fmt: skip
+def test_a_mesh_that_does_not_fit_is_refused_with_its_numbers(config, message):
+    with pytest.raises(ValueError, match=message):
+        mesh_sizes(config, EIGHT, n_heads=12)
+
+
+@pytest.mark.parametrize("axes", [dict(data=None, tensor=None), dict(run=0), dict(tensor=-1)], ids=str)
+def test_a_mesh_that_says_too_little_is_refused(axes):
+    with pytest.raises(ValueError, match="each axis needs at least 1 device, and one of them may be None"):
+        MeshConfig(**axes)
+
+
+@pytest.mark.parametrize("runs, expected", [(4, (4, 2, 1)), (6, (2, 4, 1)), (1, (1, 8, 1))])
+def test_a_program_of_few_runs_gives_the_rest_to_data_and_moves_no_weight(runs, expected):
+    mesh = make_mesh(run=4, data=2)
+    smaller = mesh_for(mesh, runs)
+    assert tuple(smaller.shape.values()) == expected
+    kernel = np.zeros((2, 32, 8))
+    before, after = (base_shardings(m, {"layers": {"q": kernel}})["layers"]["q"] for m in (mesh, smaller))
+    assert before.is_equivalent_to(after, 3)
+
+
+def test_a_mesh_over_devices_of_ones_own():
+    devices = jax.devices()[4:]
+    assert make_mesh(data=2, tensor=2, devices=devices).devices.flatten().tolist() == devices
+    with pytest.raises(ValueError, match="needs 8 devices, and this program has 4"):
+        make_mesh(data=8, devices=devices)
 
 
 def test_constraints_are_nothing_without_a_mesh():
