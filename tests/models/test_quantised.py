@@ -61,8 +61,9 @@ def test_numbers_are_those_of_the_paper(kind):
     for name in KERNELS:
         found = jax.vmap(dense)(held["layers"][name])
         expected = np.stack([by_numpy(kernel, kind) for kernel in params["layers"][name]])
-        step = np.abs(found - expected) > 1e-5  # a weight in the middle between two values may go to either
-        assert step.mean() < 1e-3
+        other = np.abs(found - expected) > 1e-5  # a weight in the middle between two values may go to either: for int8 the largest do
+        largest = np.abs(params["layers"][name]).max(axis=1, keepdims=True)
+        assert (other & (np.abs(params["layers"][name]) < largest)).mean() < 1e-3 and other.mean() < 2 / found.shape[1]
         assert np.abs(expected - params["layers"][name]).max() > 1e-3
     jax.tree.map(np.testing.assert_array_equal, *({name: p["layers"][name] for name in ("attn_norm", "mlp_norm")} for p in (held, params)))
     np.testing.assert_array_equal(held["embed"], params["embed"])
@@ -85,25 +86,32 @@ def one_step(params, options=OPTIONS):
     return jax.device_get((state.trained, state.adam.mu, metrics))
 
 
+@functools.cache
+def loss_of_weights_as_they_are():
+    return one_step(tiny.random_params(CONFIG))[2]["loss"]
+
+
+@functools.cache
+def on_one_device(kind: str):
+    """A step over the quantised values as a dense base."""
+    return one_step(densely(quantised_params(kind)))
+
+
 def densely(params: dict) -> dict:
     return params | {"layers": params["layers"] | {name: jax.vmap(dense)(params["layers"][name]) for name in KERNELS}}
 
 
-@pytest.mark.parametrize("remat", ["none", "products", "full"])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind, remat", [("nf4", "none"), ("nf4", "full"), ("int8", "products")])
 def test_loss_and_lora_gradients_are_those_of_the_dense_values(kind, remat):
-    params = quantised_params(kind)
-    found, expected = one_step(params, dataclasses.replace(OPTIONS, remat=remat)), one_step(densely(params))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), found, expected)
-    exact = one_step(tiny.random_params(CONFIG))
-    assert np.abs(found[2]["loss"] - exact[2]["loss"]).max() > 1e-4  # and not those of the weights before
+    found = one_step(quantised_params(kind), dataclasses.replace(OPTIONS, remat=remat))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), found, on_one_device(kind))
+    assert np.abs(found[2]["loss"] - loss_of_weights_as_they_are()).max() > 1e-4
 
 
-@pytest.mark.parametrize("remat", ["none", "products"])
-def test_one_layer_is_dense_at_a_time(remat):
+def test_one_layer_is_dense_at_a_time():
     """In bfloat16: no floating-point array of a whole stack [5, I, O] but adapters exists anywhere in the compiled step."""
     graphdef, state, base = program(quantised_params("nf4", jnp.bfloat16))
-    text = compile_sft_step(graphdef, dataclasses.replace(OPTIONS, remat=remat)).lower(jax.device_put(state), base, batch()).compile().as_text()
+    text = compile_sft_step(graphdef, dataclasses.replace(OPTIONS, remat="none")).lower(jax.device_put(state), base, batch()).compile().as_text()
     stacks = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\b(?:f32|bf16|u16)\[(5,\d+,\d+)\]", text)}
     kernels = {(5, *shape[1:]) for shape in (base["layers"][name]["kernel"].get_value().shape for name in KERNELS)}
     assert re.search(r"u4\[5,64,96\]", text) and not stacks & kernels
@@ -117,7 +125,7 @@ def test_a_mesh_gives_the_results_of_one_device():
     values = base["layers"]["up"]["kernel"].get_value().qvalue
     assert {shard.data.size for shard in values.addressable_shards} == {values.size // 8}
     sharded, metrics = compile_sft_step(graphdef, OPTIONS, *places)(jax.device_put(state, places[0]), base, jax.device_put(batch(), places[2]))
-    trained, _, expected = one_step(quantised_params("nf4"))
+    trained, _, expected = on_one_device("nf4")
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), jax.device_get((sharded.trained, metrics)), (trained, expected))
 
 

@@ -1,5 +1,6 @@
 """The step on meshes of eight fake devices: the results of one device, shards of the promised size, no wide all-gather."""
 import collections
+import dataclasses
 import functools
 import math
 import re
@@ -29,12 +30,13 @@ from ip_jax.training.sharding import (
     param_shardings,
     state_shardings,
 )
-from ip_jax.training.state import init_state
+from ip_jax.training.state import full_weights, init_state
 
 # The vocabulary outweighs a layer, and one kernel of all layers outweighs one whole layer, so that a gather of either is seen.
 CONFIG = DecoderConfig("llama", 2048, 32, 48, 12, 8, 4, 8, 1000.0, 1e-5, 256, True)
 LORA = LoraConfig(rank=4, alpha=4)
 OPTIONS = SftOptions(Schedule("constant", total=100), max_grad_norm=1.0)
+FULL = dataclasses.replace(OPTIONS, train="full")
 RUNS, STEPS = 2, 2
 MESHES = [dict(data=8), dict(run=2, data=4), dict(run=2, data=2, tensor=2), dict(data=2, tensor=4)]
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -100,6 +102,37 @@ def test_a_mesh_gives_the_results_of_one_device(axes):
     jax.tree.map(np.testing.assert_array_equal, first, again)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), first, single_device())
     assert step._cache_size() == 1
+
+
+@functools.cache
+def full_program():
+    """(graphdef, state on the host, nothing frozen, one step's batch) of one run whose every weight is trained."""
+    graphdef, frozen, weights = split_decoder(CONFIG, tiny.random_params(CONFIG))
+    state = jax.device_get(init_state(full_weights(weights), np.full(1, 1e-4), np.full(1, 0.01), np.zeros(1)))
+    examples = tiny.random_examples(1, (14, 9, 12, 10) * 4, CONFIG.vocab_size)
+    return graphdef, state, frozen, tiny.pack([[[e] for e in run] for run in examples], length=16, responses=12, micro_batches=2)
+
+
+@functools.cache
+def full_on_one_device():
+    graphdef, state, frozen, batch = full_program()
+    return run_steps(compile_sft_step(graphdef, FULL), state, frozen, [batch] * STEPS)
+
+
+@pytest.mark.parametrize("axes", [dict(data=8), dict(data=4, tensor=2)], ids=str)
+def test_full_training_on_a_mesh(axes):
+    """The results of one device; weights and moments cut over all devices; nothing wider than a layer's kernel is gathered."""
+    graphdef, state, frozen, batch = full_program()
+    mesh = make_mesh(**axes)
+    places = state_shardings(mesh, state, "full"), base_shardings(mesh, frozen), batch_sharding(mesh)
+    placed = jax.device_put(state, places[0])
+    for tree in (placed.trained, placed.adam.mu, placed.adam.nu):
+        for array in (tree["embed"].get_value(), *(tree["layers"][kernel]["kernel"].get_value() for kernel in KERNELS)):
+            assert {shard.data.nbytes for shard in array.addressable_shards} == {array.nbytes // 8}
+    step, batch = compile_sft_step(graphdef, FULL, *places), jax.device_put(batch, places[2])
+    found = run_steps(step, placed, frozen, [batch] * STEPS)
+    assert max(map(math.prod, gathered_shapes(step.lower(jax.device_put(state, places[0]), frozen, batch).compile().as_text()))) <= 16 * 8 * 32
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), found, full_on_one_device())
 
 
 def gathered_shapes(text: str) -> list[tuple[int, ...]]:
