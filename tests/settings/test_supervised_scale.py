@@ -30,14 +30,13 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiles(tmp_path_factory):
     """Every start of the engine compiles its programs anew: here without LLVM's optimisations, and once."""
-    options = {
-        "jax_disable_most_optimizations": True, "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }  # fmt: skip
+    options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")), "jax_persistent_cache_min_compile_time_secs": 0.2}
     before = {name: getattr(jax.config, name) for name in options}
+    jax.config.update("jax_disable_most_optimizations", True)
     for name, value in options.items():
         jax.config.update(name, value)
     yield
+    jax.config.update("jax_disable_most_optimizations", False)
     for name, value in before.items():
         jax.config.update(name, value)
 
