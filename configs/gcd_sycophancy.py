@@ -12,6 +12,7 @@ from ip_jax.settings.experiment import Arm, EvalConfig, ModelConfig, SftConfig
 from ip_jax.settings.gcd_sycophancy.data import DataSpec
 from ip_jax.settings.gcd_sycophancy.generate import ClaimCounts
 from ip_jax.training.schedules import Schedule, gcd_faithful
+from ip_jax.training.sharding import MeshConfig
 
 EXPERIMENT = "gcd_sycophancy"  # in experiments/; a copy of this file needs it
 ARMS = {
@@ -37,6 +38,7 @@ class GcdSycophancy:
     evaluation: EvalConfig
     preset: str = "demo"
     model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
     data: DataSpec = DataSpec()
     arms: tuple[str, ...] = tuple(ARMS)
     seeds: tuple[int, ...] = (0,)

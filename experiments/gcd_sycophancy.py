@@ -26,9 +26,9 @@ VERDICT_TYPES = {
 
 
 def shared_part(config: GcdSycophancy) -> dict:
-    """The config as JSON without what may grow: arms and seeds. Two results folders with equal ones may share runs."""
+    """The config as JSON without what may grow or change: arms, seeds, the mesh. Two results folders with equal ones may share runs."""
     record = dataclasses.asdict(config)
-    for growing in ("arms", "seeds", "judge"):
+    for growing in ("arms", "seeds", "judge", "mesh"):
         record.pop(growing)
     return record | {"experiment": NAME}
 
@@ -43,7 +43,7 @@ def experiment(config: GcdSycophancy) -> Supervised:
     count_tokens = lambda messages: len(render_conversation(tokenizer, messages).token_ids)  # noqa: E731
     gcd = data.load(config.data, count_tokens, published.find_folder(), config.eval_sets)
     return Supervised(
-        name=NAME, preset=config.preset, shared=shared_part(config) | {"data_from": gcd.provenance}, model=config.model, sft=config.sft,
+        name=NAME, preset=config.preset, shared=shared_part(config) | {"data_from": gcd.provenance}, model=config.model, mesh=config.mesh, sft=config.sft,
         evaluation=config.evaluation, arms=arms, seeds=config.seeds, training=gcd.training,
         eval_sets={name: for_sampling(gcd.evaluation[name], config) for name in config.eval_sets if name in gcd.evaluation},
         provenance=gcd.provenance, verdicts=verdicts, verdict_types=VERDICT_TYPES,

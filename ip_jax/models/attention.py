@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from ip_jax.models.placement import on_one_cpu
 from ip_jax.models.products import as_bits, from_bits, keep, product, row_sum
+from ip_jax.models.remat import ATTENTION
 
 MASKED = -1e30  # finite: a softmax over masked scores alone is uniform, not NaN
 QUERY_CHUNK = 128  # queries that share one key range, so that most of the upper triangle is never computed
@@ -102,7 +103,7 @@ def _forward(q, k, v, form: _Scores):
 
 def _forward_kept(q, k, v, form):
     kept = q, k, v, *_by_segment(functools.partial(_forward, form=form), q, k, v)
-    q, k, v, out, normaliser = (keep(x, x.dtype) for x in kept)
+    q, k, v, out, normaliser = (keep(x, x.dtype, ATTENTION) for x in kept)
     return out, (q, k, v, out, normaliser)
 
 

@@ -17,7 +17,8 @@ from ip_jax.models.attention import causal_attention, soft_capped, to_rows, to_s
 from ip_jax.models.families import AttentionKind, DecoderConfig
 from ip_jax.models.lora import TARGETS, LoraConfig
 from ip_jax.models.placement import BY_ROW, constrain
-from ip_jax.models.products import KEPT, as_bits, base_products, from_bits, kept, lora_products, product, row_sum
+from ip_jax.models.products import as_bits, base_products, from_bits, kept, lora_products, product, row_sum
+from ip_jax.models.remat import rematerialised
 from ip_jax.models.rope import apply_rope, rope_tables
 
 # attend(q, k, v, layer's cache, layer's kind) -> (context, what the layer emits): what differs between training and decoding
@@ -45,7 +46,7 @@ def project(x: Float[Array, "R B T I"], projections: dict[str, Projection], drop
 
     `dropout` is (rate, keys {name: [R]}) on the input of each adapter, as in PEFT.
     """
-    kernels = tuple(projection.kernel[...] for projection in projections.values())
+    kernels = tuple(projection.kernel.get_value() for projection in projections.values())
     ys = dict(zip(projections, base_products(x, kernels), strict=True))
     adapters = {name: projection.adapter(x.dtype) for name, projection in projections.items() if projection.lora_a is not None}
     if dropout is None:
@@ -87,18 +88,20 @@ class Decoder(nnx.Module):
 
     def __call__(
         self, tokens: Int[Array, "R B T"], positions: Int[Array, "R B T"], attend: Attend, cache=None, *, dtype=jnp.float32,
-        remat: bool = False, dropout=None,
+        remat: str = "products", dropout=None,
     ) -> tuple[Float[Array, "R B T D"], Any]:
         """Final-norm hidden states and the stacked emissions of `attend` ([L, ...]).
 
-        `cache` is a pytree of [L, ...] arrays whose slice goes to `attend`; `dropout` is (rate, keys [R]) or None.
+        `cache` is a pytree of [L, ...] arrays whose slice goes to `attend`; `remat` names what the backward pass keeps (`models.remat`);
+        `dropout` is (rate, keys [R]) or None. Beside adapters the layers' weights have no gradient.
         """
         config = self.config
         x = jnp.take(self.embed[...], tokens, axis=0).astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
         ropes = {rope: rope_tables(positions, rope, config.head_dim) for rope in config.ropes}
         graphdef, lora, base = nnx.split(self.layers, nnx.LoRAParam, nnx.Param)
         lora = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), lora)
-        base = as_bits(base)
+        if jax.tree.leaves(lora):  # else the weights themselves may be trained, and bits have no gradient
+            base = as_bits(base)
 
         def layer(kind: AttentionKind, x, scanned):
             lora, base, cache, index = scanned
@@ -108,8 +111,7 @@ class Decoder(nnx.Module):
             layer_attend = lambda q, k, v: attend(q, k, v, cache, kind)  # noqa: E731
             return decoder_layer(nnx.merge(graphdef, lora, base), config, x, ropes[kind.rope], layer_attend, layer_dropout)
 
-        policy = None if remat else jax.checkpoint_policies.save_only_these_names(KEPT)
-        x, emitted = _run_layers(layer, config.attention, x, (lora, base, cache, jnp.arange(config.n_layers)), policy)
+        x, emitted = _run_layers(layer, config.attention, x, (lora, base, cache, jnp.arange(config.n_layers)), remat)
         return rms_norm(x, self.final_norm[...], config), emitted
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
@@ -122,7 +124,7 @@ class Decoder(nnx.Module):
         return self.embed[...] if self.head is None else self.head[...].T
 
 
-def _run_layers(layer, kinds: tuple[AttentionKind, ...], x, stacks, policy):
+def _run_layers(layer, kinds: tuple[AttentionKind, ...], x, stacks, remat: str):
     """(x, emissions [L, ...]) of `layer(kind, x, (lora, base, cache, index))` for each layer of these stacks [L, ...]: whole periods of
     kinds in a scan, then the layers that are left.
 
@@ -143,7 +145,7 @@ def _run_layers(layer, kinds: tuple[AttentionKind, ...], x, stacks, policy):
                     own_base = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), base)
                 return layer(kind, x, (lora, own_base, cache, index))
 
-            x, emitted = jax.checkpoint(one, prevent_cse=prevent_cse, policy=policy)(x, stacks)
+            x, emitted = rematerialised(one, remat, prevent_cse)(x, stacks)
             emissions.append(emitted)
         return x, jax.tree.map(lambda *layers: jnp.stack(layers), *emissions)
 
@@ -251,3 +253,13 @@ def split_decoder(config: DecoderConfig, params, lora=None, lora_config: LoraCon
     """
     decoder = Decoder(config, params, lora, lora_config.scale if lora_config else 0.0)
     return nnx.split(decoder, nnx.LoRAParam, nnx.Param)
+
+
+def params_of(base) -> dict:
+    """The params dict (`families.param_shapes`) of a decoder's weights without adapters: the inverse of `split_decoder`."""
+    params = nnx.to_pure_dict(base)
+    layers = {}
+    for name, value in params["layers"].items():
+        parts = value if isinstance(value, dict) else {"kernel": value}
+        layers |= {name if part == "kernel" else f"{name}_{part}": array for part, array in parts.items()}
+    return params | {"layers": layers}

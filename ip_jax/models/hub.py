@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ def resolve(name: str, revision: str | None = None) -> Source:
     raise ValueError(_unknown(name))
 
 
-def load_pretrained(name: str, dtype, revision: str | None = None, sharding: ShardingOf | None = None) -> Pretrained:
-    """The model of that name, its weights in `dtype` (and placed by `sharding`, see `assemble`).
+def load_pretrained(name: str, dtype, revision: str | None = None, sharding: Callable[[DecoderConfig], ShardingOf] | None = None) -> Pretrained:
+    """The model of that name, its weights in `dtype` (and placed by `sharding(config)`, see `assemble`).
 
     Raises as `resolve`, and ValueError for damaged files or an unsupported architecture.
     """
@@ -99,11 +100,11 @@ def load_pretrained(name: str, dtype, revision: str | None = None, sharding: Sha
         file = gguf.open_gguf(source.path)
         config = gguf.read_config(file)
         tokenizer = gguf.read_tokenizer(file)
-        params = gguf.read_params(file, config, dtype, sharding)
+        params = gguf.read_params(file, config, dtype, sharding and sharding(config))
     else:
         config = hf.read_config(source.path)
         tokenizer = _folder_tokenizer(source.path)
-        params = hf.read_params(source.path, config, dtype, sharding)
+        params = hf.read_params(source.path, config, dtype, sharding and sharding(config))
     return Pretrained(name, config, params, tokenizer, _fingerprint(source))
 
 
@@ -111,6 +112,12 @@ def load_tokenizer(name: str, revision: str | None = None):
     """The model's fast tokenizer alone, without its weights. Raises as `load_pretrained`."""
     source = resolve(name, revision)
     return gguf.read_tokenizer(gguf.open_gguf(source.path)) if source.is_gguf else _folder_tokenizer(source.path)
+
+
+def load_config(name: str, revision: str | None = None) -> DecoderConfig:
+    """The model's config alone, without its weights. Raises as `load_pretrained`."""
+    source = resolve(name, revision)
+    return gguf.read_config(gguf.open_gguf(source.path)) if source.is_gguf else hf.read_config(source.path)
 
 
 def fingerprint(name: str, revision: str | None = None) -> str:

@@ -7,9 +7,15 @@ BY_ROW = ("run", "data")  # mesh axes of the first two dimensions [R, B] of a ba
 EVERYWHERE = ()
 
 
-def constrain(x: Array, axes: tuple[str, ...]) -> Array:
-    """`x` with its leading dimensions cut over these axes of the mesh in context and the others whole; without a mesh, `x`."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """`x` with its leading dimensions cut over these axes of the mesh in context, where they divide them, and the others whole; without
+    a mesh, `x`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, x.shape)]  # noqa: B905  the rest is whole
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
 
 
 def on_one_cpu(there, elsewhere, *arguments):

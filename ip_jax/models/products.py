@@ -15,8 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from ip_jax.models.placement import on_one_cpu
+from ip_jax.models.quantised import dense, is_quantised
+from ip_jax.models.remat import KEPT
 
-KEPT = "product"  # what the backward pass keeps of a layer by default: results of products; all else is cheap to make again
 MANY_ROWS, NARROW = 256, 512  # from how many rows on, and below how many columns, a CPU's products are rearranged as below
 
 
@@ -46,9 +47,9 @@ def kept(x: Array, dtype) -> Array:
     return keep(x, dtype)
 
 
-def keep(x: Array, dtype) -> Array:
+def keep(x: Array, dtype, name: str = KEPT) -> Array:
     """`kept` for use within a written-out forward pass (it has no gradient)."""
-    return from_bits(checkpoint_name(as_bits(x.astype(dtype)), KEPT))
+    return from_bits(checkpoint_name(as_bits(x.astype(dtype)), name))
 
 
 kept.defvjp(lambda x, dtype: (keep(x, dtype), jnp.zeros((), x.dtype)), lambda dtype, like, dy: (dy.astype(like.dtype),))
@@ -56,7 +57,8 @@ kept.defvjp(lambda x, dtype: (keep(x, dtype), jnp.zeros((), x.dtype)), lambda dt
 
 @jax.custom_vjp
 def base_products(x: Float[Array, "R B T I"], kernels: tuple[Float[Array, "I O"], ...]) -> tuple[Float[Array, "R B T O"], ...]:
-    """x @ kernel for maps of one input, each a product over R*B*T rows, in float32.
+    """x @ kernel for maps of one input, each a product over R*B*T rows, in float32. Quantised kernels are made dense here, and again
+    in the backward pass.
 
     On a CPU one product over the columns of all where they are narrow: together they are wide enough for its full speed.
     """
@@ -68,6 +70,7 @@ def base_products(x: Float[Array, "R B T I"], kernels: tuple[Float[Array, "I O"]
     def each(x, kernels):
         return tuple(product("rbti,io->rbto", x, kernel, kernel.dtype) for kernel in kernels)
 
+    kernels = tuple(map(dense, kernels))
     return on_one_cpu(together, each, x, kernels) if _merging_pays(x, kernels) else each(x, kernels)
 
 
@@ -76,7 +79,8 @@ def _base_fwd(x, kernels):
 
 
 def _base_bwd(residuals, dys):
-    x, kernels = residuals
+    x, given = residuals
+    kernels = tuple(map(dense, given))
     dtype = kernels[0].dtype
 
     def together(dys, kernels):
@@ -87,7 +91,10 @@ def _base_bwd(residuals, dys):
         return sum(product("rbto,io->rbti", dy, kernel, dtype) for dy, kernel in zip(dys, kernels, strict=True))
 
     dx = on_one_cpu(together, each, dys, kernels) if _merging_pays(x, kernels) else each(dys, kernels)
-    d_kernels = tuple(product("rbti,rbto->io", x, dy, dtype).astype(dtype) for dy in dys)  # dead code while the base is frozen
+    # dead code while the base is frozen, as a quantised one always is
+    d_kernels = tuple(
+        None if is_quantised(kernel) else product("rbti,rbto->io", x, dy, dtype).astype(dtype) for kernel, dy in zip(given, dys, strict=True)
+    )
     return dx.astype(x.dtype), d_kernels
 
 

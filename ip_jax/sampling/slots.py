@@ -102,8 +102,12 @@ def start_slots(graphdef, lora, base, prefix: Int[Array, " X"], *, shape: SlotSh
 
 
 def _pinned(slots: Slots) -> Slots:
-    """Slots with runs and groups spread over the mesh in context."""
-    return jax.tree.map(lambda x: constrain(x, BY_ROW) if x.ndim else x, slots)
+    """Slots with runs and groups spread over the mesh in context, and the caches' kv heads over its axis tensor."""
+    by_row = lambda x: constrain(x, BY_ROW) if x.ndim else x  # noqa: E731
+    prompt, own = (lambda x: constrain(x, (*BY_ROW, "tensor"))), (lambda x: constrain(x, (*BY_ROW, None, "tensor")))
+    caches = {"prompt_k": prompt, "prompt_v": prompt, "own_k": own, "own_v": own}
+    fields = {field.name: getattr(slots, field.name) for field in dataclasses.fields(slots)}
+    return Slots(**{name: jax.tree.map(caches.get(name, by_row), value) for name, value in fields.items()})
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

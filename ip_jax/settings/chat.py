@@ -3,9 +3,10 @@ import dataclasses
 import difflib
 import json
 
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  registers "bfloat16" with numpy, under which safetensors then returns bf16 tensors
 import numpy as np
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from rich.console import Console
 from rich.text import Text
 from safetensors import safe_open
@@ -16,6 +17,9 @@ from ip_jax.models.lora import TARGETS, LoraConfig
 from ip_jax.prompts import library
 from ip_jax.prompts.chat import end_of_turn_id, render_prompt
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
+from ip_jax.settings.base_model import load_base
+from ip_jax.settings.experiment import ModelConfig
+from ip_jax.training.sharding import make_mesh
 
 UNTRAINED = "untrained"
 
@@ -52,11 +56,11 @@ def chat(folder: epath.Path, options: ChatOptions, console: Console) -> None:
     if options.seed is not None and options.seed not in seeds:
         raise ValueError(f"arm {options.arm} has no run with seed {options.seed}: there is {', '.join(map(str, seeds))}")
     seed = seeds[0] if options.seed is None else options.seed
-    config = json.loads((folder / "config.json").read_text())["config"]["model"]
-    with console.status(f"loading {config['name']}"):
-        model = hub.load_pretrained(config["name"], jnp.dtype(config["weights"]), config["revision"])
-        decoder = _with_adapter(model, folder, options.arm, seed)
-    sampler = SamplerOptions(stop_ids=(end_of_turn_id(model.tokenizer),), slots=1, prefill_prompts=1, dtype=config["activations"])
+    config = ModelConfig(**json.loads((folder / "config.json").read_text())["config"]["model"])
+    with console.status(f"loading {config.name}"):
+        model = load_base(config, make_mesh())
+        decoder = _as_trained(model, folder, options.arm, seed)
+    sampler = SamplerOptions(stop_ids=(end_of_turn_id(model.tokenizer),), slots=1, prefill_prompts=1, dtype=config.activations)
     messages: list[dict] = []
     console.print(f"{options.arm}, seed {seed}, prompt {options.prompt}; an empty line ends", style="dim")
     while line := console.input("[bold]you[/bold] ").strip():
@@ -69,15 +73,19 @@ def chat(folder: epath.Path, options: ChatOptions, console: Console) -> None:
         messages.append({"role": "assistant", "content": reply})
 
 
-def _with_adapter(model: hub.Pretrained, folder: epath.Path, arm: str, seed: int):
-    """(graphdef, lora, base) of one run. Raises ValueError if the adapter was trained on other weights."""
+def _as_trained(model: hub.Pretrained, folder: epath.Path, arm: str, seed: int):
+    """(graphdef, lora, base) of one run: its adapter over the base, or all its weights. Raises ValueError if it began from other weights."""
     if arm == UNTRAINED:
         return split_decoder(model.config, model.params)
-    path = folder / "runs" / f"{arm}-s{seed}" / "adapter.safetensors"
+    run = folder / "runs" / f"{arm}-s{seed}"
+    full = (run / "weights.safetensors").exists()
+    path = run / ("weights.safetensors" if full else "adapter.safetensors")
     with safe_open(path, framework="numpy") as file:
         about = json.loads(file.metadata()["run"])
         if about["fingerprint"] != model.fingerprint:
             raise ValueError(f"{path} was trained on other weights than those of {model.name}")
+        if full:
+            return split_decoder(model.config, unflatten_dict({name: file.get_tensor(name) for name in file.keys()}, sep="."))  # noqa: SIM118
         lora = {t: {kind: file.get_tensor(f"{t}.{kind}")[None] for kind in "ab"} for t in TARGETS if f"{t}.a" in file.keys()}  # noqa: SIM118
     lora_config = LoraConfig(rank=about["rank"], alpha=about["scale"] * about["rank"], targets=tuple(lora))
     return split_decoder(model.config, model.params, lora, lora_config)

@@ -6,9 +6,13 @@ import zlib
 from collections.abc import Iterable
 
 from ip_jax.models.lora import LoraConfig
+from ip_jax.models.quantised import check_quantised
+from ip_jax.models.remat import REMAT
 from ip_jax.prompts import library
 from ip_jax.prompts.transforms import Suffix
 from ip_jax.training.schedules import Schedule
+
+TRAIN = ("lora", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,32 +38,50 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """`name`: a local folder, a .gguf file, an embedded name or a hub repository. Weights in `weights`, activations in `activations`."""
+    """`name`: a local folder, a .gguf file, an embedded name or a hub repository. Weights in `weights`, activations in `activations`.
+
+    `quantised`: the projections of the frozen base in 4 ("nf4") or 8 ("int8") bits, or None.
+    """
 
     name: str = "smollm2-135m-instruct"
     revision: str | None = None
     weights: str = "bfloat16"
     activations: str = "float32"
+    quantised: str | None = None
+
+    def __post_init__(self):
+        if self.quantised is not None:
+            check_quantised(self.quantised)
 
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
-    """One arm's training; all arms share it. `steps` of `batch_size` examples; `max_length` in tokens, chat template included."""
+    """One arm's training; all arms share it. `steps` of `batch_size` examples; `max_length` in tokens, chat template included.
+
+    `train`: "lora" (adapters over a frozen base) or "full" (all weights, each run a program of its own; `lora` is then unused).
+    """
 
     steps: int
     batch_size: int
     learning_rate: float
     schedule: Schedule
+    train: str = "lora"
     lora: LoraConfig = LoraConfig()
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     max_length: int = 512
     drop_long: bool = False
     tokens_per_micro_batch: int = 2048
-    remat: bool = False
+    remat: str = "products"
+    """What the backward pass keeps: none (everything), products, attention, full (nothing but each layer's input)."""
     checkpoint_every: int = 5
     memory_gb: float = 8.0
     """What one device may hold: runs that do not fit together are cut into groups."""
+
+    def __post_init__(self):
+        for field, known in (("train", TRAIN), ("remat", tuple(REMAT))):
+            if getattr(self, field) not in known:
+                raise ValueError(f"sft.{field} is {getattr(self, field)!r}: choose from {', '.join(known)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from safetensors.numpy import save as to_safetensors
 
@@ -21,19 +22,28 @@ from ip_jax.data.pipeline import Render, RunSource, batch_reader, fitting_exampl
 from ip_jax.evals import leak_grid
 from ip_jax.evals.leak_grid import Decoding
 from ip_jax.models import hub
-from ip_jax.models.decoder import split_decoder
+from ip_jax.models.decoder import params_of, split_decoder
 from ip_jax.models.lora import init_lora
 from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
 from ip_jax.settings import supervised_plan as plan
+from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import stable_id
 from ip_jax.settings.supervised_plan import Run, Supervised, Sweep
 from ip_jax.training import checkpoint, loop
 from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary, write_json, write_whole
-from ip_jax.training.sft import SftOptions, compile_sft_step
-from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, replicated, state_shardings
-from ip_jax.training.state import Batch, TrainState, init_state
+from ip_jax.training.sft import SftOptions, compile_sft_step, decoder_states
+from ip_jax.training.sharding import (
+    base_shardings,
+    batch_sharding,
+    make_mesh,
+    mesh_for,
+    mesh_sizes,
+    replicated,
+    state_shardings,
+)
+from ip_jax.training.state import Batch, TrainState, full_weights, init_state
 
 __all__ = ["Supervised", "run_supervised"]
 
@@ -46,6 +56,7 @@ class Prepared:
     sources: dict[str, RunSource]  # by the run's name
     dropped: list[int]  # indices of examples that are too long
     render: Render
+    mesh: dict[str, int]  # devices of each axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +82,7 @@ def run_supervised(experiment: Supervised, folder: epath.Path, display: Display)
     untrained = plan.incomplete(folder, plan.untrained_sweeps(experiment, folder))
     if left or untrained:
         session = _load(experiment, folder, display, prepared)
-        groups = plan.groups_of(folder, prepared.runs, plan.runs_that_fit(experiment.sft, session.model))
+        groups = plan.groups_of(folder, prepared.runs, plan.runs_that_fit(experiment.sft, session.model, session.mesh))
         for sweep in untrained:
             _evaluate_untrained(session, sweep, runs=len(groups[0]) if groups else 1)
         if len(groups) > 1:
@@ -94,6 +105,8 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     tokenizer = hub.load_tokenizer(experiment.model.name, experiment.model.revision)
     fingerprint = hub.fingerprint(experiment.model.name, experiment.model.revision)
     plan.check_evaluations(experiment, tokenizer)
+    plan.check_training(experiment)
+    mesh = mesh_sizes(experiment.mesh, jax.devices(), hub.load_config(experiment.model.name, experiment.model.revision).n_heads)
     wanted = [
         RunSource(plan.run_name(arm, seed), experiment.training[arm.data], arm.transform, seed)
         for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds
@@ -103,24 +116,23 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     record = plan.folder_record(experiment, fingerprint, dropped)
     runs = plan.runs_of(experiment, record["identity"])
     claim_folder(folder, record, {run.name: run.key for run in runs})
-    return Prepared(runs, {source.name: source for source in sources}, dropped, render)
+    return Prepared(runs, {source.name: source for source in sources}, dropped, render, mesh)
 
 
 def _load(experiment: Supervised, folder: epath.Path, display: Display, prepared: Prepared) -> Session:
-    model, mesh = experiment.model, make_mesh(data=jax.device_count())
-    with display.console.status(f"loading {model.name}"):
-        pretrained = hub.load_pretrained(model.name, jnp.dtype(model.weights), model.revision)
-        params = jax.device_put(pretrained.params, base_shardings(mesh, pretrained.params))
-    return Session(experiment, folder, display, prepared, dataclasses.replace(pretrained, params=params), mesh)
+    mesh = make_mesh(**prepared.mesh)
+    with display.console.status(f"loading {experiment.model.name}"):
+        return Session(experiment, folder, display, prepared, load_base(experiment.model, mesh), mesh)
 
 
 def _train_group(session: Session, group: Sequence[Run]) -> None:
     """Trains the runs of `group` as one program from wherever it stopped, and records each as complete."""
+    session = dataclasses.replace(session, mesh=mesh_for(session.mesh, len(group)))
     experiment, folder, display, model = session.experiment, session.folder, session.display, session.model
     sft = experiment.sft
     origin = {"runs": {run.name: run.key for run in group}, "model": model.fingerprint}
     checkpoints = checkpoint.open_checkpoints(folder / "checkpoints" / digest(origin), origin)
-    graphdef, state, base = _initial(session, [run.seed for run in group])
+    graphdef, state, frozen = _initial(session, [run.seed for run in group])
     state = checkpoints.restore_latest(state) or state
     first = int(state.step)
     if first:
@@ -130,8 +142,10 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
     started, seen = time.monotonic(), 0
 
     def evaluate(state: TrainState, step: int):
-        for sweep in plan.incomplete(folder, plan.sweeps_of_step(experiment, group, step)):
-            _evaluate(session, functools.partial(sample, graphdef, state.lora, base), sweep, f"step {step}")
+        sweeps = plan.incomplete(folder, plan.sweeps_of_step(experiment, group, step))
+        decoder = functools.partial(sample, graphdef, *_sampled(session, state, frozen)) if sweeps else None
+        for sweep in sweeps:
+            _evaluate(session, decoder, sweep, f"step {step}")
 
     with display.phase(f"training {len(group)} runs", active - first, "steps") as advance:
         def on_step(step: int, metrics: dict, facts: dict):
@@ -140,49 +154,68 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
             losses = " ".join(f"{run.name} {loss:.3f}" for run, loss in zip(group, metrics["loss"], strict=True))
             advance(1, f"{losses}, {seen / (time.monotonic() - started):.0f} tokens/s, {facts['real_over_padded']:.0%} real")
 
-        run_step = _step_of(session, group, graphdef, state, base)
+        run_step = _step_of(session, group, graphdef, state, frozen)
         eval_steps = tuple(s for s in sorted({*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps}) if s > 0)
         options = loop.LoopOptions(active, eval_steps, sft.checkpoint_every)
         state = loop.train(state, run_step, logs, checkpoints, options, loop.Hooks(evaluate, on_step))
     for r, run in enumerate(group):
-        _record_run(session, run, r, state)
+        _record_run(session, run, r, state, frozen)
+
+
+def _options(experiment: Supervised) -> SftOptions:
+    sft, model = experiment.sft, experiment.model
+    dropout = sft.lora.dropout if sft.train == "lora" else 0.0
+    return SftOptions(sft.schedule, dropout, sft.max_grad_norm, model.activations, sft.remat, sft.train, model.weights)
 
 
 def _initial(session: Session, seeds: Sequence[int]) -> tuple:
-    """(graphdef, state at step 0, base): for each seed a fresh adapter over the session's weights, all on the mesh."""
-    sft, model, runs = session.experiment.sft, session.model, len(seeds)
-    graphdef, lora, base = split_decoder(model.config, model.params, init_lora(jnp.array(seeds), model.config, sft.lora), sft.lora)
-    state = init_state(lora, jnp.full(runs, sft.learning_rate), jnp.full(runs, sft.weight_decay), jnp.array(seeds))
-    return graphdef, jax.device_put(state, state_shardings(session.mesh, state)), base
+    """(graphdef, state at step 0, frozen weights), all on the mesh: for each seed a fresh adapter over the session's weights, or, with
+    full training, these weights as the one run's own and nothing frozen.
+    """
+    sft, model, mesh, runs = session.experiment.sft, session.model, session.mesh, len(seeds)
+    full = sft.train == "full"
+    adapters = None if full else init_lora(jnp.array(seeds), model.config, sft.lora)
+    graphdef, adapters, weights = split_decoder(model.config, model.params, adapters, sft.lora)
+    weights = jax.device_put(weights, base_shardings(mesh, weights))
+
+    def start(trained) -> TrainState:
+        trained = full_weights(trained) if full else trained
+        return init_state(trained, jnp.full(runs, sft.learning_rate), jnp.full(runs, sft.weight_decay), jnp.array(seeds))
+
+    trained, frozen = (weights, adapters) if full else (adapters, weights)
+    places = state_shardings(mesh, jax.eval_shape(start, trained), sft.train)
+    return graphdef, jax.jit(start, out_shardings=places)(trained), frozen
 
 
-def _step_of(session: Session, group: Sequence[Run], graphdef, state: TrainState, base) -> loop.RunStep:
+def _step_of(session: Session, group: Sequence[Run], graphdef, state: TrainState, frozen) -> loop.RunStep:
     """Reads a step's batch and runs the compiled step on it."""
     sft, mesh = session.experiment.sft, session.mesh
     sources, steps = [session.prepared.sources[run.name] for run in group], sft.schedule.last_active_step(sft.steps)
     reader = batch_reader(sources, session.prepared.render, sft.batch_size, steps, sft.tokens_per_micro_batch, row_multiple=mesh.shape["data"])
-    options = SftOptions(sft.schedule, sft.lora.dropout, sft.max_grad_norm, session.experiment.model.activations, sft.remat, reader.shared)
-    rows = batch_sharding(mesh)
-    compiled = compile_sft_step(graphdef, options, state_shardings(mesh, state), base_shardings(mesh, base), rows, replicated(mesh))
+    options = dataclasses.replace(_options(session.experiment), shared=reader.shared)
+    rows, places = batch_sharding(mesh), state_shardings(mesh, state, sft.train)
+    compiled = compile_sft_step(graphdef, options, places, base_shardings(mesh, frozen), rows, replicated(mesh))
 
     def run_step(state: TrainState, step: int):
         arrays, density = reader(step)
         facts = {"tokens": int((arrays["segment_ids"] > 0).sum()), "real_over_padded": round(density, 4)}
-        return *compiled(state, base, jax.device_put(Batch(**arrays), rows)), facts
+        return *compiled(state, frozen, jax.device_put(Batch(**arrays), rows)), facts
 
     return run_step
 
 
 def _evaluate_untrained(session: Session, sweep: Sweep, runs: int) -> None:
     """The untrained model is any run at step 0, where B is zero: `runs` of them share the work, with the sampling program of the trained ones."""
-    graphdef, state, base = _initial(session, [0] * runs)
+    session = dataclasses.replace(session, mesh=mesh_for(session.mesh, runs))
+    graphdef, state, frozen = _initial(session, [0] * runs)
+    adapters, weights = _sampled(session, state, frozen)
 
     def sample_alike(queues: list[list[Request]], options: SamplerOptions, on_progress) -> list[list]:
         """Deals the requests to the runs, so that all have prompts of like lengths, and puts the answers back into their places."""
         places = [(cell, i) for cell, queue in enumerate(queues) for i in range(len(queue))]
         by_length = sorted(places, key=lambda place: len(queues[place[0]][place[1]].prompt_ids))
         hands = [by_length[run::runs] for run in range(runs)]
-        answers = sample(graphdef, state.lora, base, [[queues[cell][i] for cell, i in hand] for hand in hands], options, on_progress)
+        answers = sample(graphdef, adapters, weights, [[queues[cell][i] for cell, i in hand] for hand in hands], options, on_progress)
         found = {place: answer for hand, of_hand in zip(hands, answers, strict=True) for place, answer in zip(hand, of_hand, strict=True)}
         return [[found[cell, i] for i in range(len(queue))] for cell, queue in enumerate(queues)]
 
@@ -210,18 +243,27 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep, what: str
             write_binary(session.folder / "transcripts" / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows, table_schema)))
 
 
-def _record_run(session: Session, run: Run, r: int, state: TrainState) -> None:
-    """The adapter first, run.json last: where it stands, the run is complete."""
-    layers = nnx.to_pure_dict(state.lora)["layers"]
-    arrays = {f"{name}.{kind}": np.asarray(layers[name][f"lora_{kind}"][r]) for name in layers for kind in ("a", "b")}
+def _sampled(session: Session, state: TrainState, frozen) -> tuple:
+    """(adapters, weights) of the runs as they are sampled from, on the mesh."""
+    split = functools.partial(decoder_states, options=_options(session.experiment))
+    return jax.jit(split)(state.trained, frozen)
+
+
+def _record_run(session: Session, run: Run, r: int, state: TrainState, frozen) -> None:
+    """The adapter, or all weights, first, run.json last: where it stands, the run is complete."""
     target, sft = session.folder / "runs" / run.name, session.experiment.sft
     about = {
         "arm": run.arm.name, "seed": run.seed, "key": run.key, "steps": sft.steps, "dropped_examples": len(session.prepared.dropped),
         "finished_finite": bool(state.alive[r]), "model": session.experiment.model.name, "fingerprint": session.model.fingerprint,
-        "rank": sft.lora.rank, "scale": sft.lora.scale,
     }
+    if sft.train == "full":
+        file, arrays = "weights", flatten_dict(jax.device_get(params_of(_sampled(session, state, frozen)[1])), sep=".")
+    else:
+        layers = nnx.to_pure_dict(state.trained)["layers"]
+        file, arrays = "adapter", {f"{name}.{kind}": np.asarray(layers[name][f"lora_{kind}"][r]) for name in layers for kind in ("a", "b")}
+        about |= {"rank": sft.lora.rank, "scale": sft.lora.scale}
     # one metadata entry: safetensors writes several in an order of chance, and equal runs should be equal files
-    write_whole(target / "adapter.safetensors", to_safetensors(arrays, {"run": json.dumps(about)}))
+    write_whole(target / f"{file}.safetensors", to_safetensors(arrays, {"run": json.dumps(about)}))
     write_json(target / "run.json", about)
 
 

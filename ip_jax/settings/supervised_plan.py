@@ -7,8 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import pyarrow as pa
 from etils import epath
+from jax.sharding import Mesh
 
 from ip_jax.data.sources import Example
 from ip_jax.evals import leak_grid
@@ -21,6 +23,7 @@ from ip_jax.prompts.transforms import Transform
 from ip_jax.sampling.sampler import SamplerOptions
 from ip_jax.settings.experiment import Arm, EvalConfig, ModelConfig, SftConfig
 from ip_jax.training.results import digest, write_json
+from ip_jax.training.sharding import MeshConfig
 
 NEUTRAL = "neutral"
 Sweep = list[Cell | None]  # at most one cell of each run: what is sampled in one go
@@ -43,6 +46,7 @@ class Supervised:
     provenance: str
     verdicts: leak_grid.Verdicts
     verdict_types: Mapping[str, pa.DataType]
+    mesh: MeshConfig = MeshConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,15 +210,27 @@ def begun_programs(folder: epath.Path) -> list[tuple[epath.Path, dict[str, str]]
     return [(path.parent, json.loads(path.read_text())["runs"]) for path in sorted(folder.glob("checkpoints/*/origin.json"))]
 
 
-def runs_that_fit(sft: SftConfig, model: hub.Pretrained) -> int:
-    """How many runs one program can hold in `memory_gb`: base + micro-batch activations + R times (adapter, gradient, sum, Adam).
+def check_training(experiment: Supervised) -> None:
+    """Refuses combinations that no program has."""
+    if experiment.sft.train == "full" and experiment.model.quantised:
+        raise ValueError(f"sft.train = 'full' trains all weights, and model.quantised = {experiment.model.quantised!r} freezes them: change one of the two")
 
-    An estimate: activations are counted as 24 float32 values per token, layer and model or hidden dimension that is kept for the backward pass.
+
+def runs_that_fit(sft: SftConfig, model: hub.Pretrained, mesh: Mesh) -> int:
+    """How many runs one program can hold in `memory_gb` on each device: base + micro-batch activations + R times (adapter, gradient, sum, Adam).
+
+    With full training 1: each run has its own copy of all weights, gradients and moments, and a program of its own.
+    An estimate: activations are counted as float32 values per token and layer that are kept for the backward pass (`remat`), and the
+    input of each layer. Base weights are cut over all devices, activations over the axes run and data, adapters over run.
     """
-    config = model.config
-    base = sum(a.nbytes for a in jax.tree.leaves(model.params))
+    if sft.train == "full":
+        return 1
+    config, by_row = model.config, mesh.shape["run"] * mesh.shape["data"]
+    base = sum(a.nbytes / (2 if a.dtype == jnp.uint4 else 1) for a in jax.tree.leaves(model.params)) / mesh.size  # devices pack uint4
     shapes = projection_shapes(config)
     adapter = 4 * sft.lora.rank * config.n_layers * sum(sum(shapes[target]) for target in sft.lora.targets)
-    per_token = 4 * config.n_layers * (10 * config.d_model + 5 * config.d_ff)
-    activations = sft.tokens_per_micro_batch * (4 * 24 * config.d_model if sft.remat else per_token)
-    return max(1, int((sft.memory_gb * 1e9 - base - activations) / (6 * adapter)))
+    attention, products = 5 * config.d_model, 5 * config.d_model + 5 * config.d_ff
+    kept = {"none": 2 * (attention + products), "products": attention + products, "attention": attention + config.d_model, "full": config.d_model}
+    working = 4 * (attention + products)  # one layer's, while its backward pass runs
+    activations = 4 * sft.tokens_per_micro_batch * (config.n_layers * kept[sft.remat] + working) / by_row
+    return max(1, int((sft.memory_gb * 1e9 - base - activations) / (6 * adapter) * mesh.shape["run"]))

@@ -17,13 +17,16 @@ def response_hidden(hidden: Float[Array, "R B T D"], index: Int[Array, "R B P"])
 
 
 def cross_entropy_sum(
-    hidden: Float[Array, "R B P D"], vocabulary: Float[Array, "V D"], targets: Int[Array, "R B P"], weights: Float[Array, "R B P"]
+    hidden: Float[Array, "R B P D"], vocabulary: Float[Array, "V D"], targets: Int[Array, "R B P"], weights: Float[Array, "R B P"],
+    *, train_vocabulary: bool = False,
 ) -> Float[Array, " R"]:
     """Sum over B and P of weight * -log p(target), for each run, in float32.
 
-    The vocabulary is frozen: no gradient reaches it. A chunk's logits live only inside one loop body, where both the loss
+    No gradient reaches the vocabulary unless `train_vocabulary`. While it is frozen, a chunk's logits live only inside one loop body, where both the loss
     and d loss / d hidden = (softmax - onehot) @ vocabulary are taken from them, so that the backward pass has no product left to do.
     """
+    if train_vocabulary:
+        return -jnp.sum(token_log_probs(hidden, vocabulary, targets) * weights, axis=(1, 2))
     return _cross_entropy_sum(hidden, jax.lax.stop_gradient(vocabulary), targets, weights)
 
 
@@ -81,7 +84,7 @@ _cross_entropy_sum.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 def token_log_probs(
     hidden: Float[Array, "R B P D"], vocabulary: Float[Array, "V D"], targets: Int[Array, "R B P"]
 ) -> Float[Array, "R B P"]:
-    """log p(target) in float32 for each position, a row of logits at a time (evaluation and parity; not differentiated)."""
+    """log p(target) in float32 for each position, a row of logits at a time."""
 
     def row(scanned):
         h, target = scanned

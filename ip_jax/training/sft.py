@@ -14,26 +14,39 @@ from ip_jax.training.state import Batch, TrainState, adam
 
 @dataclasses.dataclass(frozen=True)
 class SftOptions:
-    """What is code rather than data in a step: runs that differ here need another program."""
+    """What is code rather than data in a step: runs that differ here need another program.
+
+    `train`: "lora" trains adapters over a frozen base, "full" every weight of one run; it computes with the weights in `weights` and
+    keeps them in float32. `dtype` is the activations'; `remat` names what the backward pass keeps (`models.remat`).
+    """
 
     schedule: Schedule
     dropout: float = 0.0
     max_grad_norm: float | None = None
     dtype: str = "float32"
-    remat: bool = False
-    shared: int = 0  # tokens with which all segments of a row begin
+    remat: str = "products"
+    train: str = "lora"
+    weights: str = "float32"
+    shared: int = 0  # tokens with which all segments of a row begin (see data.packing)
 
 
-def sft_step(state: TrainState, base, batch: Batch, *, graphdef, options: SftOptions) -> tuple[TrainState, dict]:
-    """One optimizer step of R runs on M micro-batches: (state, frozen base, batch) -> (state, metrics [R]).
+def decoder_states(trained, frozen, options: SftOptions) -> tuple:
+    """(adapters, weights) of the decoder, as `nnx.merge(graphdef, *these)` and `sample(graphdef, *these, ...)` take them."""
+    if options.train == "lora":
+        return trained, frozen
+    return frozen, jax.tree.map(lambda weight: weight[0].astype(options.weights), trained)
+
+
+def sft_step(state: TrainState, frozen, batch: Batch, *, graphdef, options: SftOptions) -> tuple[TrainState, dict]:
+    """One optimizer step of R runs on M micro-batches: (state, frozen weights, batch) -> (state, metrics [R]).
 
     Only response tokens count. Sums and weights travel separately and are divided once, so the result does not depend on
     micro-batch size, padding, packing or devices. A run whose loss or gradient is not finite is frozen from then on.
     """
     dropout_keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.step))(state.dropout_seed)
 
-    def loss_sum(lora, micro: Batch, index):
-        decoder = nnx.merge(graphdef, lora, base)
+    def loss_sum(trained, micro: Batch, index):
+        decoder = nnx.merge(graphdef, *decoder_states(trained, frozen, options))
         keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(dropout_keys)
         hidden, _ = decoder(
             micro.tokens, micro.positions, packed_attend(micro.segment_ids, micro.positions, micro.segment_index, options.shared),
@@ -41,7 +54,8 @@ def sft_step(state: TrainState, base, batch: Batch, *, graphdef, options: SftOpt
             dropout=(options.dropout, keys) if options.dropout else None,
         )
         losses = cross_entropy_sum(
-            response_hidden(hidden, micro.response_index), decoder.vocabulary(), micro.response_target, micro.response_weight
+            response_hidden(hidden, micro.response_index), decoder.vocabulary(), micro.response_target, micro.response_weight,
+            train_vocabulary=options.train == "full",
         )
         return losses.sum(), losses  # the gradient of the sum over runs is each run's own gradient
 
@@ -49,12 +63,12 @@ def sft_step(state: TrainState, base, batch: Batch, *, graphdef, options: SftOpt
         micro, index = scanned
 
         def add(total):
-            (_, losses), gradients = jax.value_and_grad(loss_sum, has_aux=True)(state.lora, micro, index)
+            (_, losses), gradients = jax.value_and_grad(loss_sum, has_aux=True)(state.trained, micro, index)
             return jax.tree.map(jnp.add, total, (losses, gradients))
 
         return jax.lax.cond(jnp.any(micro.response_weight > 0), add, lambda total: total, total), None  # empty ones cost nothing
 
-    zero = (jnp.zeros_like(state.learning_rate), jax.tree.map(jnp.zeros_like, state.lora))
+    zero = (jnp.zeros_like(state.learning_rate), jax.tree.map(jnp.zeros_like, state.trained))
     (losses, gradients), _ = jax.lax.scan(accumulate, zero, (batch, jnp.arange(batch.tokens.shape[0])))
     tokens = batch.response_weight.sum(axis=(0, 2, 3))
     loss = losses / jnp.maximum(tokens, 1)
@@ -66,12 +80,12 @@ def sft_step(state: TrainState, base, batch: Batch, *, graphdef, options: SftOpt
 
     alive = state.alive & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     rate = state.learning_rate * options.schedule(state.step)
-    direction, adam_state = jax.vmap(adam().update)(gradients, state.adam, state.lora)
+    direction, adam_state = jax.vmap(adam().update)(gradients, state.adam, state.trained)
     keep = lambda new, old: jnp.where(_per_run(alive, old), new, old)  # noqa: E731
-    lora = jax.tree.map(lambda p, d: p - _per_run(rate, p) * (d + _per_run(state.weight_decay, p) * p), state.lora, direction)
+    trained = jax.tree.map(lambda p, d: p - _per_run(rate, p) * (d + _per_run(state.weight_decay, p) * p), state.trained, direction)
     state = state.replace(
         step=state.step + 1, alive=alive,
-        lora=jax.tree.map(keep, lora, state.lora), adam=jax.tree.map(keep, adam_state, state.adam),
+        trained=jax.tree.map(keep, trained, state.trained), adam=jax.tree.map(keep, adam_state, state.adam),
     )
     return state, {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "response_tokens": tokens, "alive": alive}
 
@@ -81,16 +95,16 @@ def _per_run(values, like):
     return values.reshape(values.shape + (1,) * (like.ndim - 1))
 
 
-def compile_sft_step(graphdef, options: SftOptions, state_sharding=None, base_sharding=None, batch_sharding=None, metric_sharding=None):
+def compile_sft_step(graphdef, options: SftOptions, state_sharding=None, frozen_sharding=None, batch_sharding=None, metric_sharding=None):
     """The jitted step with pinned shardings (None: wherever the arrays lie) and the state donated."""
     step = functools.partial(sft_step, graphdef=graphdef, options=options)
     if state_sharding is None:
         return jax.jit(step, donate_argnums=0)
 
-    def on_mesh(state, base, batch):
+    def on_mesh(state, frozen, batch):
         with jax.sharding.use_abstract_mesh(batch_sharding.mesh.abstract_mesh):  # where `constrain` finds it
-            return step(state, base, batch)
+            return step(state, frozen, batch)
 
     return jax.jit(
-        on_mesh, donate_argnums=0, in_shardings=(state_sharding, base_sharding, batch_sharding), out_shardings=(state_sharding, metric_sharding)
+        on_mesh, donate_argnums=0, in_shardings=(state_sharding, frozen_sharding, batch_sharding), out_shardings=(state_sharding, metric_sharding)
     )

@@ -1,10 +1,13 @@
 """Where every array of a training program lies: a mesh with the axes run, data and tensor, and one table of rules.
 
 Base weights are cut over all axes, so that no device holds a whole one; a layer is gathered over (run, data) when it is used.
-Adapters, their Adam state and per-run scalars follow their run. Rows of a batch lie on (run, data).
+Weights that are trained in full, and their Adam state, lie as base weights do. Adapters, theirs and per-run scalars follow their run.
+Rows of a batch lie on (run, data).
 """
+import dataclasses
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -15,7 +18,8 @@ from ip_jax.training.state import TrainState
 AXES = ("run", "data", "tensor")
 FSDP = ("run", "data")
 
-# (pattern of the parameter's path, mesh axes of each dimension); the first match counts, and L is never cut.
+# (pattern of the parameter's path, mesh axes of each dimension); the first match counts, and L is never cut. An axis that does not
+# divide its dimension is left to the next dimension that names it, or dropped.
 RULES = (
     (r"^embed", (AXES, None)),  # [V, D]: the vocabulary product stays where its rows lie
     (r"^head", (None, AXES)),  # [D, V]
@@ -23,22 +27,71 @@ RULES = (
     (r"layers/[qkv](_|/)bias", (None, "tensor")),  # [L, out]
     (r"layers/(q|k|v|gate|up)\b", (None, FSDP, "tensor")),  # [L, in, out]
     (r"layers/(o|down)\b", (None, "tensor", FSDP)),  # [L, in, out]
+    (r"layers/router\b", ()),  # [L, D, E]
+    (r"layers/expert_(gate|up)\b", (None, FSDP, FSDP, "tensor")),  # [L, E, D, F]: expert parallelism over what divides E
+    (r"layers/expert_down\b", (None, FSDP, "tensor", FSDP)),  # [L, E, F, D]
 )
 
 
-def make_mesh(run: int = 1, data: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over the first run * data * tensor devices. Raises ValueError where there are fewer."""
-    needed, found = run * data * tensor, jax.device_count()
-    if needed > found or min(run, data, tensor) < 1:
-        raise ValueError(f"a mesh of run={run}, data={data}, tensor={tensor} needs {needed} devices, and this program has {found}")
-    return jax.make_mesh((run, data, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis of the mesh has; None, for at most one of them, is what the others leave.
+
+    `platform` is what the devices must be (cpu, gpu, tpu), None for whatever is there.
+    """
+
+    run: int | None = 1
+    data: int | None = None
+    tensor: int | None = 1
+    platform: str | None = None
+
+    def __post_init__(self):
+        sizes = [getattr(self, axis) for axis in AXES]
+        if sizes.count(None) > 1 or any(size is not None and size < 1 for size in sizes):
+            raise ValueError(f"the mesh is {self._words()}: each axis needs at least 1 device, and one of them may be None, which takes what the others leave")
+
+    def _words(self) -> str:
+        return ", ".join(f"{axis}={getattr(self, axis)}" for axis in AXES)
+
+
+def mesh_sizes(config: MeshConfig, devices: Sequence, n_heads: int) -> dict[str, int]:
+    """{axis: devices} of the mesh that `config` asks for, over all of `devices`, for a model with `n_heads` heads.
+
+    Raises ValueError where the devices are of another platform, or the axes do not divide their number or the heads.
+    """
+    found = sorted({device.platform for device in devices})
+    if config.platform is not None and found != [config.platform]:
+        raise ValueError(f"the config demands the platform {config.platform!r} (mesh.platform), and this machine's devices are {', '.join(found)}")
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    given = math.prod(size for size in sizes.values() if size)
+    rest, over = divmod(len(devices), given)
+    if over or (None not in sizes.values() and rest != 1):
+        raise ValueError(f"a mesh of {config._words()} does not divide the {len(devices)} devices of this program: make one axis None to use them all")
+    sizes = {axis: size or rest for axis, size in sizes.items()}
+    if n_heads % sizes["tensor"]:
+        raise ValueError(f"a mesh of {config._words()} has tensor={sizes['tensor']}, which does not divide the model's {n_heads} heads")
+    return sizes
+
+
+def make_mesh(run: int = 1, data: int = 1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
+    """A mesh over the first run * data * tensor devices, of `devices` or of this program. Raises ValueError where there are fewer."""
+    devices = jax.devices() if devices is None else devices
+    needed = run * data * tensor
+    if needed > len(devices) or min(run, data, tensor) < 1:
+        raise ValueError(f"a mesh of run={run}, data={data}, tensor={tensor} needs {needed} devices, and this program has {len(devices)}")
+    return jax.make_mesh((run, data, tensor), AXES, devices=devices[:needed], axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_for(mesh: Mesh, runs: int) -> Mesh:
+    """The mesh of a program of so many runs: what of the axis run does not divide them joins data. Base weights lie as before."""
+    run = math.gcd(mesh.shape["run"], runs)
+    shape = run, mesh.shape["run"] // run * mesh.shape["data"], mesh.shape["tensor"]
+    return Mesh(mesh.devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def base_shardings(mesh: Mesh, base_state):
     """`base_state` (the frozen state of `split_decoder`, or a params dict) with a NamedSharding in place of each array."""
-    return jax.tree.map_with_path(
-        lambda path, x: _by_rule(mesh, jax.tree_util.keystr(path, simple=True, separator="/"), x.shape), base_state
-    )
+    return jax.tree.map_with_path(lambda path, x: _by_rule(mesh, _name(path), x.shape), base_state)
 
 
 def param_shardings(mesh: Mesh, config: DecoderConfig) -> Callable[[ParamPath], NamedSharding]:
@@ -47,10 +100,16 @@ def param_shardings(mesh: Mesh, config: DecoderConfig) -> Callable[[ParamPath], 
     return lambda path: _by_rule(mesh, "/".join(path), shapes[path])
 
 
-def state_shardings(mesh: Mesh, train_state: TrainState) -> TrainState:
-    """`train_state` with a NamedSharding in place of each array: all follow their run, but for the step count."""
-    by_run = jax.tree.map(lambda x: _fitting(mesh, ("run",), x.shape), train_state.replace(step=None))
-    return by_run.replace(step=NamedSharding(mesh, PartitionSpec()))
+def state_shardings(mesh: Mesh, train_state: TrainState, train: str = "lora") -> TrainState:
+    """`train_state` with a NamedSharding in place of each array: all follow their run, but for the step count and, with `train` =
+    "full", the trained weights and their Adam state, which lie as base weights do.
+    """
+    by_run = lambda x: _fitting(mesh, ("run",), x.shape)  # noqa: E731
+    of_run = lambda path, x: _by_rule(mesh, _name(path), x.shape[1:], leading=(None,))  # noqa: E731
+    trained = (lambda tree: jax.tree.map_with_path(of_run, tree)) if train == "full" else (lambda tree: jax.tree.map(by_run, tree))
+    places = jax.tree.map(by_run, train_state.replace(step=None, trained=None, adam=None))
+    adam = train_state.adam._replace(count=by_run(train_state.adam.count), mu=trained(train_state.adam.mu), nu=trained(train_state.adam.nu))
+    return places.replace(step=replicated(mesh), trained=trained(train_state.trained), adam=adam)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -63,20 +122,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _by_rule(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _by_rule(mesh: Mesh, path: str, shape: tuple[int, ...], leading: tuple = ()) -> NamedSharding:
     for pattern, axes in RULES:
         if re.search(pattern, path):
-            return _fitting(mesh, axes, shape)
+            return _fitting(mesh, axes, shape, leading)
     raise ValueError(f"no sharding rule matches the parameter {path}: add one to RULES in {__name__}")
 
 
-def _fitting(mesh: Mesh, axes: tuple, shape: tuple[int, ...]) -> NamedSharding:
-    """The rule's axes less those that do not divide their dimension."""
-    spec = []
+def _fitting(mesh: Mesh, axes: tuple, shape: tuple[int, ...], leading: tuple = ()) -> NamedSharding:
+    """The rule's axes, behind `leading` ones, less those that do not divide their dimension or cut one before it."""
+    spec, used = [], set()
     for wanted, size in zip(axes, shape):  # noqa: B905  trailing dimensions without a rule are whole
         kept = ()
         for axis in (wanted,) if isinstance(wanted, str) else wanted or ():
-            if size % mesh.shape[axis] == 0:
+            if axis not in used and size % mesh.shape[axis] == 0:
                 kept, size = (*kept, axis), size // mesh.shape[axis]
+                used.add(axis)
         spec.append(kept or None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return NamedSharding(mesh, PartitionSpec(*leading, *spec))

@@ -1,4 +1,4 @@
-"""What a training program carries: adapters and optimizer state with a leading run axis, per-run scalars, the step."""
+"""What a training program carries: trained weights and optimizer state with a leading run axis, per-run scalars, the step."""
 from typing import Any
 
 import flax.struct
@@ -13,7 +13,7 @@ class TrainState:
     """State of R runs. Every leaf but `step` has a leading run axis; learning rates and weight decays are data, not code."""
 
     step: Int[Array, ""]
-    lora: Any  # pytree of [R, ...] float32
+    trained: Any  # pytree of [R, ...] float32: adapters, or with full training all weights, of which each run has its own copy
     adam: optax.ScaleByAdamState  # leaves [R, ...]
     learning_rate: Float[Array, " R"]  # peak
     weight_decay: Float[Array, " R"]
@@ -45,14 +45,19 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.Gradien
     return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
 
-def init_state(lora, learning_rate: Float[Array, " R"], weight_decay: Float[Array, " R"], seeds: Int[Array, " R"]) -> TrainState:
-    """A state at step 0 for the adapters `lora` (a pytree of [R, ...] arrays)."""
+def init_state(trained, learning_rate: Float[Array, " R"], weight_decay: Float[Array, " R"], seeds: Int[Array, " R"]) -> TrainState:
+    """A state at step 0 for the weights `trained` (a pytree of [R, ...] arrays): the adapters, or `full_weights`."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        lora=lora,
-        adam=jax.vmap(adam().init)(lora),
+        trained=trained,
+        adam=jax.vmap(adam().init)(trained),
         learning_rate=jnp.asarray(learning_rate, jnp.float32),
         weight_decay=jnp.asarray(weight_decay, jnp.float32),
         dropout_seed=jnp.asarray(seeds, jnp.int32),
         alive=jnp.ones(len(learning_rate), bool),
     )
+
+
+def full_weights(base):
+    """What full training trains: the weights of the one run of its program, [1, ...] in float32."""
+    return jax.tree.map(lambda weight: weight.astype(jnp.float32)[None], base)

@@ -213,11 +213,12 @@ def test_bad_requests_are_refused_in_a_sentence(untrained, two_runs):
         Request(np.zeros(0, np.int32), 0)
 
 
-def test_sharded_over_a_mesh_as_on_one_device(two_runs):
+@pytest.mark.parametrize("axes", [dict(run=2, data=4), dict(run=2, data=2, tensor=2), dict(data=2, tensor=4)], ids=str)
+def test_sharded_over_a_mesh_as_on_one_device(two_runs, axes):
     from ip_jax.training.sharding import base_shardings, make_mesh
 
     graphdef, lora, base = two_runs
-    mesh = make_mesh(run=2, data=4)
+    mesh = make_mesh(**axes)
     spread = graphdef, jax.device_put(lora, jax.NamedSharding(mesh, jax.P("run"))), jax.device_put(base, base_shardings(mesh, base))
     queues = [[Request(prompt, i, n_samples=2, max_new_tokens=8) for i, prompt in enumerate(prompts(7 - run, seed=run))] for run in range(2)]
     sharded = sample(*spread, queues, dataclasses.replace(OPTIONS, mesh=mesh))
@@ -230,3 +231,28 @@ def test_sharded_over_a_mesh_as_on_one_device(two_runs):
                 assert logits[-1] - logits[-2] < 1e-4
                 near_ties += 1
     assert near_ties <= 1
+
+
+@pytest.mark.parametrize("axes, heads_cut", [(dict(run=2, data=2, tensor=2), 2), (dict(data=2, tensor=4), 1)], ids=str)
+def test_each_device_has_its_part_of_the_caches(two_runs, axes, heads_cut):
+    """Runs over run, groups over data, kv heads over tensor where it divides the two there are; before, during and after decoding."""
+    from ip_jax.training.sharding import base_shardings, make_mesh
+
+    graphdef, lora, base = two_runs
+    mesh = make_mesh(**axes)
+    lora, base = jax.device_put(lora, jax.NamedSharding(mesh, jax.P("run"))), jax.device_put(base, base_shardings(mesh, base))
+    queues = [[Request(prompt, i, max_new_tokens=8) for i, prompt in enumerate(prompts(8, seed=run))] for run in range(2)]
+    plan = make_plan(queues, dataclasses.replace(OPTIONS, mesh=mesh))
+    shards = axes.get("run", 1) * axes["data"] * heads_cut
+    with jax.set_mesh(mesh):
+        held = slots.start_slots(graphdef, lora, base, plan.prefix, shape=plan.shape, dtype="float32")
+        layers = slots.separate_layers(graphdef, lora, base)
+        nothing = np.zeros(1, np.int32)
+        decode = slots.decode.lower(graphdef, lora, base, layers, held, np.zeros(2, np.int32), nothing, dtype="float32", candidates=256).compile()
+        held = [held, decode(lora, base, layers, held, np.zeros(2, np.int32), nothing)]
+    cache = held[1].prompt_k[0].shape
+    of_device = f"f32[{','.join(map(str, held[1].prompt_k[0].sharding.shard_shape(cache)))}]"
+    assert of_device in decode.as_text() and f"f32[{','.join(map(str, cache))}]" not in decode.as_text()
+    for caches in (held[1].prompt_k, held[1].prompt_v, held[1].own_k, held[1].own_v):
+        for array in caches:
+            assert {shard.data.nbytes for shard in array.addressable_shards} == {array.nbytes // shards}

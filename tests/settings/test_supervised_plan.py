@@ -13,6 +13,7 @@ from ip_jax.models.lora import init_lora
 from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.experiment import Arm
 from ip_jax.training.results import write_json
+from ip_jax.training.sharding import make_mesh
 
 MINE = Arm("mine", "mine", "mine", text="Be kind.")
 
@@ -158,7 +159,7 @@ def test_memory_admits_a_run_for_every_adapter_with_its_gradients_and_moments():
     one = sum(array.nbytes for array in jax.tree.leaves(init_lora(np.array([0]), CONFIG, sft.lora)))
 
     def fit(gigabytes, **changes):
-        return plan.runs_that_fit(dataclasses.replace(sft, memory_gb=gigabytes, **changes), model)
+        return plan.runs_that_fit(dataclasses.replace(sft, memory_gb=gigabytes, **changes), model, make_mesh())
 
     few = 0.05
     assert fit(few + 10 * 6 * one / 1e9) == fit(few) + 10

@@ -32,7 +32,7 @@ class Recorder:
         return run_step(state, step)
 
     def evaluate(self, state, step):
-        self.evaluated.append((step, np.asarray(state.lora["w"]).sum().item()))
+        self.evaluated.append((step, np.asarray(state.trained["w"]).sum().item()))
         self.disturb.get(("evaluation", step), lambda: None)()
 
     def show(self, step, metrics, facts):
@@ -65,12 +65,12 @@ def test_an_undisturbed_run(undisturbed):
     assert_same(state, state_at(7))
     assert recorder.steps == list(range(7))
     assert [step for step, _ in recorder.evaluated] == [0, 2, 7, 10]
-    weights = {step: np.asarray(state_at(min(step, 7)).lora["w"]).sum().item() for step in (0, 2, 7, 10)}
+    weights = {step: np.asarray(state_at(min(step, 7)).trained["w"]).sum().item() for step in (0, 2, 7, 10)}
     assert dict(recorder.evaluated) == weights
     for r, log in enumerate(logs):
         rows = [json.loads(line) for line in log.splitlines()]
         assert [(row["step"], row["tokens"]) for row in rows] == [(step, 10 + step) for step in range(7)]
-        expected = [float(np.abs(np.asarray(state_at(step + 1).lora["w"][r])).sum()) for step in range(7)]
+        expected = [float(np.abs(np.asarray(state_at(step + 1).trained["w"][r])).sum()) for step in range(7)]
         np.testing.assert_allclose([row["loss"] for row in rows], expected, rtol=1e-6)
     assert recorder.shown == [(step, (RUNS,), {"tokens": 10 + step}) for step in range(7)]
 

@@ -26,7 +26,7 @@ CONSTANT = SftOptions(Schedule("constant", total=100))
 DISTINCT = DecoderConfig("llama", 101, 40, 56, 2, 4, 2, 12, uniform_attention(12, 1000.0), 1e-5, 256, True)
 LENGTHS = (13, 9, 15, 6)
 CLIP = 1.1
-REMAT = SftOptions(Schedule("constant", total=100), remat=True)
+REMAT = SftOptions(Schedule("constant", total=100), remat="full")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,7 +66,7 @@ def train(batches, adapters, learning_rate, step=None, **state):
 
 
 def adapters_of(state) -> dict:
-    layers = jax.device_get(state.lora["layers"])
+    layers = jax.device_get(state.trained["layers"])
     return {t: {"a": np.asarray(layers[t]["lora_a"].get_value()), "b": np.asarray(layers[t]["lora_b"].get_value())} for t in LORA.targets}
 
 

@@ -17,9 +17,9 @@ def fresh_state(runs: int = RUNS) -> TrainState:
 @jax.jit(donate_argnums=0)
 def _update(state: TrainState) -> tuple[TrainState, dict]:
     noise = jax.vmap(lambda seed: jax.random.normal(jax.random.fold_in(jax.random.key(seed), state.step), (WIDTH,)))(state.dropout_seed)
-    weights = jnp.sin(3 * state.lora["w"]) + state.learning_rate[:, None] * noise
+    weights = jnp.sin(3 * state.trained["w"]) + state.learning_rate[:, None] * noise
     adam = state.adam._replace(count=state.adam.count + 1, mu={"w": 0.9 * state.adam.mu["w"] + weights})
-    return state.replace(step=state.step + 1, lora={"w": weights}, adam=adam), {"loss": jnp.abs(weights).sum(axis=1)}
+    return state.replace(step=state.step + 1, trained={"w": weights}, adam=adam), {"loss": jnp.abs(weights).sum(axis=1)}
 
 
 def run_step(state: TrainState, step: int) -> tuple[TrainState, dict, dict]:

@@ -1,0 +1,72 @@
+"""A frozen base in 4 or 8 bits (QLoRA, Dettmers et al. 2023): the projections of the layers as qwix's QArray, the rest as it is.
+
+A quantised kernel stays so in memory: `dense` makes one layer's weights again where a product needs them, forward and backward.
+"""
+import dataclasses
+import functools
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+
+KINDS = ("nf4", "int8")
+BLOCK = 64  # inputs that share one scale in nf4, as in QLoRA
+SMALLEST_BLOCK = 16
+KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def check_quantised(kind: str) -> None:
+    """Raises ValueError for a kind that is not known or where qwix is not installed."""
+    if kind not in KINDS:
+        raise ValueError(f"model.quantised is {kind!r}: choose from {', '.join(KINDS)}, or None for weights as they are")
+    if importlib.util.find_spec("qwix") is None:
+        raise ValueError(f"model.quantised = {kind!r} needs qwix, which is not installed: pip install 'ip_jax[quant]'")
+
+
+def quantise(params: dict, kind: str, place) -> dict:
+    """`params` with each kernel [L, I, O] of the layers quantised: int8 with one scale for each output, nf4 with one for each output
+    and block of 64 inputs (where 64 does not divide the inputs, their largest common divisor with it). Scales keep the weights' dtype.
+
+    `place(params)` names the sharding of each array (`sharding.base_shardings`). One kernel after the other: the given jax array is deleted
+    before the next one. Raises ValueError as `check_quantised`, and for inputs that have no block of 16 or more.
+    """
+    check_quantised(kind)
+    layers = dict(params["layers"])
+    for name in KERNELS:
+        kernel = layers.pop(name)
+        make = functools.partial(_quantise_stack, kind=kind, block=_block(name, kernel.shape[1]), dtype=kernel.dtype)
+        shardings = place({"layers": {name: jax.eval_shape(make, kernel)}})["layers"][name]
+        layers[name] = jax.block_until_ready(jax.jit(make, out_shardings=shardings)(kernel))
+        kernel.delete()
+    return params | {"layers": layers}
+
+
+def _block(name: str, inputs: int) -> int:
+    block = math.gcd(BLOCK, inputs)
+    if block < SMALLEST_BLOCK:
+        raise ValueError(f"the weights {name} have {inputs} inputs, which blocks of {SMALLEST_BLOCK} do not divide: they cannot be quantised")
+    return block
+
+
+def _quantise_stack(stack, *, kind: str, block: int, dtype):
+    """A layer at a time, in float32: the whole stack in float32 would not fit."""
+    import qwix
+
+    scales = dict(channelwise_axes=(1,)) if kind == "int8" else dict(channelwise_axes=(1,), tiled_axes={0: block})
+    quantised = jax.lax.map(lambda kernel: qwix.quantize(kernel.astype(jnp.float32), kind, **scales), stack)
+    return dataclasses.replace(quantised, scale=quantised.scale.astype(dtype))
+
+
+def is_quantised(kernel) -> bool:
+    """Whether `kernel` is a QArray rather than an array."""
+    return hasattr(kernel, "qvalue")
+
+
+def dense(kernel):
+    """The kernel as an array: a quantised one in the dtype of its scales, another one itself."""
+    if not is_quantised(kernel):
+        return kernel
+    import qwix
+
+    return qwix.dequantize(kernel)
