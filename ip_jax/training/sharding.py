@@ -10,10 +10,10 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ip_jax.models.families import DecoderConfig, ParamPath, param_shapes
+from ip_jax.models.placement import EXPERTS_IN, EXPERTS_OUT, FSDP, fitting
 from ip_jax.training.state import TrainState
 
 AXES = ("run", "data", "tensor")
-FSDP = ("run", "data")
 
 # (pattern of the parameter's path, mesh axes of each dimension); the first match counts, and L is never cut.
 RULES = (
@@ -21,6 +21,9 @@ RULES = (
     (r"^head", (None, AXES)),  # [D, V]
     (r"norm", ()),  # [D] or [L, D]: too small to be worth a message
     (r"layers/[qkv](_|/)bias", (None, "tensor")),  # [L, out]
+    (r"layers/router", ()),  # [L, D, E]
+    (r"layers/expert_(gate|up)", (None, *EXPERTS_IN)),  # [L, E, D, F]
+    (r"layers/expert_down", (None, *EXPERTS_OUT)),  # [L, E, F, D]
     (r"layers/(q|k|v|gate|up)\b", (None, FSDP, "tensor")),  # [L, in, out]
     (r"layers/(o|down)\b", (None, "tensor", FSDP)),  # [L, in, out]
 )
@@ -71,12 +74,4 @@ def _by_rule(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def _fitting(mesh: Mesh, axes: tuple, shape: tuple[int, ...]) -> NamedSharding:
-    """The rule's axes less those that do not divide their dimension."""
-    spec = []
-    for wanted, size in zip(axes, shape):  # noqa: B905  trailing dimensions without a rule are whole
-        kept = ()
-        for axis in (wanted,) if isinstance(wanted, str) else wanted or ():
-            if size % mesh.shape[axis] == 0:
-                kept, size = (*kept, axis), size // mesh.shape[axis]
-        spec.append(kept or None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return NamedSharding(mesh, fitting(mesh.shape, axes, shape))

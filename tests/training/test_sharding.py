@@ -158,8 +158,8 @@ def test_axes_that_do_not_divide_are_dropped():
 
 
 def test_a_weight_without_a_rule_is_refused():
-    with pytest.raises(ValueError, match="no sharding rule matches the parameter layers/router: add one to RULES in ip_jax.training.sharding"):
-        base_shardings(make_mesh(), {"layers": {"router": np.zeros((2, 4, 4))}})
+    with pytest.raises(ValueError, match="no sharding rule matches the parameter layers/scale: add one to RULES in ip_jax.training.sharding"):
+        base_shardings(make_mesh(), {"layers": {"scale": np.zeros((2, 4, 4))}})
 
 
 def test_meshes():
