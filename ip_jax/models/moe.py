@@ -83,8 +83,8 @@ def _on_mesh(function, x, weights, chosen, experts: Experts, *more: Float[Array,
     if mesh.empty or mesh.size == 1:
         return _on_tokens(function, 0, x, weights, chosen, experts, *more)
     rows, inward, outward = (fitting(mesh.shape, *cut) for cut in ((BY_ROW, x.shape), (EXPERTS_IN, experts[0].shape), (EXPERTS_OUT, experts[2].shape)))
-    by_expert, width, hidden = (axes or () for axes in inward)
-    row_axes = [axis for axes in rows for axis in axes or ()]
+    by_expert, width, hidden = map(_axes, inward)
+    row_axes = [axis for entry in rows for axis in _axes(entry)]
     collected = tuple(axis for axis in by_expert if axis in row_axes)  # devices with other tokens and other experts
     sharing = [axis for axis in BY_ROW if axis not in by_expert]  # devices with the same experts, so that theirs is one gradient
     copies = math.prod(mesh.shape[axis] for axis in sharing if axis not in row_axes)  # of one token among them
@@ -115,6 +115,11 @@ def _on_tokens(function, first, x, weights, chosen, experts: Experts, *more):
     here = jnp.where((here >= 0) & (here < n_experts), here, n_experts)
     of_tokens, of_experts = function(flat(x), flat(weights), flat(here), experts, *map(flat, more))
     return [a.reshape(*tokens, -1) for a in of_tokens], list(of_experts)
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def _gathered(a, axes: tuple[str, ...], dimension: int):
@@ -206,19 +211,17 @@ class _Products(NamedTuple):
 def _by_expert(mlp, rows, experts: Experts, layout: _Layout, outputs: list[tuple[int, jnp.dtype]]):
     """mlp(products, *rows, *experts): its results by row (their widths and dtypes in `outputs`) and by expert."""
 
-    def together(rows, experts, layout):
-        of_rows, of_experts = mlp(_ragged(layout.count * layout.chunk, experts[0].dtype), *rows, *experts)
-        return [a.astype(dtype) for a, (_, dtype) in zip(of_rows, outputs, strict=True)], list(of_experts)
-
-    def one_by_one(rows, experts, layout):
-        return _expert_by_expert(mlp, rows, experts, layout, outputs)
-
+    together, one_by_one = (functools.partial(form, mlp, outputs) for form in (_together, _one_by_one))
     return jax.lax.platform_dependent(rows, experts, layout, tpu=together, default=one_by_one)
 
 
-def _ragged(group_sizes: Int[Array, " E"], dtype) -> _Products:
-    """All experts in one grouped product, which TPUs have; elsewhere XLA multiplies every row with every expert."""
+def _together(mlp, outputs, rows, experts: Experts, layout: _Layout):
+    """All experts in grouped products, which TPUs have; elsewhere XLA multiplies every row with every expert."""
+    of_rows, of_experts = mlp(_ragged(layout.count * layout.chunk, experts[0].dtype), *rows, *experts)
+    return [a.astype(dtype) for a, (_, dtype) in zip(of_rows, outputs, strict=True)], list(of_experts)
 
+
+def _ragged(group_sizes: Int[Array, " E"], dtype) -> _Products:
     def grouped(contracting, groups, a, b):
         numbers = jax.lax.RaggedDotDimensionNumbers((contracting, ((), ())), (0,), groups)
         return jax.lax.ragged_dot_general(a.astype(dtype), b.astype(dtype), group_sizes, numbers, preferred_element_type=jnp.float32)
@@ -227,7 +230,7 @@ def _ragged(group_sizes: Int[Array, " E"], dtype) -> _Products:
     return _Products(*(functools.partial(grouped, *kind) for kind in kinds))
 
 
-def _expert_by_expert(mlp, rows, experts: Experts, layout: _Layout, outputs: list[tuple[int, jnp.dtype]]):
+def _one_by_one(mlp, outputs, rows, experts: Experts, layout: _Layout):
     """One expert after the other and chunk by chunk of its rows: an expert nobody chose costs no product."""
     dtype = experts[0].dtype
     of = _Products(*(functools.partial(product, spec, dtype=dtype) for spec in ("pi,io->po", "po,io->pi", "pi,po->io")))
