@@ -9,7 +9,7 @@ from tiny_models import random_params
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ip_jax.models.families import DecoderConfig
+from ip_jax.models.families import DecoderConfig, uniform_attention
 from ip_jax.models.hf import hf_name
 from ip_jax.models.lora import LoraConfig
 from ip_jax.settings.experiment import Arm, EvalConfig, ModelConfig, SftConfig
@@ -45,11 +45,11 @@ def write_model(folder: Path, seed: int = 0, tokenizer: PreTrainedTokenizerFast 
     """A tiny random Llama as the files of a Hugging Face folder, written without torch."""
     tokenizer = tokenizer or make_tokenizer()
     tokenizer.save_pretrained(folder)
-    config = DecoderConfig("llama", len(tokenizer), 32, 64, 1, 4, 2, 8, 10000.0, 1e-5, 1024, True)
+    config = DecoderConfig("llama", len(tokenizer), 32, 64, 1, 4, 2, 8, uniform_attention(8, 10000.0), 1e-5, 1024, True)
     hf_config = dict(
         architectures=["LlamaForCausalLM"], vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
         num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
-        rope_theta=config.rope_theta, rms_norm_eps=config.norm_eps, max_position_embeddings=config.max_positions, tie_word_embeddings=True,
+        rope_theta=config.attention[0].rope.theta, rms_norm_eps=config.norm_eps, max_position_embeddings=config.max_positions, tie_word_embeddings=True,
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(hf_config))
     params = random_params(config, seed=seed)

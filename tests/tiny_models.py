@@ -10,7 +10,7 @@ from flax import nnx
 from ip_jax.data.packing import segment_index
 from ip_jax.models import hf
 from ip_jax.models.decoder import causal_attend, packed_attend, split_decoder
-from ip_jax.models.families import DecoderConfig, RopeScaling, param_shapes
+from ip_jax.models.families import DecoderConfig, RopeScaling, param_shapes, uniform_attention
 from ip_jax.models.lora import LoraConfig, projection_shapes
 from ip_jax.training.state import Batch
 
@@ -19,17 +19,32 @@ SIZES = dict(
     max_position_embeddings=256, tie_word_embeddings=False,
 )  # fmt: skip
 LLAMA_31 = dict(rope_type="llama3", rope_theta=1000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+LINEAR = dict(rope_type="linear", rope_theta=1000.0, factor=4.0)
+CAPS = dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0, query_pre_attn_scalar=20)  # low enough to bend what is of order 1
+TWO_ROPES = dict(full_attention=dict(rope_type="linear", rope_theta=10000.0, factor=8.0), sliding_attention=dict(rope_type="default", rope_theta=100.0))
+GEMMA_3 = dict(query_pre_attn_scalar=20, rope_parameters=TWO_ROPES, tie_word_embeddings=True)
+PATTERN = ["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
 HF_MODELS = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", dict(tie_word_embeddings=True, vocab_size=97)),
     "llama-wide-heads": ("Llama", dict(head_dim=16)),  # heads * head_dim is not the model's width; the shape of CONFIG
     "llama-all-heads": ("Llama", dict(num_key_value_heads=4)),
     "llama-3.1": ("Llama", dict(rope_parameters=LLAMA_31)),
-    "gemma": ("Gemma", dict(head_dim=24, num_key_value_heads=1, tie_word_embeddings=True)),
+    "llama-linear-rope": ("Llama", dict(rope_parameters=LINEAR)),
+    "mistral": ("Mistral", dict(sliding_window=7)),
+    "mistral-global": ("Mistral", dict(sliding_window=None, head_dim=16, num_key_value_heads=1, vocab_size=97)),
     "qwen2": ("Qwen2", {}),
     "qwen2-tied-one-kv-head": ("Qwen2", dict(tie_word_embeddings=True, num_key_value_heads=1, rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen2-window": ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),  # no period but the whole
+    "qwen3": ("Qwen3", dict(head_dim=24)),
+    "qwen3-tied-one-kv-head": ("Qwen3", dict(head_dim=8, tie_word_embeddings=True, num_key_value_heads=1, vocab_size=97)),
+    "gemma": ("Gemma", dict(head_dim=24, num_key_value_heads=1, tie_word_embeddings=True)),
+    "gemma2": ("Gemma2", dict(head_dim=24, sliding_window=5, num_hidden_layers=4, tie_word_embeddings=True, **CAPS)),
+    "gemma2-odd": ("Gemma2", dict(head_dim=8, sliding_window=1, num_key_value_heads=1, vocab_size=97, **CAPS | dict(attn_logit_softcapping=None))),
+    "gemma3": ("Gemma3", dict(head_dim=24, sliding_window=5, num_hidden_layers=7, layer_types=PATTERN, **GEMMA_3)),  # two periods and a layer
+    "gemma3-odd": ("Gemma3", dict(head_dim=8, sliding_window=9, num_key_value_heads=1, vocab_size=97, num_hidden_layers=2, final_logit_softcapping=3.0, **GEMMA_3)),
 }  # fmt: skip
-CONFIG = DecoderConfig("llama", 101, 32, 48, 3, 4, 2, 16, 1000.0, 1e-5, 256, True)
+CONFIG = DecoderConfig("llama", 101, 32, 48, 3, 4, 2, 16, uniform_attention(16, 1000.0), 1e-5, 256, True)
 SCALED_ROPE = RopeScaling(8.0, 1.0, 4.0, 32)
 
 
@@ -40,8 +55,8 @@ def hf_model(kind: str, **changes):
 
     torch.manual_seed(0)
     family, options = HF_MODELS[kind]
-    config = getattr(transformers, f"{family}Config")(**SIZES | options | changes, attn_implementation="eager")
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model_class = getattr(transformers, f"{family}ForCausalLM")
+    model = model_class(model_class.config_class(**SIZES | options | changes, attn_implementation="eager")).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)

@@ -6,6 +6,7 @@ Dims: R runs, B rows, T positions of a row, N segments of a row, L positions of 
 (a prefix before the queries), K kv heads, G query heads of one kv head, H head dim.
 """
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +19,27 @@ MASKED = -1e30  # finite: a softmax over masked scores alone is uniform, not NaN
 QUERY_CHUNK = 128  # queries that share one key range, so that most of the upper triangle is never computed
 
 
+class _Scores(NamedTuple):
+    """What a softmax is taken of: G query rows at each position, a window of keys or all, capped scores or plain ones."""
+
+    groups: int
+    window: int | None
+    softcap: float | None
+
+
 def causal_attention(
-    q: Float[Array, "R E L K G H"], k: Float[Array, "R E S K H"], v: Float[Array, "R E S K H"]
+    q: Float[Array, "R E L K G H"], k: Float[Array, "R E S K H"], v: Float[Array, "R E S K H"], *,
+    scale: float, window: int | None = None, softcap: float | None = None,
 ) -> Float[Array, "R E L K G H"]:
-    """Each of the last L of S positions attends to itself and those before it. Products in q's dtype, softmax in float32, scores
-    scaled by 1 / sqrt(H).
+    """Each of the last L of S positions attends to itself and those before it, with a `window` w to itself and the w - 1 before it.
+    Products in q's dtype, softmax in float32, of scores scaled by `scale` and then, with a `softcap` c, made c * tanh(score / c).
 
     Nothing of size L x S is kept for the backward pass, which makes the probabilities again from the log normaliser.
     """
     length, _, groups, head_dim = q.shape[2:]
-    rows = _heads_first(q * jnp.asarray(head_dim**-0.5, q.dtype)), _heads_first(k), _heads_first(v)
-    out = _attention(*rows, groups)
+    rows = _heads_first(q * jnp.asarray(scale, q.dtype)), _heads_first(k), _heads_first(v)
+    seen_whole = window is None or window >= k.shape[2]
+    out = _attention(*rows, _Scores(groups, None if seen_whole else window, softcap))
     return jnp.moveaxis(out.reshape(*out.shape[:3], length, groups, head_dim), 2, 3)
 
 
@@ -39,8 +50,8 @@ def _heads_first(x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attention(q: Float[Array, "R E K L*G H"], k: Float[Array, "R E K S H"], v: Float[Array, "R E K S H"], groups: int):
-    return _by_segment(functools.partial(_forward, groups=groups), q, k, v)[0]
+def _attention(q: Float[Array, "R E K L*G H"], k: Float[Array, "R E K S H"], v: Float[Array, "R E K S H"], form: _Scores):
+    return _by_segment(functools.partial(_forward, form=form), q, k, v)[0]
 
 
 def _by_segment(function, *arrays: Float[Array, "R E ..."]):
@@ -55,58 +66,67 @@ def _by_segment(function, *arrays: Float[Array, "R E ..."]):
     return on_one_cpu(one_by_one, function, *arrays)
 
 
-def _chunks(q, k, groups: int) -> list[tuple[slice, int, Array]]:
-    """(query rows, how many keys they see at most, which [rows, keys]) of every query chunk."""
-    length = q.shape[-2] // groups
+def _chunks(q, k, form: _Scores) -> list[tuple[slice, slice, Array]]:
+    """(query rows, keys that they may see, which of them [rows, keys]) of every query chunk."""
+    length = q.shape[-2] // form.groups
     before = k.shape[-2] - length
     size = -(-length // -(-length // QUERY_CHUNK))
-    bounds = [(first, min(first + size, length)) for first in range(0, length, size)]
-    return [(slice(first * groups, end * groups), before + end, _visible(first, end, before, groups)) for first, end in bounds]
+    chunks = []
+    for first in range(0, length, size):
+        end = min(first + size, length)
+        oldest = 0 if form.window is None else max(0, before + first - form.window + 1)
+        queries, keys = jnp.arange(before + first, before + end)[:, None], jnp.arange(oldest, before + end)
+        visible = queries >= keys if form.window is None else (queries >= keys) & (queries - keys < form.window)
+        chunks.append((slice(first * form.groups, end * form.groups), slice(oldest, before + end), jnp.repeat(visible, form.groups, axis=0)))
+    return chunks
 
 
-def _visible(first: int, end: int, before: int, groups: int):
-    return jnp.repeat(jnp.arange(before + first, before + end)[:, None] >= jnp.arange(before + end), groups, axis=0)
+def soft_capped(scores: Float[Array, "..."], softcap: float | None) -> Float[Array, "..."]:
+    """softcap * tanh(scores / softcap) (Gemma 2, arXiv 2408.00118); `scores` themselves where there is none."""
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def _forward(q, k, v, groups: int):
+def _forward(q, k, v, form: _Scores):
     """(context, log normaliser) of query rows [R, E, K, L * G, H] over keys and values [R, E, K, S, H]."""
     out, normaliser = [], []
-    for rows, keys, visible in _chunks(q, k, groups):
-        scores = product("rekth,reksh->rekts", q[..., rows, :], k[..., :keys, :], q.dtype)
+    for rows, keys, visible in _chunks(q, k, form):
+        scores = soft_capped(product("rekth,reksh->rekts", q[..., rows, :], k[..., keys, :], q.dtype), form.softcap)
         scores = jnp.where(visible, scores, MASKED)
         largest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = row_sum(weights)
-        out.append(product("rekts,reksh->rekth", weights, v[..., :keys, :], q.dtype) / total)
+        out.append(product("rekts,reksh->rekth", weights, v[..., keys, :], q.dtype) / total)
         normaliser.append((jnp.log(total) + largest)[..., 0])
     return jnp.concatenate(out, axis=-2).astype(q.dtype), jnp.concatenate(normaliser, axis=-1)
 
 
-def _forward_kept(q, k, v, groups):
-    kept = q, k, v, *_by_segment(functools.partial(_forward, groups=groups), q, k, v)
+def _forward_kept(q, k, v, form):
+    kept = q, k, v, *_by_segment(functools.partial(_forward, form=form), q, k, v)
     q, k, v, out, normaliser = (keep(x, x.dtype) for x in kept)
     return out, (q, k, v, out, normaliser)
 
 
-def _backward_kept(groups, residuals, cotangent):
+def _backward_kept(form, residuals, cotangent):
     q, k, v, out, normaliser = residuals
-    return _by_segment(functools.partial(_backward, groups=groups), q, k, jnp.swapaxes(k, -1, -2), v, out, normaliser, cotangent)
+    return _by_segment(functools.partial(_backward, form=form), q, k, jnp.swapaxes(k, -1, -2), v, out, normaliser, cotangent)
 
 
-def _backward(q, k, k_columns, v, out, normaliser, d_out, groups: int):
+def _backward(q, k, k_columns, v, out, normaliser, d_out, form: _Scores):
     dtype = q.dtype
     delta = jnp.sum(d_out.astype(jnp.float32) * out, axis=-1)
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for rows, keys, visible in _chunks(q, k, groups):
+    for rows, keys, visible in _chunks(q, k, form):
         # Key-major scores [keys, rows]: the products with them on the left then need no transposed copy, and that on the right
         # gives dq as columns.
-        scores = product("reksh,rekth->rekst", k[..., :keys, :], q[..., rows, :], dtype)
+        scores = soft_capped(product("reksh,rekth->rekst", k[..., keys, :], q[..., rows, :], dtype), form.softcap)
         weights = jnp.where(visible.T, jnp.exp(scores - normaliser[..., None, rows]), 0)
-        d_weights = product("reksh,rekth->rekst", v[..., :keys, :], d_out[..., rows, :], dtype)
+        d_weights = product("reksh,rekth->rekst", v[..., keys, :], d_out[..., rows, :], dtype)
         d_scores = weights * (d_weights - delta[..., None, rows])
-        dv = dv.at[..., :keys, :].add(product("rekst,rekth->reksh", weights, d_out[..., rows, :], dtype))
-        dk = dk.at[..., :keys, :].add(product("rekst,rekth->reksh", d_scores, q[..., rows, :], dtype))
-        dq.append(product("rekhs,rekst->rekht", k_columns[..., :keys], d_scores, dtype))
+        if form.softcap is not None:  # the slope of the cap: 1 - tanh^2
+            d_scores = d_scores * (1 - jnp.square(scores / form.softcap))
+        dv = dv.at[..., keys, :].add(product("rekst,rekth->reksh", weights, d_out[..., rows, :], dtype))
+        dk = dk.at[..., keys, :].add(product("rekst,rekth->reksh", d_scores, q[..., rows, :], dtype))
+        dq.append(product("rekhs,rekst->rekht", k_columns[..., keys], d_scores, dtype))
     dq = jnp.swapaxes(jax.lax.optimization_barrier(jnp.concatenate(dq, axis=-1)), -1, -2)
     return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype)
 

@@ -4,6 +4,7 @@ Declared with NNX, split once (`split_decoder`), then only pytrees: steps and sa
 Dims: R runs, B rows, T positions, L layers, D model, F hidden, N heads, K kv heads, G = N / K, H head dim, V vocabulary.
 """
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +13,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ip_jax.models.attention import causal_attention, to_rows, to_segments
-from ip_jax.models.families import DecoderConfig
+from ip_jax.models.attention import causal_attention, soft_capped, to_rows, to_segments
+from ip_jax.models.families import AttentionKind, DecoderConfig
 from ip_jax.models.lora import TARGETS, LoraConfig
 from ip_jax.models.placement import BY_ROW, constrain
 from ip_jax.models.products import KEPT, as_bits, base_products, from_bits, kept, lora_products, product, row_sum
 from ip_jax.models.rope import apply_rope, rope_tables
 
-# attend(q, k, v, layer_cache) -> (context, what the layer emits): the one thing that differs between training and decoding
-Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+# attend(q, k, v, layer's cache, layer's kind) -> (context, what the layer emits): what differs between training and decoding
+Attend = Callable[[Array, Array, Array, Any, AttentionKind], tuple[Array, Any]]
+NORMS = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_pre_norm", "mlp_post_norm", "q_norm", "k_norm")  # those of a layer, as the family has them
 
 
 class Projection(nnx.Module):
@@ -66,8 +68,9 @@ class Layers(nnx.Module):
     """All layers, stacked on axis 0 (base) and axis 1 (LoRA, behind the run axis)."""
 
     def __init__(self, params, lora, scale: float):
-        self.attn_norm = nnx.Param(params["attn_norm"])
-        self.mlp_norm = nnx.Param(params["mlp_norm"])
+        for name in NORMS:
+            if name in params:
+                setattr(self, name, nnx.Param(params[name]))
         for name in ("q", "k", "v", "o", "gate", "up", "down"):
             setattr(self, name, Projection(params[name], params.get(f"{name}_bias"), lora.get(name), scale))
 
@@ -92,50 +95,98 @@ class Decoder(nnx.Module):
         """
         config = self.config
         x = jnp.take(self.embed[...], tokens, axis=0).astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
-        rope = rope_tables(positions, config)
+        ropes = {rope: rope_tables(positions, rope, config.head_dim) for rope in config.ropes}
         graphdef, lora, base = nnx.split(self.layers, nnx.LoRAParam, nnx.Param)
         lora = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), lora)
         base = as_bits(base)
 
-        def body(x, scanned):
+        def layer(kind: AttentionKind, x, scanned):
             lora, base, cache, index = scanned
             base = from_bits(base)
             layer_dropout = dropout and (dropout[0], jax.vmap(lambda key: jax.random.fold_in(key, index))(dropout[1]))
             x = constrain(x, BY_ROW)  # else the partitioner may cut x as the weights are cut and send activations about
-            return decoder_layer(nnx.merge(graphdef, lora, base), config, x, rope, attend, cache, layer_dropout)
+            layer_attend = lambda q, k, v: attend(q, k, v, cache, kind)  # noqa: E731
+            return decoder_layer(nnx.merge(graphdef, lora, base), config, x, ropes[kind.rope], layer_attend, layer_dropout)
 
         policy = None if remat else jax.checkpoint_policies.save_only_these_names(KEPT)
-        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        x, emitted = jax.lax.scan(body, x, (lora, base, cache, jnp.arange(config.n_layers)))
+        x, emitted = _run_layers(layer, config.attention, x, (lora, base, cache, jnp.arange(config.n_layers)), policy)
         return rms_norm(x, self.final_norm[...], config), emitted
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Float32 next-token logits."""
         vocabulary = self.vocabulary()
-        return product("...d,vd->...v", hidden, vocabulary, vocabulary.dtype)
+        return soft_capped(product("...d,vd->...v", hidden, vocabulary, vocabulary.dtype), self.config.logit_softcap)
 
     def vocabulary(self) -> Float[Array, "V D"]:
         """The output embedding, one row a token."""
         return self.embed[...] if self.head is None else self.head[...].T
 
 
-def decoder_layer(layer: Layers, config: DecoderConfig, x, rope, attend: Attend, cache, dropout):
-    """One pre-norm block on x [R, B, T, D]: attention, then the gated MLP. Returns (x, what attend emitted)."""
+def _run_layers(layer, kinds: tuple[AttentionKind, ...], x, stacks, policy):
+    """(x, emissions [L, ...]) of `layer(kind, x, (lora, base, cache, index))` for each layer of these stacks [L, ...]: whole periods of
+    kinds in a scan, then the layers that are left.
+
+    Base weights are never copied: a slice that leaves layers out would be one, so then each layer is taken from the whole stack, and within
+    the rematerialised function, as what is taken before is kept for the backward pass.
+    """
+    lora, base, cache, index = stacks
+    count, period = len(index), len(kinds)
+    scanned = count - count % period if count > period else 0  # XLA unrolls a loop of one pass
+
+    def in_turn(kinds, prevent_cse, x, stacks):
+        emissions = []
+        for i, kind in enumerate(kinds):
+
+            def one(x, stacks, i=i, kind=kind):
+                lora, own_base, cache, index = jax.tree.map(operator.itemgetter(i), stacks)
+                if own_base is None:
+                    own_base = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), base)
+                return layer(kind, x, (lora, own_base, cache, index))
+
+            x, emitted = jax.checkpoint(one, prevent_cse=prevent_cse, policy=policy)(x, stacks)
+            emissions.append(emitted)
+        return x, jax.tree.map(lambda *layers: jnp.stack(layers), *emissions)
+
+    by_period = lambda tree: jax.tree.map(lambda a: a[:scanned].reshape(scanned // period, period, *a.shape[1:]), tree)  # noqa: E731
+    periods = by_period((lora, base if scanned == count else None, cache, index))
+    x, emitted = jax.lax.scan(functools.partial(in_turn, kinds, False), x, periods)
+    emitted = jax.tree.map(lambda a: a.reshape(scanned, *a.shape[2:]), emitted)
+    if scanned < count:
+        left = jax.tree.map(lambda a: a[scanned:], (lora, None, cache, index))
+        x, last = in_turn(kinds[: count - scanned], True, x, left)
+        emitted = jax.tree.map(lambda *parts: jnp.concatenate(parts), emitted, last)
+    return x, emitted
+
+
+def decoder_layer(layer: Layers, config: DecoderConfig, x, rope, attend, dropout):
+    """One block on x [R, B, T, D]: attention (`attend(q, k, v)`), then the MLP, each behind its norm. Returns (x, what attend emitted)."""
     dropout = dropout and _projection_keys(*dropout)
     rows = x.shape[:3]
+    context, emitted = attend(*rotated_heads(layer, config, rms_norm(x, layer.attn_norm[...], config), rope, dropout))
+    out = project(context.reshape(*rows, config.n_heads * config.head_dim), {"o": layer.o}, dropout)["o"].astype(x.dtype)
+    x = x + (rms_norm(out, layer.attn_post_norm[...], config) if config.post_norms else out)
+    before = layer.mlp_pre_norm if config.post_norms else layer.mlp_norm
+    out = gated_mlp(layer, config, rms_norm(x, before[...], config), dropout)
+    return x + (rms_norm(out, layer.mlp_post_norm[...], config) if config.post_norms else out), emitted
+
+
+def rotated_heads(layer: Layers, config: DecoderConfig, h, rope, dropout):
+    """(q [R, B, T, K, G, H], k [R, B, T, K, H], v [R, B, T, K, H]) of h [R, B, T, D], q and k rotated."""
+    rows = h.shape[:3]
     kv_heads, groups, head_dim = config.n_kv_heads, config.n_heads // config.n_kv_heads, config.head_dim
-    h = rms_norm(x, layer.attn_norm[...], config)
     qkv = project(h, {"q": layer.q, "k": layer.k, "v": layer.v}, dropout)
-    q = apply_rope(qkv["q"].reshape(*rows, kv_heads, groups, head_dim), rope)
-    k = apply_rope(qkv["k"].reshape(*rows, kv_heads, 1, head_dim), rope)[..., 0, :]
-    v = qkv["v"].reshape(*rows, kv_heads, head_dim)
-    context, emitted = attend(q, k, v, cache)
-    x = x + project(context.reshape(*rows, config.n_heads * head_dim), {"o": layer.o}, dropout)["o"].astype(x.dtype)
-    h = rms_norm(x, layer.mlp_norm[...], config)
+    q, k = qkv["q"].reshape(*rows, kv_heads, groups, head_dim), qkv["k"].reshape(*rows, kv_heads, 1, head_dim)
+    if config.qk_norm:
+        q, k = rms_norm(q, layer.q_norm[...], config), rms_norm(k, layer.k_norm[...], config)
+    return apply_rope(q, rope), apply_rope(k, rope)[..., 0, :], qkv["v"].reshape(*rows, kv_heads, head_dim)
+
+
+def gated_mlp(layer: Layers, config: DecoderConfig, h, dropout):
+    """down(activation(gate(h)) * up(h)) of h [R, B, T, D]."""
     activation = jax.nn.silu if config.activation == "silu" else lambda a: jax.nn.gelu(a, approximate=True)
     mlp = project(h, {"gate": layer.gate, "up": layer.up}, dropout)
-    hidden = activation(mlp["gate"].astype(x.dtype)) * mlp["up"].astype(x.dtype)
-    return x + project(hidden, {"down": layer.down}, dropout)["down"].astype(x.dtype), emitted
+    hidden = activation(mlp["gate"].astype(h.dtype)) * mlp["up"].astype(h.dtype)
+    return project(hidden, {"down": layer.down}, dropout)["down"].astype(h.dtype)
 
 
 def _projection_keys(rate: float, keys):
@@ -169,9 +220,9 @@ def _inverse_scale(x, eps):
     return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def causal_attend(q, k, v, _) -> tuple[Array, None]:
+def causal_attend(q, k, v, _, kind: AttentionKind) -> tuple[Array, None]:
     """Attention for rows that are one sequence each, from their first position on (what follows it is not seen). Emits nothing."""
-    return causal_attention(q, k, v), None
+    return causal_attention(q, k, v, scale=kind.scale, window=kind.window, softcap=kind.softcap), None
 
 
 def packed_attend(segment_ids: Int[Array, "R B T"], positions: Int[Array, "R B T"], segment_index: Int[Array, "R B N L"]) -> Attend:
@@ -183,9 +234,9 @@ def packed_attend(segment_ids: Int[Array, "R B T"], positions: Int[Array, "R B T
     segments, length = segment_index.shape[-2:]
     source = jnp.where(segment_ids > 0, (segment_ids - 1) * length + positions, segments * length)
 
-    def attend(q, k, v, _):
-        q, k, v = (to_segments(x, segment_index, source) for x in (q, k, v))
-        return to_rows(causal_attention(q, k, v), segment_index, source), None
+    def attend(q, k, v, _, kind):
+        context, _ = causal_attend(*(to_segments(x, segment_index, source) for x in (q, k, v)), None, kind)
+        return to_rows(context, segment_index, source), None
 
     return attend
 

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ip_jax.models.assemble import ShardingOf, assemble
-from ip_jax.models.families import DecoderConfig, ParamPath
+from ip_jax.models.families import DecoderConfig, ParamPath, uniform_attention
 
 ARCHITECTURES = ("llama", "qwen2")
 
@@ -78,6 +78,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
         raise ValueError(f"{file.path} uses scaled rope or experts, which are not read from GGUF files; load the model's safetensors folder instead.")
     d_model = _required(file, f"{family}.embedding_length")
     n_heads = _required(file, f"{family}.attention.head_count")
+    head_dim = file.metadata.get(f"{family}.attention.key_length", d_model // n_heads)
     return DecoderConfig(
         family=family,
         vocab_size=len(_required(file, "tokenizer.ggml.tokens")),
@@ -86,8 +87,8 @@ def read_config(file: GgufFile) -> DecoderConfig:
         n_layers=_required(file, f"{family}.block_count"),
         n_heads=n_heads,
         n_kv_heads=file.metadata.get(f"{family}.attention.head_count_kv", n_heads),
-        head_dim=file.metadata.get(f"{family}.attention.key_length", d_model // n_heads),
-        rope_theta=file.metadata.get(f"{family}.rope.freq_base", 10000.0),
+        head_dim=head_dim,
+        attention=uniform_attention(head_dim, file.metadata.get(f"{family}.rope.freq_base", 10000.0)),
         norm_eps=_required(file, f"{family}.attention.layer_norm_rms_epsilon"),
         max_positions=_required(file, f"{family}.context_length"),
         tied_embeddings="output.weight" not in file.tensors,

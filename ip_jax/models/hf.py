@@ -15,6 +15,9 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _OUTSIDE = {("embed",): "model.embed_tokens.weight", ("final_norm",): "model.norm.weight", ("head",): "lm_head.weight"}
 _LAYER = {
     "attn_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight",
+    "attn_post_norm": "post_attention_layernorm.weight",  # where the block has norms on both sides
+    "mlp_pre_norm": "pre_feedforward_layernorm.weight", "mlp_post_norm": "post_feedforward_layernorm.weight",
+    "q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight",
     "q": "self_attn.q_proj.weight", "k": "self_attn.k_proj.weight", "v": "self_attn.v_proj.weight", "o": "self_attn.o_proj.weight",
     "q_bias": "self_attn.q_proj.bias", "k_bias": "self_attn.k_proj.bias", "v_bias": "self_attn.v_proj.bias",
     "gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight", "down": "mlp.down_proj.weight",
@@ -60,7 +63,7 @@ def read_params(folder: Path | str, config: DecoderConfig, dtype, sharding: Shar
     """
     with ExitStack() as stack:
         files = {path: stack.enter_context(_open(path)) for path in weight_files(folder)}
-        owner = {name: path for path, file in files.items() for name in file.keys()}
+        owner = {_in_language_model(name): (path, name) for path, file in files.items() for name in file.keys()}
 
         def read(path: ParamPath, layer: int | None) -> Tensor:
             if path[-1].startswith("expert_"):
@@ -79,12 +82,19 @@ def read_params(folder: Path | str, config: DecoderConfig, dtype, sharding: Shar
         def stored(name: str):
             if name not in owner:
                 raise ValueError(f"{folder} has no tensor {name!r} in its safetensors files, so the model is incomplete; fetch it again.")
-            tensor = files[owner[name]].get_slice(name)
+            path_of_file, stored_name = owner[name]
+            tensor = files[path_of_file].get_slice(stored_name)
             if tensor.get_dtype() not in _FLOATS:
-                raise ValueError(f"{owner[name]}: the tensor {name} is stored as {tensor.get_dtype()}; supported are {', '.join(_FLOATS)}.")
+                raise ValueError(f"{path_of_file}: the tensor {name} is stored as {tensor.get_dtype()}; supported are {', '.join(_FLOATS)}.")
             return tensor
 
         return assemble(config, read, dtype, sharding, Path(folder))
+
+
+def _in_language_model(name: str) -> str:
+    """A tensor's name within the language model of a multimodal checkpoint: transformers wrote language_model.model.layers..., then
+    model.language_model.layers..."""
+    return name.replace("language_model.", "", 1)
 
 
 def weight_files(folder: Path | str) -> list[Path]:

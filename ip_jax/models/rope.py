@@ -7,22 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ip_jax.models.families import DecoderConfig
+from ip_jax.models.families import LinearScaling, Rope, RopeScaling
 from ip_jax.models.placement import on_one_cpu
 from ip_jax.models.products import product
 
 Tables = tuple[Float[Array, "*rows 1 1 H"], Float[Array, "*rows 1 1 H"]]  # cos, sin
 
 
-def rope_tables(positions: Int[Array, "*rows"], config: DecoderConfig) -> Tables:
-    """(cos, sin) of the rotary angles in float32, with Llama 3.1's frequency scaling where the config has it."""
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if (scaling := config.rope_scaling) is not None:
-        wavelength = 2 * jnp.pi / frequency
-        turns = scaling.original_max_positions / wavelength
-        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        frequency = frequency * (jnp.clip(blend, 0, 1) * (1 - 1 / scaling.factor) + 1 / scaling.factor)
+def rope_tables(positions: Int[Array, "*rows"], rope: Rope, head_dim: int) -> Tables:
+    """(cos, sin) of the rotary angles in float32."""
+    half = head_dim // 2
+    frequency = rope.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    match rope.scaling:
+        case LinearScaling(factor):
+            frequency = frequency / factor
+        case RopeScaling() as scaling:
+            wavelength = 2 * jnp.pi / frequency
+            turns = scaling.original_max_positions / wavelength
+            blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+            frequency = frequency * (jnp.clip(blend, 0, 1) * (1 - 1 / scaling.factor) + 1 / scaling.factor)
     angle = positions[..., None, None, None].astype(jnp.float32) * jnp.tile(frequency, 2)
     return jnp.cos(angle), jnp.sin(angle)
 

@@ -4,9 +4,9 @@ Dims as in slots.py: R runs, P groups, G rows of one group, S prompt positions, 
 prefill, X positions of the prefix, K kv heads, J query heads of one kv head, H head dim.
 """
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from ip_jax.models.attention import MASKED, causal_attention
+from ip_jax.models.attention import MASKED, causal_attention, soft_capped
 from ip_jax.models.products import product, row_sum
 
 
@@ -16,32 +16,37 @@ def prompt_attend(dtype):
     The cache of a layer is (keys [R, 1, K, H, X], values [R, 1, K, X, H]); emits the prompts' (keys [R, Q, K, H, T], values [R, Q, K, T, H]).
     """
 
-    def attend(q, k, v, cache):
+    def attend(q, k, v, cache, kind):
         behind = lambda prefix, x: jnp.concatenate([jnp.broadcast_to(prefix.astype(x.dtype), (*x.shape[:2], *prefix.shape[2:])), x], axis=2)  # noqa: E731
         prefix_k, prefix_v = jnp.moveaxis(cache[0], 4, 2), jnp.moveaxis(cache[1], 3, 2)
-        context = causal_attention(q, behind(prefix_k, k), behind(prefix_v, v))
+        context = causal_attention(
+            q, behind(prefix_k, k), behind(prefix_v, v), scale=kind.scale, window=kind.window, softcap=kind.softcap
+        )
         return context, (jnp.moveaxis(k, 2, 4).astype(dtype), jnp.moveaxis(v, 2, 3).astype(dtype))
 
     return attend
 
 
-def token_attend(in_prompt: Bool[Array, "R P S"], in_ring: Bool[Array, "R P C"], rows: int):
-    """Attention of one new token for each row over the visible positions of its group's prompt, its own ring and itself.
+def token_attend(in_prompt: Bool[Array, "R P S"], in_ring: Bool[Array, "R P C"], back: tuple[Int[Array, "R P S"], Int[Array, " C"]], rows: int):
+    """Attention of one new token for each row over the filled positions of its group's prompt and of its own ring, and itself.
 
+    `back` is how many positions before the new token those of the prompt and the ring are: a window hides what is too far back.
     The cache of a layer is (prompt keys [R, P, K, H, S], values [R, P, K, S, H], ring keys [R, P, G, K, H, C], values [R, P, G, K, C, H]);
     emits the token's (keys, values) [R, P, G, K, H].
     """
-    in_prompt, in_ring = in_prompt[:, :, None, None, None], in_ring[:, :, None, None, None]
+    over_heads = lambda x: x[:, :, None, None, None]  # noqa: E731
 
-    def attend(q, k, v, cache):
+    def attend(q, k, v, cache, kind):
         prompt_k, prompt_v, own_k, own_v = cache
         runs, groups = prompt_k.shape[:2]
         heads = lambda x: x.reshape(runs, groups, rows, *x.shape[3:])  # noqa: E731
-        q, k, v = heads(q).astype(jnp.float32) * q.shape[-1] ** -0.5, heads(k), heads(v)
+        q, k, v = heads(q).astype(jnp.float32) * kind.scale, heads(k), heads(v)
         shared = _over_prompt(q, prompt_k)
         own = product("rpgkjh,rpgkhc->rpgkjc", q, own_k, own_k.dtype)
         itself = row_sum(q * k[..., None, :])
-        shared, own = jnp.where(in_prompt, shared, MASKED), jnp.where(in_ring, own, MASKED)
+        shared, own, itself = (soft_capped(scores, kind.softcap) for scores in (shared, own, itself))
+        seen = (in_prompt, in_ring) if kind.window is None else (in_prompt & (back[0] < kind.window), in_ring & (back[1] < kind.window))
+        shared, own = jnp.where(over_heads(seen[0]), shared, MASKED), jnp.where(over_heads(seen[1]), own, MASKED)
         largest = jnp.maximum(jnp.maximum(shared.max(-1, keepdims=True), own.max(-1, keepdims=True)), itself)
         shared, own, itself = (jnp.exp(scores - largest) for scores in (shared, own, itself))
         context = _over_prompt(shared, prompt_v)

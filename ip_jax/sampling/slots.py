@@ -17,8 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ip_jax.models.decoder import decoder_layer, rms_norm
+from ip_jax.models.families import Rope
 from ip_jax.models.placement import BY_ROW, EVERYWHERE, constrain
-from ip_jax.models.rope import rope_tables
+from ip_jax.models.rope import Tables, rope_tables
 from ip_jax.sampling.attention import prompt_attend, token_attend
 from ip_jax.sampling.randomness import choose_tokens, row_keys, token_uniforms
 
@@ -160,16 +161,17 @@ def decode(
         return ~jnp.all(slots.finished) & ~refill_pays
 
     positions = jnp.arange(slots.prompt_k[0].shape[-1] + slots.tokens.shape[-1])
-    rope = rope_tables(positions, nnx.merge(graphdef, lora, base).config)  # once, else XLA makes them again in every layer
+    config = nnx.merge(graphdef, lora, base).config
+    ropes = {rope: rope_tables(positions, rope, config.head_dim) for rope in config.ropes}  # once, else XLA makes them again in every layer
 
     def step(slots: Slots):
-        return decode_step(nnx.merge(graphdef, lora, base), layers, slots, rope, stop_ids, jnp.dtype(dtype), candidates)
+        return decode_step(nnx.merge(graphdef, lora, base), layers, slots, ropes, stop_ids, jnp.dtype(dtype), candidates)
 
     return _pinned(jax.lax.while_loop(working, step, slots))
 
 
-def decode_step(decoder, layers, slots: Slots, rope, stop_ids: Int[Array, " E"], dtype, candidates: int) -> Slots:
-    """Feeds every row its token, chooses the next. `rope` holds the tables of all positions. Finished rows are computed and kept as they are."""
+def decode_step(decoder, layers, slots: Slots, ropes: dict[Rope, Tables], stop_ids: Int[Array, " E"], dtype, candidates: int) -> Slots:
+    """Feeds every row its token, chooses the next. `ropes` holds the tables of all positions. Finished rows are computed and kept as they are."""
     runs, groups, rows = slots.token.shape
     age = slots.clock - slots.started
     position = jnp.broadcast_to((slots.prompt_length - 1 + age)[..., None], slots.token.shape)
@@ -178,9 +180,10 @@ def decode_step(decoder, layers, slots: Slots, rope, stop_ids: Int[Array, " E"],
     in_prompt = jnp.arange(slots.prompt_k[0].shape[-1]) < slots.prompt_length[..., None] - 1
     ring = slots.tokens.shape[-1]
     columns_back = (slots.clock - 1 - jnp.arange(ring)) % ring + 1  # steps since a column was written, 1 .. C
-    attend = token_attend(in_prompt, columns_back <= age[..., None], rows)
-    rope = jax.tree.map(operator.itemgetter(in_batch(position)), rope)
-    hidden, emitted = _run_layers(decoder, layers, in_batch(slots.token), rope, attend, caches, dtype)
+    prompt_back = position[..., :1] - jnp.arange(slots.prompt_k[0].shape[-1])
+    attend = token_attend(in_prompt, columns_back <= age[..., None], (prompt_back, columns_back), rows)
+    ropes = {rope: jax.tree.map(operator.itemgetter(in_batch(position)), tables) for rope, tables in ropes.items()}
+    hidden, emitted = _run_layers(decoder, layers, in_batch(slots.token), ropes, attend, caches, dtype)
     logits = decoder.logits(constrain(hidden[:, :, 0], EVERYWHERE))  # each device has its part of the vocabulary for all rows
     logits = constrain(logits, BY_ROW).reshape(runs, groups, rows, -1)
     index = jnp.broadcast_to(age[..., None], slots.token.shape)
@@ -202,13 +205,14 @@ def decode_step(decoder, layers, slots: Slots, rope, stop_ids: Int[Array, " E"],
     )
 
 
-def _run_layers(decoder, layers, tokens: Int[Array, "R B T"], rope, attend, caches, dtype):
+def _run_layers(decoder, layers, tokens: Int[Array, "R B T"], ropes, attend, caches, dtype):
     """Final-norm hidden states [R, B, T, D] and what `attend` emitted at each layer, as `Decoder.__call__` but layer by layer."""
     config = decoder.config
     x = jnp.take(decoder.embed[...], tokens, axis=0).astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
     layer_def = _split_layers(decoder)[0]
     emitted = []
-    for (lora, base), cache in zip(layers, caches, strict=True):
-        x, new = decoder_layer(nnx.merge(layer_def, lora, base), config, constrain(x, BY_ROW), rope, attend, cache, None)
+    for (lora, base), cache, kind in zip(layers, caches, config.layer_kinds, strict=True):
+        layer_attend = functools.partial(attend, cache=cache, kind=kind)
+        x, new = decoder_layer(nnx.merge(layer_def, lora, base), config, constrain(x, BY_ROW), ropes[kind.rope], layer_attend, None)
         emitted.append(new)
     return rms_norm(x, decoder.final_norm[...], config), emitted

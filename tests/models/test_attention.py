@@ -1,4 +1,7 @@
 """Attention by segments and its written-out backward pass against torch, for grouped heads, segments and padding."""
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +11,15 @@ from ip_jax.data.packing import segment_index
 from ip_jax.models import attention
 from ip_jax.models.attention import to_rows, to_segments
 from ip_jax.models.decoder import packed_attend
+from ip_jax.models.families import uniform_attention
 
 SEGMENTS = np.array([[[1] * 5 + [2] * 4 + [0] * 3, [1] * 12], [[1] * 1 + [2] * 11, [0] * 12]])  # [R, B, T]
 POSITIONS = np.array([[[*range(5), *range(4), 0, 0, 0], [*range(12)]], [[0, *range(11)], [0] * 12]])
+KIND = uniform_attention(8, 1000.0)[0]
+KINDS = {
+    "window": dataclasses.replace(KIND, window=3), "itself alone": dataclasses.replace(KIND, window=1), "soft cap": dataclasses.replace(KIND, softcap=1.5),
+    "both": dataclasses.replace(KIND, window=5, softcap=0.7, scale=0.6),
+}  # fmt: skip
 HEADS = {"grouped": (2, 3), "all heads": (4, 1), "one kv head": (1, 4)}  # K, G
 
 
@@ -21,32 +30,31 @@ def arrays(kv_heads: int, groups: int, seed: int = 0):
     return [rng.standard_normal((runs, rows, length, *shape)).astype(np.float32) for shape in shapes]  # q, k, v, cotangent
 
 
-def context_and_gradients(q, k, v, cotangent):
+def context_and_gradients(q, k, v, cotangent, kind=KIND):
     attend = packed_attend(jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS), jnp.asarray(segment_index(SEGMENTS, POSITIONS, 2, 12)))
-    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, None)[0], q, k, v)
+    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, None, kind)[0], q, k, v)
     return [out, *pull(cotangent)]
 
 
 def ours(*inputs):
-    return jax.device_get(jax.jit(context_and_gradients)(*inputs))
+    return jax.device_get(jax.jit(context_and_gradients, static_argnums=4)(*inputs))
 
 
-def theirs(q, k, v, cotangent):
-    """Every segment by itself through torch's scaled_dot_product_attention, with its gradients."""
+def theirs(q, k, v, cotangent, kind=KIND):
+    """Every segment by itself, its scores written out in torch, with torch's gradients."""
     torch = pytest.importorskip("torch")
     leaves = [torch.tensor(x, requires_grad=True) for x in (q, k, v)]
     out = torch.zeros(q.shape)
-    groups = q.shape[4]
     for r, b in np.ndindex(*SEGMENTS.shape[:2]):
         for segment in set(SEGMENTS[r, b]) - {0}:
             at = torch.tensor(np.flatnonzero(SEGMENTS[r, b] == segment))
             tq, tk, tv = (leaf[r, b, at] for leaf in leaves)
-            context = torch.nn.functional.scaled_dot_product_attention(
-                tq.flatten(1, 2).transpose(0, 1),
-                *(x.repeat_interleave(groups, dim=1).transpose(0, 1) for x in (tk, tv)),
-                is_causal=True,
-            )
-            out[r, b, at] = context.transpose(0, 1).reshape(tq.shape)
+            scores = torch.einsum("tkgh,skh->kgts", tq, tk) * kind.scale
+            if kind.softcap:
+                scores = torch.tanh(scores / kind.softcap) * kind.softcap
+            distance = at[:, None] - at
+            hidden = (distance < 0) | (distance >= (kind.window or len(at)))
+            out[r, b, at] = torch.einsum("kgts,skh->tkgh", scores.masked_fill(hidden, -torch.inf).softmax(-1), tv)
     out.backward(torch.tensor(cotangent))
     return [x.numpy() for x in (out.detach(), *(leaf.grad for leaf in leaves))]
 
@@ -60,14 +68,33 @@ def test_context_and_gradients_equal_torch(heads, chunk, monkeypatch):
         np.testing.assert_allclose(mine, reference, atol=3e-6)
 
 
-def test_queries_behind_a_prefix_are_the_last_ones_of_the_whole():
+@pytest.mark.parametrize("chunk", [128, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_and_soft_caps_equal_torch(kind, chunk, monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
+    inputs = arrays(2, 3)
+    for mine, reference in zip(ours(*inputs, KINDS[kind]), theirs(*inputs, KINDS[kind]), strict=True):
+        np.testing.assert_allclose(mine, reference, atol=3e-6)
+
+
+def test_a_window_leaves_out_the_keys_that_no_query_of_a_chunk_sees(monkeypatch):
+    """12 positions in chunks of 4 with a window of 3: at most 6 keys a chunk."""
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
+    q, k, v, _ = arrays(2, 3)
+    text = jax.jit(lambda q, k, v: attention.causal_attention(q, k, v, scale=1.0, window=3)).lower(q, k, v).as_text()
+    scores = {tuple(map(int, shape)) for shape in re.findall(r"-> tensor<1x1x2x(12)x(\d+)xf32>", text)}
+    assert {keys for _, keys in scores} - {1, 8} == {4, 6}  # products with ones and with values besides
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_queries_behind_a_prefix_are_the_last_ones_of_the_whole(window):
     q, k, v, cotangent = (x[:, :1] for x in arrays(2, 3))
 
     def whole(q, k, v):
-        return attention.causal_attention(q, k, v)[:, :, 5:]
+        return attention.causal_attention(q, k, v, scale=8**-0.5, window=window)[:, :, 5:]
 
     def behind(q, k, v):
-        return attention.causal_attention(q[:, :, 5:], k, v)
+        return attention.causal_attention(q[:, :, 5:], k, v, scale=8**-0.5, window=window)
 
     (expected, pull), (out, pull_behind) = jax.vjp(whole, q, k, v), jax.vjp(behind, q, k, v)
     for mine, reference in zip([out, *pull_behind(cotangent[:, :, 5:])], [expected, *pull(cotangent[:, :, 5:])], strict=True):

@@ -9,6 +9,7 @@ import tiny_models as tiny
 from scipy.special import log_softmax
 
 from ip_jax.models.decoder import split_decoder
+from ip_jax.models.families import uniform_attention
 from ip_jax.models.lora import LoraConfig
 from ip_jax.prompts.chat import render_conversation
 
@@ -69,7 +70,7 @@ def test_smollm2_equals_transformers(smollm2):
 
 
 def test_packed_segments_equal_separate_passes():
-    config = dataclasses.replace(tiny.CONFIG, rope_scaling=tiny.SCALED_ROPE)
+    config = dataclasses.replace(tiny.CONFIG, attention=uniform_attention(16, 1000.0, tiny.SCALED_ROPE))
     params = tiny.random_params(config)
     lengths = (13, 9, 17)
     examples = tiny.random_examples(2, lengths)

@@ -96,7 +96,7 @@ def test_config_of_the_embedded_model(smollm2):
     config = smollm2.config
     assert (config.family, config.vocab_size, config.d_model, config.d_ff, config.n_layers) == ("llama", 49152, 576, 1536, 30)
     assert (config.n_heads, config.n_kv_heads, config.head_dim) == (9, 3, 64)
-    assert (config.rope_theta, config.max_positions, config.tied_embeddings) == (100000.0, 8192, True)
+    assert (config.attention[0].rope.theta, config.max_positions, config.tied_embeddings) == (100000.0, 8192, True)
     assert config.norm_eps == pytest.approx(1e-5)
 
 

@@ -16,7 +16,7 @@ def test_tables_are_transformers(kind):
     model = tiny.hf_model(kind, max_position_embeddings=4096)
     config, _ = tiny.from_hf(model)
     expected = model.model.rotary_emb(torch.zeros(1), torch.tensor(POSITIONS[None]))
-    for mine, theirs in zip(rope_tables(jnp.asarray(POSITIONS), config), expected, strict=True):
+    for mine, theirs in zip(rope_tables(jnp.asarray(POSITIONS), config.ropes[0], config.head_dim), expected, strict=True):
         np.testing.assert_allclose(mine[:, 0, 0], theirs[0], atol=2e-4)  # float32 angles up to 2000
 
 
@@ -25,7 +25,7 @@ def test_rotation_and_gradient_are_transformers(dtype):
     torch = pytest.importorskip("torch")
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    tables = rope_tables(jnp.asarray(POSITIONS)[None, None], tiny.CONFIG)
+    tables = rope_tables(jnp.asarray(POSITIONS)[None, None], tiny.CONFIG.ropes[0], tiny.CONFIG.head_dim)
     rng = np.random.default_rng(0)
     x, cotangent = (jnp.asarray(rng.normal(size=(1, 1, len(POSITIONS), 2, 3, tiny.CONFIG.head_dim)), dtype) for _ in range(2))
     out, pull = jax.vjp(lambda x: apply_rope(x, tables), x)
@@ -44,6 +44,6 @@ def test_rotation_and_gradient_are_transformers(dtype):
 
 def test_it_is_a_product_on_a_cpu_only():
     """An accelerator would round float32 heads to bfloat16 in a product."""
-    x, tables = jnp.ones((1, 1, 7, 1, 1, tiny.CONFIG.head_dim)), rope_tables(jnp.asarray(POSITIONS)[None, None], tiny.CONFIG)
+    x, tables = jnp.ones((1, 1, 7, 1, 1, tiny.CONFIG.head_dim)), rope_tables(jnp.asarray(POSITIONS)[None, None], tiny.CONFIG.ropes[0], tiny.CONFIG.head_dim)
     lowered = {platform: jax.jit(apply_rope).trace(x, tables).lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")}
     assert {platform: "dot_general" in text for platform, text in lowered.items()} == {"cpu": True, "cuda": False, "tpu": False}

@@ -5,11 +5,11 @@ import numpy as np
 from flax import nnx
 
 from ip_jax.models.decoder import causal_attend
-from ip_jax.models.families import DecoderConfig, param_shapes
+from ip_jax.models.families import DecoderConfig, param_shapes, uniform_attention
 from ip_jax.models.lora import projection_shapes
 
 TINY = DecoderConfig(
-    family="llama", vocab_size=300, d_model=32, d_ff=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, rope_theta=10000.0,
+    family="llama", vocab_size=300, d_model=32, d_ff=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, attention=uniform_attention(8, 10000.0),
     norm_eps=1e-5, max_positions=256, tied_embeddings=True,
 )
 

@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 
 from ip_jax.data.packing import PackedShape, pack_step
 from ip_jax.models.decoder import split_decoder
-from ip_jax.models.families import DecoderConfig
+from ip_jax.models.families import DecoderConfig, uniform_attention
 from ip_jax.models.lora import LoraConfig
 from ip_jax.prompts.chat import Rendered
 from ip_jax.training.schedules import Schedule
@@ -22,7 +22,7 @@ from ip_jax.training.state import Batch, init_state
 LORA = LoraConfig(rank=4, alpha=4)
 CONSTANT = SftOptions(Schedule("constant", total=100))
 # every projection has its own shape, so that each product of the compiled step can be told
-DISTINCT = DecoderConfig("llama", 101, 40, 56, 2, 4, 2, 12, 1000.0, 1e-5, 256, True)
+DISTINCT = DecoderConfig("llama", 101, 40, 56, 2, 4, 2, 12, uniform_attention(12, 1000.0), 1e-5, 256, True)
 LENGTHS = (13, 9, 15, 6)
 CLIP = 1.1
 REMAT = SftOptions(Schedule("constant", total=100), remat=True)

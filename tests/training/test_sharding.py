@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from ip_jax.models.assemble import assemble
 from ip_jax.models.decoder import split_decoder
-from ip_jax.models.families import DecoderConfig, param_shapes
+from ip_jax.models.families import DecoderConfig, param_shapes, uniform_attention
 from ip_jax.models.lora import LoraConfig, projection_shapes
 from ip_jax.models.placement import BY_ROW, constrain
 from ip_jax.training.schedules import Schedule
@@ -22,7 +22,7 @@ from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, 
 from ip_jax.training.state import init_state
 
 # The vocabulary outweighs a layer, and one kernel of all layers outweighs one whole layer, so that a gather of either is seen.
-CONFIG = DecoderConfig("llama", 2048, 32, 48, 12, 8, 4, 8, 1000.0, 1e-5, 256, True)
+CONFIG = DecoderConfig("llama", 2048, 32, 48, 12, 8, 4, 8, uniform_attention(8, 1000.0), 1e-5, 256, True)
 LORA = LoraConfig(rank=4, alpha=4)
 OPTIONS = SftOptions(Schedule("constant", total=100), max_grad_norm=1.0)
 RUNS, STEPS = 2, 2
@@ -115,7 +115,7 @@ def test_a_gathered_embedding_would_be_seen():
 
 def test_rules():
     mesh = make_mesh(run=2, data=2, tensor=2)
-    config = DecoderConfig("qwen2", 64, 32, 48, 3, 4, 2, 8, 1000.0, 1e-5, 256, tied_embeddings=False, qkv_bias=True)
+    config = DecoderConfig("qwen2", 64, 32, 48, 3, 4, 2, 8, uniform_attention(8, 1000.0), 1e-5, 256, tied_embeddings=False, qkv_bias=True)
     specs = {path: param_shardings(mesh, config)(path).spec for path in param_shapes(config)}
     every, fsdp, tensor = ("run", "data", "tensor"), ("run", "data"), ("tensor",)
     inward, outward = PartitionSpec(None, fsdp, tensor), PartitionSpec(None, tensor, fsdp)
@@ -128,7 +128,7 @@ def test_rules():
 def test_loading_places_weights_where_the_step_wants_them():
     """By path before loading, and by the frozen state's own structure: the same shardings, biases and head included."""
     mesh = make_mesh(run=2, data=2, tensor=2)
-    config = DecoderConfig("qwen2", 101, 32, 48, 3, 4, 2, 8, 1000.0, 1e-5, 256, tied_embeddings=False, qkv_bias=True)
+    config = DecoderConfig("qwen2", 101, 32, 48, 3, 4, 2, 8, uniform_attention(8, 1000.0), 1e-5, 256, tied_embeddings=False, qkv_bias=True)
     source = tiny.random_params(config)
 
     def read(path, layer):
@@ -144,7 +144,7 @@ def test_loading_places_weights_where_the_step_wants_them():
 def test_axes_that_do_not_divide_are_dropped():
     """101 tokens over 8 devices, 3 runs over 2: whole instead; a dimension keeps those of its axes that do divide it."""
     mesh = make_mesh(run=2, data=2, tensor=2)
-    config = DecoderConfig("gemma", 101, 18, 20, 3, 3, 1, 5, 1000.0, 1e-5, 256, True)
+    config = DecoderConfig("gemma", 101, 18, 20, 3, 3, 1, 5, uniform_attention(5, 1000.0), 1e-5, 256, True)
     _, state, base = program(config, runs=3)
     place = base_shardings(mesh, base)
     assert place["embed"].get_value().spec == PartitionSpec(None, None)
