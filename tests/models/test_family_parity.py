@@ -10,12 +10,11 @@ from flax import nnx
 from scipy.special import log_softmax
 
 from ip_jax.models.decoder import packed_attend, split_decoder
-from ip_jax.models.lora import LoraConfig
+from ip_jax.models.lora import LoraConfig, projection_shapes
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
 
 torch, _ = pytest.importorskip("torch"), pytest.importorskip("peft")
 
-LORA = LoraConfig(rank=3, alpha=6)
 LENGTHS = (31, 12, 20)  # longer than the windows, and packed into rows of 70
 
 
@@ -27,11 +26,16 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def lora_of(config) -> LoraConfig:
+    """Adapters of every projection that the family lets be adapted."""
+    return LoraConfig(rank=3, alpha=6, targets=tuple(projection_shapes(config)))
+
+
 def program_of(config, params, batch):
     """jitted adapters, pull -> (logits [R, B, T, V], gradients of sum(pull * logits)) on the rows of a Batch with one micro-batch."""
 
     def logits_of(adapters, params):
-        decoder = nnx.merge(*split_decoder(config, params, adapters, LORA))
+        decoder = nnx.merge(*split_decoder(config, params, adapters, lora_of(config)))
         attend = packed_attend(batch.segment_ids[0], batch.positions[0], batch.segment_index[0])
         hidden, _ = decoder(batch.tokens[0], batch.positions[0], attend)
         return decoder.logits(hidden)
@@ -51,13 +55,13 @@ def adapter_of(adapters, run: int):
 def test_packed_log_probabilities_and_lora_gradients_equal_peft(kind):
     """Two runs with adapters of their own. Here three sequences packed into one row, there each in a left-padded row of its own."""
     config, params = tiny.from_hf(tiny.hf_model(kind))
-    adapters, examples = tiny.random_lora(config, LORA, runs=2), tiny.random_examples(2, LENGTHS, config.vocab_size)
+    adapters, examples = tiny.random_lora(config, lora_of(config), runs=2), tiny.random_examples(2, LENGTHS, config.vocab_size)
     batch = tiny.pack([[run] for run in examples], length=70, responses=70)
     pull = np.random.default_rng(3).standard_normal((2, 1, 70, config.vocab_size)).astype(np.float32)
     pull[:, :, sum(LENGTHS) :] = 0
     logits, gradients = jax.device_get(program_of(config, params, batch)(adapters, pull)(adapters, params, pull))
     for run in range(2):
-        wrapped = tiny.peft_model(tiny.hf_model(kind), LORA, adapter_of(adapters, run))
+        wrapped = tiny.peft_model(tiny.hf_model(kind), lora_of(config), adapter_of(adapters, run))
         theirs = left_padded_logits(wrapped, [ids for ids, _ in examples[run]])
         log_probs = log_softmax(logits[run, 0, : sum(LENGTHS)], axis=-1)
         np.testing.assert_allclose(log_probs, theirs.log_softmax(-1).detach().numpy(), rtol=0, atol=1e-5)
@@ -78,11 +82,11 @@ def left_padded_logits(model, sequences):
     return torch.cat([row[width - len(ids) :] for row, ids in zip(logits, sequences, strict=True)])
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen2-window", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("kind", ["mistral", "mixtral", "mixtral-window", "qwen2-window", "qwen3", "gemma2", "gemma3"])
 def test_greedy_sampling_is_pefts_and_sees_what_it_sees(kind):
     """Two runs, prompts of 24 to 37 tokens that begin alike, 14 new tokens, refilled slots: tokens and log-probabilities of whole passes."""
     config, params = tiny.from_hf(tiny.hf_model(kind))
-    adapters = tiny.random_lora(config, LORA, runs=2)
+    adapters = tiny.random_lora(config, lora_of(config), runs=2)
     rng = np.random.default_rng(5)
     beginning = rng.integers(0, config.vocab_size, 21)
     queues = [
@@ -90,9 +94,9 @@ def test_greedy_sampling_is_pefts_and_sees_what_it_sees(kind):
         for _ in range(2)
     ]
     options = SamplerOptions(stop_ids=(-1,), slots=3, prefill_prompts=2, prompt_buckets=(16, 32, 64))
-    answers = sample(*split_decoder(config, params, adapters, LORA), queues, options)
+    answers = sample(*split_decoder(config, params, adapters, lora_of(config)), queues, options)
     for run in range(2):
-        wrapped = tiny.peft_model(tiny.hf_model(kind), LORA, adapter_of(adapters, run))
+        wrapped = tiny.peft_model(tiny.hf_model(kind), lora_of(config), adapter_of(adapters, run))
         for request, (answer,) in zip(queues[run], answers[run], strict=True):
             with torch.no_grad():
                 logits = wrapped(torch.tensor(np.append(request.prompt_ids, answer.token_ids)[None])).logits[0].numpy()
@@ -105,7 +109,7 @@ def test_greedy_sampling_is_pefts_and_sees_what_it_sees(kind):
 def test_alternating_layers_use_the_weights_where_they_lie(kind):
     """No instruction of the compiled forward and backward pass makes an array with several layers' base weights."""
     config, params = tiny.from_hf(tiny.hf_model(kind))
-    adapters = tiny.random_lora(config, LORA, runs=1)
+    adapters = tiny.random_lora(config, lora_of(config), runs=1)
     batch = tiny.pack([[run] for run in tiny.random_examples(1, LENGTHS, config.vocab_size)], length=70, responses=70)
     compiled = program_of(config, params, batch)(adapters, jnp.ones((1, 1, 70, config.vocab_size))).as_text()
     kernels = "32,96|96,32|32,48|48,32"
