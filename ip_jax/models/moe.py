@@ -52,9 +52,9 @@ def mixture(
 ) -> Float[Array, "R B T D"]:
     """Each token's weighted sum of the gated MLPs of its chosen experts, in x's dtype.
 
-    On a mesh a device holds the experts of its place on the axis `data` (where that axis divides E) and a part of F by `tensor`. It
-    collects the tokens of the devices along `data`, adds up what its own experts make of them, and each device gets back the sum of its
-    own tokens. So an expert's weights never leave their place on `data`; they are gathered over `run` alone, when they are used.
+    On a mesh a device holds the experts of its place on the axes `run` and `data`, as far as they divide E, and a part of F by `tensor`.
+    It collects the tokens of the devices along these axes, adds up what its own experts make of them, and each device gets back the sum
+    for its own tokens. So experts stay where they lie; along an axis that does not divide E their weights are gathered when they are used.
     The backward pass makes the hidden states of the experts again: nothing of size P x F is kept.
     """
     (out,), _ = _on_mesh(functools.partial(_forward, activation), x, weights, chosen, experts)
@@ -85,18 +85,21 @@ def _on_mesh(function, x, weights, chosen, experts: Experts, *more: Float[Array,
     rows, inward, outward = (fitting(mesh.shape, *cut) for cut in ((BY_ROW, x.shape), (EXPERTS_IN, experts[0].shape), (EXPERTS_OUT, experts[2].shape)))
     by_expert, width, hidden = map(_axes, inward)
     row_axes = [axis for entry in rows for axis in _axes(entry)]
-    collected = tuple(axis for axis in by_expert if axis in row_axes)  # devices with other tokens and other experts
+    collected = [axis for axis in by_expert if axis in row_axes]  # devices with other tokens and other experts
     sharing = [axis for axis in BY_ROW if axis not in by_expert]  # devices with the same experts, so that theirs is one gradient
     copies = math.prod(mesh.shape[axis] for axis in sharing if axis not in row_axes)  # of one token among them
     inner = (1, 1, 2)  # the dimension of each kernel that `width` cuts
 
     def on_device(x, weights, chosen, experts, *more):
-        x, weights, chosen, *more = (_gathered(a, collected, 1) for a in (x, weights, chosen, *more))
+        for axis in collected:
+            x, weights, chosen, *more = (_gathered(a, axis, BY_ROW.index(axis)) for a in (x, weights, chosen, *more))
         whole = tuple(_gathered(kernel, width, axis) for kernel, axis in zip(experts, inner, strict=True))
         first = jax.lax.axis_index(by_expert) * len(whole[0]) if by_expert else 0
         of_tokens, of_experts = _on_tokens(function, first, x, weights, chosen, whole, *more)
         others = tuple(axis for axis in (*by_expert, *hidden) if axis not in collected)
-        of_tokens = [_summed(_scattered(a, collected, 1), others) for a in of_tokens]
+        for axis in collected:
+            of_tokens = [_scattered(a, axis, BY_ROW.index(axis)) for a in of_tokens]
+        of_tokens = [_summed(a, others) for a in of_tokens]
         others = tuple(axis for axis in sharing if axis not in width)
         return of_tokens, [_summed(_scattered(a, width, axis), others) / copies for a, axis in zip(of_experts, inner, strict=False)]
 
@@ -122,11 +125,11 @@ def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def _gathered(a, axes: tuple[str, ...], dimension: int):
+def _gathered(a, axes: str | tuple[str, ...], dimension: int):
     return jax.lax.all_gather(a, axes, axis=dimension, tiled=True) if axes else a
 
 
-def _scattered(a, axes: tuple[str, ...], dimension: int):
+def _scattered(a, axes: str | tuple[str, ...], dimension: int):
     return jax.lax.psum_scatter(a, axes, scatter_dimension=dimension, tiled=True) if axes else a
 
 
@@ -159,13 +162,17 @@ class _Layout:
         choice = jnp.full(n_rows, chosen.size).at[row].set(jnp.arange(chosen.size), mode="drop")
         return cls(row, choice, first, count, chunk)
 
-    def rows_of(self, tokens: Float[Array, "M _"], per_token: int) -> Float[Array, "P _"]:
-        """Each token in the rows of its choices, zero in empty ones."""
-        return tokens.at[self.choice // per_token].get(mode="fill", fill_value=0)
+    def rows_of(self, tokens: Float[Array, "M _"], weights: Float[Array, "M J"]) -> tuple[Float[Array, "P _"], Float[Array, "P 1"]]:
+        """Each token in the rows of its choices, and their weights; zero in empty rows."""
+        return _taken(tokens, self.choice // weights.shape[1]), _taken(weights.reshape(-1, 1), self.choice)
 
-    def at_choices(self, rows: Float[Array, "P *_"], per_token: int) -> Float[Array, "M J *_"]:
+    def at_choices(self, rows: Float[Array, "P _"], per_token: int) -> Float[Array, "M J _"]:
         """The rows of each token's choices, zero where a choice is of no expert here."""
-        return rows.at[self.row].get(mode="fill", fill_value=0).reshape(-1, per_token, *rows.shape[1:])
+        return _taken(rows, self.row).reshape(-1, per_token, rows.shape[1])
+
+
+def _taken(rows, index):
+    return jnp.take(rows, index, axis=0, mode="fill", fill_value=0)
 
 
 def _forward(activation, x: Float[Array, "M D"], weights: Float[Array, "M J"], chosen: Int[Array, "M J"], experts: Experts):
@@ -176,8 +183,7 @@ def _forward(activation, x: Float[Array, "M D"], weights: Float[Array, "M J"], c
         return (of.product(hidden, down) * weight,), ()
 
     layout, per_token = _Layout.of(chosen, len(experts[0])), weights.shape[1]
-    rows = layout.rows_of(x, per_token), weights.reshape(-1, 1).at[layout.choice].get(mode="fill", fill_value=0)
-    (out,), _ = _by_expert(mlp, rows, experts, layout, [(x.shape[1], x.dtype)])
+    (out,), _ = _by_expert(mlp, layout.rows_of(x, weights), experts, layout, [(x.shape[1], x.dtype)])
     return [layout.at_choices(out, per_token).sum(axis=1).astype(x.dtype)], []
 
 
@@ -193,8 +199,7 @@ def _backward(activation, x: Float[Array, "M D"], weights: Float[Array, "M J"], 
         return (d_x, jnp.sum(d_hidden * hidden, axis=-1, keepdims=True)), d_experts
 
     layout, per_token = _Layout.of(chosen, len(experts[0])), weights.shape[1]
-    weight = weights.reshape(-1, 1).at[layout.choice].get(mode="fill", fill_value=0)
-    rows = layout.rows_of(x, per_token), weight, layout.rows_of(d_out, per_token)
+    rows = *layout.rows_of(x, weights), layout.rows_of(d_out, weights)[0]
     (d_x, d_weight), d_experts = _by_expert(mlp, rows, experts, layout, [(x.shape[1], x.dtype), (1, weights.dtype)])
     d_tokens = [layout.at_choices(d_x, per_token).sum(axis=1).astype(x.dtype), layout.at_choices(d_weight, per_token)[..., 0]]
     return d_tokens, [gradient.astype(kernel.dtype) for gradient, kernel in zip(d_experts, experts, strict=True)]

@@ -8,8 +8,8 @@ from jaxtyping import Array
 BY_ROW = ("run", "data")  # mesh axes of the first two dimensions [R, B] of a batch
 EVERYWHERE = ()
 FSDP = ("run", "data")
-EXPERTS_IN = ("data", FSDP, "tensor")  # of stacked gate and up maps [E, D, F]: experts over `data`, or the width where it does not divide E
-EXPERTS_OUT = ("data", "tensor", FSDP)  # of stacked down maps [E, F, D]
+EXPERTS_IN = (FSDP, FSDP, "tensor")  # of gate and up maps [E, D, F]: experts over the axes that divide E, the width over the others
+EXPERTS_OUT = (FSDP, "tensor", FSDP)  # of down maps [E, F, D]
 
 
 def fitting(sizes: Mapping[str, int], axes: tuple, shape: tuple[int, ...]) -> PartitionSpec:

@@ -93,6 +93,7 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     """Every check that needs no weights, then the claim on the folder. Raises ValueError or OSError, with one sentence."""
     tokenizer = hub.load_tokenizer(experiment.model.name, experiment.model.revision)
     fingerprint = hub.fingerprint(experiment.model.name, experiment.model.revision)
+    plan.check_training(experiment.sft, hub.load_config(experiment.model.name, experiment.model.revision))
     plan.check_evaluations(experiment, tokenizer)
     wanted = [
         RunSource(plan.run_name(arm, seed), experiment.training[arm.data], arm.transform, seed)
@@ -161,7 +162,7 @@ def _step_of(session: Session, group: Sequence[Run], graphdef, state: TrainState
     sft, mesh = session.experiment.sft, session.mesh
     sources, steps = [session.prepared.sources[run.name] for run in group], sft.schedule.last_active_step(sft.steps)
     reader = batch_reader(sources, session.prepared.render, sft.batch_size, steps, sft.tokens_per_micro_batch, row_multiple=mesh.shape["data"])
-    options = SftOptions(sft.schedule, sft.lora.dropout, sft.max_grad_norm, session.experiment.model.activations, sft.remat)
+    options = SftOptions(sft.schedule, sft.lora.dropout, sft.max_grad_norm, session.experiment.model.activations, sft.remat, sft.router_aux_loss_coef)
     rows = batch_sharding(mesh)
     compiled = compile_sft_step(graphdef, options, state_shardings(mesh, state), base_shardings(mesh, base), rows, replicated(mesh))
 

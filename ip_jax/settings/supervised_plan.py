@@ -14,7 +14,8 @@ from ip_jax.data.sources import Example
 from ip_jax.evals import leak_grid
 from ip_jax.evals.leak_grid import Cell
 from ip_jax.models import hub
-from ip_jax.models.lora import projection_shapes
+from ip_jax.models.families import DecoderConfig
+from ip_jax.models.lora import check_targets, projection_shapes
 from ip_jax.prompts import library
 from ip_jax.prompts.chat import render_prompt
 from ip_jax.prompts.transforms import Transform
@@ -88,6 +89,16 @@ def runs_of(experiment: Supervised, identity: str) -> list[Run]:
         return digest({"identity": identity, "train": repr(arm.transform), "data": arm.data, "seed": seed, "evaluated_under": prompts})
 
     return [Run(arm, seed, key(arm, seed)) for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds]
+
+
+def check_training(sft: SftConfig, config: DecoderConfig) -> None:
+    """Refuses settings that the model has no use for."""
+    check_targets(config, sft.lora)
+    if sft.router_aux_loss_coef < 0 or (sft.router_aux_loss_coef and not config.n_experts):
+        raise ValueError(
+            f"sft.router_aux_loss_coef is {sft.router_aux_loss_coef} and the model {'has' if config.n_experts else 'lacks'} experts: "
+            "it must be at least 0, and 0 without experts"
+        )
 
 
 def check_evaluations(experiment: Supervised, tokenizer) -> None:

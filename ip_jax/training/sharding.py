@@ -21,9 +21,9 @@ RULES = (
     (r"^head", (None, AXES)),  # [D, V]
     (r"norm", ()),  # [D] or [L, D]: too small to be worth a message
     (r"layers/[qkv](_|/)bias", (None, "tensor")),  # [L, out]
-    (r"layers/router", ()),  # [L, D, E]
-    (r"layers/expert_(gate|up)", (None, *EXPERTS_IN)),  # [L, E, D, F]
-    (r"layers/expert_down", (None, *EXPERTS_OUT)),  # [L, E, F, D]
+    (r"layers/router\b", ()),  # [L, D, E]
+    (r"layers/expert_(gate|up)\b", (None, *EXPERTS_IN)),  # [L, E, D, F]
+    (r"layers/expert_down\b", (None, *EXPERTS_OUT)),  # [L, E, F, D]
     (r"layers/(q|k|v|gate|up)\b", (None, FSDP, "tensor")),  # [L, in, out]
     (r"layers/(o|down)\b", (None, "tensor", FSDP)),  # [L, in, out]
 )
