@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from ip_jax.models.placement import BY_ROW, EXPERTS_IN, EXPERTS_OUT, fitting
 from ip_jax.models.products import as_bits, from_bits, product
 
-LONGEST_CHUNK = 256  # rows; measured, see docs/mixtral.md
+LONGEST_CHUNK = 256  # rows that are multiplied with one expert at once; measured, see docs/mixtral.md
+BLOCK = 8192  # rows whose hidden states are in memory at once on a TPU, a multiple of the longest chunk
 Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # gate, up, down
 
 
@@ -153,6 +154,7 @@ class _Layout:
         chosen = chosen.reshape(-1)
         chunk = min(LONGEST_CHUNK, max(8, 1 << (chosen.size // n_experts).bit_length()))
         n_rows = (chosen.size // chunk + n_experts) * chunk  # enough however the choices fall
+        n_rows = n_rows if n_rows <= BLOCK else -(-n_rows // BLOCK) * BLOCK
         is_chosen = chosen[:, None] == jnp.arange(n_experts)
         rank = jnp.cumsum(is_chosen, axis=0) - 1
         count = -(-is_chosen.sum(axis=0) // chunk)
@@ -221,9 +223,16 @@ def _by_expert(mlp, rows, experts: Experts, layout: _Layout, outputs: list[tuple
 
 
 def _together(mlp, outputs, rows, experts: Experts, layout: _Layout):
-    """All experts in grouped products, which TPUs have; elsewhere XLA multiplies every row with every expert."""
-    of_rows, of_experts = mlp(_ragged(layout.count * layout.chunk, experts[0].dtype), *rows, *experts)
-    return [a.astype(dtype) for a, (_, dtype) in zip(of_rows, outputs, strict=True)], list(of_experts)
+    """Block by block, all experts in one grouped product, which TPUs have; elsewhere XLA multiplies every row with every expert."""
+    first, last = layout.first * layout.chunk, (layout.first + layout.count) * layout.chunk
+    size = min(BLOCK, len(layout.choice))
+
+    def block(start, rows):
+        inside = jnp.clip(last - start, 0, size) - jnp.clip(first - start, 0, size)
+        return mlp(_ragged(inside, experts[0].dtype), *rows, *experts)
+
+    nothing = _nothing(functools.partial(block, 0), rows, size, outputs)
+    return _block_by_block(block, rows, nothing, (0, -(-last[-1] // size)), size)
 
 
 def _ragged(group_sizes: Int[Array, " E"], dtype) -> _Products:
@@ -239,26 +248,34 @@ def _one_by_one(mlp, outputs, rows, experts: Experts, layout: _Layout):
     """One expert after the other and chunk by chunk of its rows: an expert nobody chose costs no product."""
     dtype = experts[0].dtype
     of = _Products(*(functools.partial(product, spec, dtype=dtype) for spec in ("pi,io->po", "po,io->pi", "pi,po->io")))
-    rows = as_bits(rows)
 
     def expert(made, scanned):
         kernels, first, count = scanned
         kernels = from_bits(kernels)
+        return _block_by_block(lambda _, rows: mlp(of, *rows, *kernels), rows, (made, totals), (first, first + count), layout.chunk)
 
-        def chunk(i, carry):
-            made, totals = carry
-            start = (first + i) * layout.chunk
-            part = from_bits([jax.lax.dynamic_slice_in_dim(a, start, layout.chunk) for a in rows])
-            of_rows, of_experts = mlp(of, *part, *kernels)
-            of_rows = as_bits([a.astype(dtype) for a, (_, dtype) in zip(of_rows, outputs, strict=True)])
-            made = [jax.lax.dynamic_update_slice_in_dim(whole, a, start, 0) for whole, a in zip(made, of_rows, strict=True)]
-            return made, [total + a for total, a in zip(totals, of_experts, strict=True)]
+    made, totals = _nothing(lambda rows: mlp(of, *rows, *(kernel[0] for kernel in experts)), rows, layout.chunk, outputs)
+    return jax.lax.scan(expert, made, (as_bits(experts), layout.first, layout.count))
 
-        totals = [jnp.zeros(kernel.shape, jnp.float32) for kernel in kernels] if gradients else []
-        return jax.lax.fori_loop(0, count, chunk, (made, totals))
 
-    part = [jax.ShapeDtypeStruct((layout.chunk, *a.shape[1:]), a.dtype) for a in from_bits(rows)]
-    gradients = bool(jax.eval_shape(functools.partial(mlp, of), *part, *(kernel[0] for kernel in experts))[1])
-    made = as_bits([jnp.zeros((len(layout.choice), width), dtype) for width, dtype in outputs])
-    made, of_experts = jax.lax.scan(expert, made, (as_bits(experts), layout.first, layout.count))
-    return from_bits(made), of_experts
+def _nothing(mlp, rows, size: int, outputs: list[tuple[int, jnp.dtype]]):
+    """([zeros of each result by row], [zeros of each result by expert]) of mlp(a block of rows)."""
+    block = [jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in rows]
+    made = [jnp.zeros((len(rows[0]), width), dtype) for width, dtype in outputs]
+    return made, [jnp.zeros(total.shape, total.dtype) for total in jax.eval_shape(mlp, block)[1]]
+
+
+def _block_by_block(mlp, rows, results, blocks: tuple, size: int):
+    """`results` with those of mlp(start, rows of a block) for each block from blocks[0] to blocks[1]: by row written, by expert added."""
+    rows = as_bits(rows)
+
+    def block(i, carry):
+        made, totals = carry
+        start = i * size
+        of_rows, of_experts = mlp(start, from_bits([jax.lax.dynamic_slice_in_dim(a, start, size) for a in rows]))
+        new = [as_bits(a.astype(whole.dtype)) for a, whole in zip(of_rows, results[0], strict=True)]
+        made = [jax.lax.dynamic_update_slice_in_dim(whole, a, start, 0) for whole, a in zip(made, new, strict=True)]
+        return made, [total + a for total, a in zip(totals, of_experts, strict=True)]
+
+    made, totals = jax.lax.fori_loop(*blocks, block, (as_bits(results[0]), results[1]))
+    return from_bits(made), totals

@@ -69,6 +69,7 @@ def test_mixture_equals_every_expert_on_every_token(n_experts, per_token, form, 
     """Both forms, also where a chunk is far shorter than an expert's tokens, and where one expert has them all."""
     if form == "together":
         monkeypatch.setattr(moe, "_one_by_one", moe._together)
+        monkeypatch.setattr(moe, "BLOCK", 32)
     monkeypatch.setattr(moe, "LONGEST_CHUNK", 8)
     our_mixture = functools.partial(moe.mixture, jax.nn.silu)
     x, weights, chosen, experts, pull = random_mixture(n_experts, per_token)
