@@ -43,7 +43,7 @@ HF_MODELS = {
     "qwen3-tied-one-kv-head": ("Qwen3", dict(head_dim=8, tie_word_embeddings=True, num_key_value_heads=1, vocab_size=97)),
     "gemma": ("Gemma", dict(head_dim=24, num_key_value_heads=1, tie_word_embeddings=True)),
     "gemma2": ("Gemma2", dict(head_dim=24, sliding_window=5, num_hidden_layers=4, tie_word_embeddings=True, **CAPS)),
-    "gemma2-odd": ("Gemma2", dict(head_dim=8, sliding_window=1, num_key_value_heads=1, vocab_size=97, **CAPS | dict(attn_logit_softcapping=None))),
+    "gemma2-odd": ("Gemma2", dict(head_dim=8, sliding_window=2, num_key_value_heads=1, vocab_size=97, **CAPS | dict(attn_logit_softcapping=None))),
     "gemma3": ("Gemma3", dict(head_dim=24, sliding_window=5, num_hidden_layers=7, layer_types=PATTERN, **GEMMA_3)),  # two periods and a layer
     "gemma3-odd": ("Gemma3", dict(head_dim=8, sliding_window=9, num_key_value_heads=1, vocab_size=97, num_hidden_layers=2, final_logit_softcapping=3.0, **GEMMA_3)),
 }  # fmt: skip

@@ -140,8 +140,8 @@ def _run_layers(layer, kinds: tuple[AttentionKind, ...], x, stacks, policy):
     """(x, emissions [L, ...]) of `layer(kind, x, (lora, base, cache, index))` for each layer of these stacks [L, ...]: whole periods of
     kinds in a scan, then the layers that are left.
 
-    Base weights are never copied: a slice that leaves layers out would be one, so then each layer is taken from the whole stack, and within
-    the rematerialised function, as what is taken before is kept for the backward pass.
+    Base weights are never copied but one layer at a time. Where a pass of the scan is several layers, each is taken from the whole stack,
+    and within the rematerialised function: what is taken before is kept for the backward pass.
     """
     lora, base, cache, index = stacks
     count, period = len(index), len(kinds)
@@ -162,7 +162,7 @@ def _run_layers(layer, kinds: tuple[AttentionKind, ...], x, stacks, policy):
         return x, jax.tree.map(lambda *layers: jnp.stack(layers), *emissions)
 
     by_period = lambda tree: jax.tree.map(lambda a: a[:scanned].reshape(scanned // period, period, *a.shape[1:]), tree)  # noqa: E731
-    periods = by_period((lora, base if scanned == count else None, cache, index))
+    periods = by_period((lora, base if period == 1 else None, cache, index))
     x, emitted = jax.lax.scan(functools.partial(in_turn, kinds, False), x, periods)
     emitted = jax.tree.map(lambda a: a.reshape(scanned, *a.shape[2:]), emitted)
     if scanned < count:

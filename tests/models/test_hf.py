@@ -18,7 +18,11 @@ MODELS = {
     "llama": ("LlamaForCausalLM", {"head_dim": 16}),  # heads * head_dim is not the model's width
     "llama-tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
     "gemma": ("GemmaForCausalLM", {"head_dim": 24}),
+    "mistral": ("MistralForCausalLM", {}),
     "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}),
+    "gemma2": ("Gemma2ForCausalLM", {"head_dim": 24}),
+    "gemma3": ("Gemma3ForCausalLM", {"head_dim": 24}),
 }
 
 
@@ -75,6 +79,30 @@ def test_shards_and_bfloat16(kind, tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     assert_same(params, model)
     assert_same(load(tmp_path, jnp.float32), model)  # widening is exact
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_language_model_of_a_multimodal_checkpoint(prefix, tmp_path):
+    """With both names that transformers has given its tensors; the vision part is left where it is."""
+    import transformers
+    from safetensors.numpy import load_file, save_file
+
+    text = TINY | {"head_dim": 24, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert any("vision" in name for name in tensors)
+    renamed = {name.replace("model.language_model.", prefix).replace("language_model.model.", prefix): tensor for name, tensor in tensors.items()}
+    assert sum(name.startswith(prefix) for name in renamed) == 3 * 13 + 2
+    save_file(renamed, tmp_path / "model.safetensors")
+    language_model = transformers.Gemma3ForCausalLM(model.config.text_config)
+    language_model.model.load_state_dict(model.model.language_model.state_dict())
+    assert_same(load(tmp_path), language_model)
 
 
 def test_narrowing_rounds_as_torch_does(tmp_path):

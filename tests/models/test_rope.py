@@ -10,7 +10,7 @@ from ip_jax.models.rope import apply_rope, rope_tables
 POSITIONS = np.array([0, 1, 31, 32, 33, 100, 2000])
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-3.1"])
+@pytest.mark.parametrize("kind", ["llama", "llama-3.1", "llama-linear-rope"])
 def test_tables_are_transformers(kind):
     torch = pytest.importorskip("torch")
     model = tiny.hf_model(kind, max_position_embeddings=4096)
@@ -18,6 +18,16 @@ def test_tables_are_transformers(kind):
     expected = model.model.rotary_emb(torch.zeros(1), torch.tensor(POSITIONS[None]))
     for mine, theirs in zip(rope_tables(jnp.asarray(POSITIONS), config.ropes[0], config.head_dim), expected, strict=True):
         np.testing.assert_allclose(mine[:, 0, 0], theirs[0], atol=2e-4)  # float32 angles up to 2000
+
+
+def test_each_type_of_gemma_3s_layers_has_its_own():
+    torch = pytest.importorskip("torch")
+    model = tiny.hf_model("gemma3", max_position_embeddings=4096)
+    config, _ = tiny.from_hf(model)
+    for rope, layer_type in zip(config.ropes, ("sliding_attention", "full_attention"), strict=True):
+        expected = model.model.rotary_emb(torch.zeros(1), torch.tensor(POSITIONS[None]), layer_type)
+        for mine, theirs in zip(rope_tables(jnp.asarray(POSITIONS), rope, config.head_dim), expected, strict=True):
+            np.testing.assert_allclose(mine[:, 0, 0], theirs[0], atol=2e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
