@@ -217,7 +217,6 @@ class _Products(NamedTuple):
 
 def _by_expert(mlp, rows, experts: Experts, layout: _Layout, outputs: list[tuple[int, jnp.dtype]]):
     """mlp(products, *rows, *experts): its results by row (their widths and dtypes in `outputs`) and by expert."""
-
     together, one_by_one = (functools.partial(form, mlp, outputs) for form in (_together, _one_by_one))
     return jax.lax.platform_dependent(rows, experts, layout, tpu=together, default=one_by_one)
 
