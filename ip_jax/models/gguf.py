@@ -12,12 +12,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from ip_jax.models.assemble import ShardingOf, assemble
 from ip_jax.models.families import DecoderConfig, ParamPath, uniform_attention
 
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 _OUTSIDE = {("embed",): "token_embd.weight", ("final_norm",): "output_norm.weight", ("head",): "output.weight"}
 _LAYER = {
     "attn_norm": "attn_norm.weight", "q": "attn_q.weight", "k": "attn_k.weight", "v": "attn_v.weight", "o": "attn_output.weight",
     "q_bias": "attn_q.bias", "k_bias": "attn_k.bias", "v_bias": "attn_v.bias",
+    "q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight",
     "mlp_norm": "ffn_norm.weight", "gate": "ffn_gate.weight", "up": "ffn_up.weight", "down": "ffn_down.weight",
 }  # fmt: skip
 _SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
@@ -93,6 +94,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
         max_positions=_required(file, f"{family}.context_length"),
         tied_embeddings="output.weight" not in file.tensors,
         qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
     )
 
 

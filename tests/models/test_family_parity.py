@@ -12,6 +12,7 @@ from scipy.special import log_softmax
 from ip_jax.models.decoder import packed_attend, split_decoder
 from ip_jax.models.lora import LoraConfig, projection_shapes
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
+from ip_jax.training.sharding import base_shardings, make_mesh
 
 torch, _ = pytest.importorskip("torch"), pytest.importorskip("peft")
 
@@ -77,7 +78,13 @@ def test_packed_log_probabilities_and_lora_gradients_equal_peft(kind):
 
 @functools.cache
 def compiled_gradients(config):
-    """The compiled (adapters, params, pull) -> (logits [R, B, T, V], gradients of sum(pull * logits)) for two runs' packed rows."""
+    """The compiled function of `gradients_of`."""
+    pull = jax.ShapeDtypeStruct((2, 1, ROW, config.vocab_size), np.float32)
+    return jax.jit(gradients_of(config)).lower(tiny.random_lora(config, lora_of(config), runs=2), tiny.random_params(config), pull).compile()
+
+
+def gradients_of(config):
+    """(adapters, params, pull) -> (logits [R, B, T, V], gradients of sum(pull * logits)) for two runs' packed rows."""
     batch = packed(config, 2)[1]
 
     def run(adapters, params, pull):
@@ -89,8 +96,7 @@ def compiled_gradients(config):
         logits, vjp = jax.vjp(logits_of, adapters)
         return logits, vjp(pull)[0]
 
-    pull = jax.ShapeDtypeStruct((*batch.tokens.shape[1:], config.vocab_size), np.float32)
-    return jax.jit(run).lower(tiny.random_lora(config, lora_of(config), runs=2), tiny.random_params(config), pull).compile()
+    return run
 
 
 def assert_same_log_probs(logits, theirs):
@@ -139,3 +145,22 @@ def test_alternating_layers_use_the_weights_where_they_lie(kind):
     layers_each = [(np.prod([int(n) for n in stack.split(",") if n]), op) for stack, op in made_by]
     assert {(config.n_layers, "get-tuple-element"), (config.n_layers, "parameter"), (1, "dynamic-slice")} <= set(layers_each)
     assert {op for layers, op in layers_each if layers > 1} == {"get-tuple-element", "parameter"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_alternating_layers_on_a_mesh_give_the_same_and_are_gathered_one_at_a_time(kind):
+    config, params = tiny.from_hf(tiny.hf_model(kind))
+    adapters = tiny.random_lora(config, lora_of(config), runs=2)
+    pull = np.random.default_rng(3).standard_normal((2, 1, ROW, config.vocab_size)).astype(np.float32)
+    pull[:, :, sum(LENGTHS) :] = 0
+    alone = jax.device_get(compiled_gradients(config)(adapters, params, pull))
+    mesh = make_mesh(run=2, tensor=4)
+    spread = jax.device_put(adapters, jax.NamedSharding(mesh, jax.P("run"))), jax.device_put(params, base_shardings(mesh, params)), pull
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gradients_of(config)).lower(*spread).compile()
+        logits, gradients = jax.device_get(compiled(*spread))
+    np.testing.assert_allclose(logits[:, :, : sum(LENGTHS)], alone[0][:, :, : sum(LENGTHS)], rtol=0, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), gradients, alone[1])
+    gathered = re.findall(r" = f32\[((?:\d+,)*)(?:32,24|24,32|32,12|12,32)\]\S* all-gather", compiled.as_text())
+    assert gathered and all(np.prod([int(n) for n in stack.split(",") if n]) == 1 for stack in gathered), gathered

@@ -125,22 +125,22 @@ def _assert_params(params, theirs: dict[str, np.ndarray], atol: float = 1e-6):
     assert places == len(theirs)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
 def tiny(request):
     """A small random model of each family: transformers' config and state dict."""
     torch = pytest.importorskip("torch")
     import transformers
 
     sizes = dict(vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5)
-    config_class, extra = {"llama": (transformers.LlamaConfig, {"head_dim": 32}), "qwen2": (transformers.Qwen2Config, {})}[request.param]
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**sizes | extra))
+    extra = {"llama": {"head_dim": 32}, "qwen2": {}, "qwen3": {"head_dim": 32}}[request.param]
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(request.param, **sizes | extra))
     torch.manual_seed(0)
     return model.config, {name: torch.randn_like(parameter).numpy() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1", "Q4_0", "Q5_1"])
 def test_small_files_of_every_family(tiny, kind, tmp_path):
-    """Untied head, qkv biases and heads * head_dim != width included; rounding within the quantisation's own step."""
+    """Untied head, qkv biases, norms of heads and heads * head_dim != width included; rounding within the quantisation's own step."""
     config, weights = tiny
     file = gguf.open_gguf(write_gguf(tmp_path / "tiny.gguf", config, weights, kind=kind))
     read = gguf.read_config(file)

@@ -14,7 +14,8 @@ CORPUS = [
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm",
     "model.layers": "blk",
 }  # fmt: skip
@@ -46,6 +47,7 @@ def write_gguf(path: Path, config, weights: dict[str, np.ndarray], pre: str = "g
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     if family == "llama":
         writer.add_rope_dimension_count(config.head_dim)
+    if family in ("llama", "qwen3"):
         writer.add_key_length(config.head_dim)
     tokens, merges = small_vocabulary()
     writer.add_tokenizer_model("gpt2")
