@@ -2,5 +2,5 @@
 import subprocess
 import sys
 
-for name in ("sft", "sampling"):
+for name in ("sft", "sampling", "mixture"):
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

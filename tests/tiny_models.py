@@ -33,6 +33,9 @@ HF_MODELS = {
     "llama-linear-rope": ("Llama", dict(rope_parameters=LINEAR)),
     "mistral": ("Mistral", dict(sliding_window=7)),
     "mistral-global": ("Mistral", dict(sliding_window=None, head_dim=16, num_key_value_heads=1, vocab_size=97)),
+    "mixtral": ("Mixtral", dict(num_local_experts=8, num_experts_per_tok=2, rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "mixtral-top-1": ("Mixtral", dict(num_local_experts=3, num_experts_per_tok=1, num_key_value_heads=1, head_dim=16, vocab_size=97)),
+    "mixtral-window": ("Mixtral", dict(num_local_experts=3, num_experts_per_tok=2, sliding_window=7, num_hidden_layers=2)),
     "qwen2": ("Qwen2", {}),
     "qwen2-tied-one-kv-head": ("Qwen2", dict(tie_word_embeddings=True, num_key_value_heads=1, rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "qwen2-window": ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),  # no period but the whole

@@ -6,7 +6,7 @@ Dims: R runs, B rows, T positions, L layers, D model, F hidden, N heads, K kv he
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from ip_jax.models.attention import causal_attention, soft_capped, to_rows, to_segments
 from ip_jax.models.families import AttentionKind, DecoderConfig
 from ip_jax.models.lora import TARGETS, LoraConfig
+from ip_jax.models.moe import mixture, route
 from ip_jax.models.placement import BY_ROW, constrain
 from ip_jax.models.products import as_bits, base_products, from_bits, kept, lora_products, product, row_sum
 from ip_jax.models.remat import rematerialised
@@ -23,7 +24,16 @@ from ip_jax.models.rope import apply_rope, rope_tables
 
 # attend(q, k, v, layer's cache, layer's kind) -> (context, what the layer emits): what differs between training and decoding
 Attend = Callable[[Array, Array, Array, Any, AttentionKind], tuple[Array, Any]]
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 NORMS = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_pre_norm", "mlp_post_norm", "q_norm", "k_norm")  # those of a layer, as the family has them
+MIXTURE = ("router", "expert_gate", "expert_up", "expert_down")
+
+
+class Emitted(NamedTuple):
+    """What a layer, or with a leading axis L all of them, tell besides hidden states."""
+
+    attention: Any  # what `attend` emitted
+    router: Float[Array, "*L R B T E"] | None  # probabilities of all experts, where there are any
 
 
 class Projection(nnx.Module):
@@ -72,8 +82,12 @@ class Layers(nnx.Module):
         for name in NORMS:
             if name in params:
                 setattr(self, name, nnx.Param(params[name]))
-        for name in ("q", "k", "v", "o", "gate", "up", "down"):
-            setattr(self, name, Projection(params[name], params.get(f"{name}_bias"), lora.get(name), scale))
+        for name in TARGETS:
+            if name in params:
+                setattr(self, name, Projection(params[name], params.get(f"{name}_bias"), lora.get(name), scale))
+        for name in MIXTURE:
+            if name in params:
+                setattr(self, name, nnx.Param(params[name]))
 
 
 class Decoder(nnx.Module):
@@ -89,8 +103,8 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "R B T"], positions: Int[Array, "R B T"], attend: Attend, cache=None, *, dtype=jnp.float32,
         remat: str = "products", dropout=None,
-    ) -> tuple[Float[Array, "R B T D"], Any]:
-        """Final-norm hidden states and the stacked emissions of `attend` ([L, ...]).
+    ) -> tuple[Float[Array, "R B T D"], Emitted]:
+        """Final-norm hidden states and the stacked emissions of the layers ([L, ...]).
 
         `cache` is a pytree of [L, ...] arrays whose slice goes to `attend`; `remat` names what the backward pass keeps (`models.remat`);
         `dropout` is (rate, keys [R]) or None. Beside adapters the layers' weights have no gradient.
@@ -161,15 +175,15 @@ def _run_layers(layer, kinds: tuple[AttentionKind, ...], x, stacks, remat: str):
 
 
 def decoder_layer(layer: Layers, config: DecoderConfig, x, rope, attend, dropout):
-    """One block on x [R, B, T, D]: attention (`attend(q, k, v)`), then the MLP, each behind its norm. Returns (x, what attend emitted)."""
+    """One block on x [R, B, T, D]: attention (`attend(q, k, v)`), then the MLP, each behind its norm. Returns (x, Emitted)."""
     dropout = dropout and _projection_keys(*dropout)
     rows = x.shape[:3]
     context, emitted = attend(*rotated_heads(layer, config, rms_norm(x, layer.attn_norm[...], config), rope, dropout))
     out = project(context.reshape(*rows, config.n_heads * config.head_dim), {"o": layer.o}, dropout)["o"].astype(x.dtype)
     x = x + (rms_norm(out, layer.attn_post_norm[...], config) if config.post_norms else out)
     before = layer.mlp_pre_norm if config.post_norms else layer.mlp_norm
-    out = gated_mlp(layer, config, rms_norm(x, before[...], config), dropout)
-    return x + (rms_norm(out, layer.mlp_post_norm[...], config) if config.post_norms else out), emitted
+    out, probabilities = (expert_mlps if config.n_experts else gated_mlp)(layer, config, rms_norm(x, before[...], config), dropout)
+    return x + (rms_norm(out, layer.mlp_post_norm[...], config) if config.post_norms else out), Emitted(emitted, probabilities)
 
 
 def rotated_heads(layer: Layers, config: DecoderConfig, h, rope, dropout):
@@ -184,11 +198,18 @@ def rotated_heads(layer: Layers, config: DecoderConfig, h, rope, dropout):
 
 
 def gated_mlp(layer: Layers, config: DecoderConfig, h, dropout):
-    """down(activation(gate(h)) * up(h)) of h [R, B, T, D]."""
-    activation = jax.nn.silu if config.activation == "silu" else lambda a: jax.nn.gelu(a, approximate=True)
+    """(down(activation(gate(h)) * up(h)) of h [R, B, T, D], None)."""
+    activation = ACTIVATIONS[config.activation]
     mlp = project(h, {"gate": layer.gate, "up": layer.up}, dropout)
     hidden = activation(mlp["gate"].astype(h.dtype)) * mlp["up"].astype(h.dtype)
-    return project(hidden, {"down": layer.down}, dropout)["down"].astype(h.dtype)
+    return project(hidden, {"down": layer.down}, dropout)["down"].astype(h.dtype), None
+
+
+def expert_mlps(layer: Layers, config: DecoderConfig, h, _):
+    """(each token's mixture of gated MLPs of h [R, B, T, D], the router's probabilities [R, B, T, E])."""
+    probabilities, weights, chosen = route(h, layer.router[...], config.experts_per_token)
+    experts = layer.expert_gate[...], layer.expert_up[...], layer.expert_down[...]
+    return mixture(ACTIVATIONS[config.activation], h, weights, chosen, experts), probabilities
 
 
 def _projection_keys(rate: float, keys):

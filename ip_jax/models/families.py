@@ -1,6 +1,6 @@
 """Hugging Face configs -> one `DecoderConfig`: what differs between families is a field, never a subclass.
 
-Sources: the configuration and modeling files of transformers (models/llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3) for names,
+Sources: the configuration and modeling files of transformers (models/llama, mistral, mixtral, qwen2, qwen3, gemma, gemma2, gemma3) for names,
 defaults and meaning; modeling_rope_utils.py for the scaling of rotary frequencies.
 """
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 ParamPath = tuple[str, ...]  # where an array lies in params, for example ("layers", "q")
 
 SUPPORTED = {
-    "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
+    "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "MixtralForCausalLM": "mixtral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
     "GemmaForCausalLM": "gemma", "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3",
     "Gemma3ForConditionalGeneration": "gemma3",  # its language model
 }  # fmt: skip
@@ -25,6 +25,9 @@ _QWEN = _ALL | dict(max_position_embeddings=32768, sliding_window=4096, max_wind
 _DEFAULTS = {
     "llama": _ALL | dict(max_position_embeddings=2048),
     "mistral": _ALL | dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
+    "mixtral": _ALL | dict(
+        max_position_embeddings=131072, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2,
+    ),
     "qwen2": _QWEN,
     "qwen3": _QWEN | dict(head_dim=128),
     "gemma": _GEMMA,
@@ -34,7 +37,7 @@ _DEFAULTS = {
         attn_logit_softcapping=None, final_logit_softcapping=None,
     ),
 }  # fmt: skip
-_REFUSED = ("attention_bias", "mlp_bias", "use_bidirectional_attention", "quantization_config")  # they change the arithmetic
+_REFUSED = ("attention_bias", "mlp_bias", "use_bidirectional_attention", "quantization_config", "router_jitter_noise")  # they change the arithmetic
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -96,6 +99,8 @@ class DecoderConfig:
     post_norms: bool = False  # RMSNorm of what attention and MLP return, besides that of what they are given
     embedding_scale: float = 1.0  # Gemma: sqrt(d_model)
     norm_offset: float = 0.0  # Gemma stores norm weights as w - 1: multiply by (1 + w)
+    n_experts: int = 0  # 0: one MLP for all tokens; else each token's MLP is a mixture of
+    experts_per_token: int = 0  # so many of n_experts
     logit_softcap: float | None = None  # c: a next-token logit z becomes c * tanh(z / c)
 
     @property
@@ -144,6 +149,8 @@ def from_hf_config(config: dict) -> DecoderConfig:
         post_norms=family in ("gemma2", "gemma3"),
         embedding_scale=math.sqrt(d_model) if is_gemma else 1.0,
         norm_offset=1.0 if is_gemma else 0.0,
+        n_experts=config.get("num_local_experts", 0) if family == "mixtral" else 0,
+        experts_per_token=config.get("num_experts_per_tok", 0) if family == "mixtral" else 0,
         logit_softcap=config.get("final_logit_softcapping"),
     )
 
@@ -154,8 +161,12 @@ def param_shapes(config: DecoderConfig) -> dict[ParamPath, tuple[int, ...]]:
     query, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     layers = {
         "attn_norm": (D,), "q": (D, query), "k": (D, kv), "v": (D, kv), "o": (query, D),
-        "mlp_pre_norm" if config.post_norms else "mlp_norm": (D,), "gate": (D, F), "up": (D, F), "down": (F, D),
+        "mlp_pre_norm" if config.post_norms else "mlp_norm": (D,),
     }  # fmt: skip
+    if E := config.n_experts:
+        layers |= {"router": (D, E), "expert_gate": (E, D, F), "expert_up": (E, D, F), "expert_down": (E, F, D)}
+    else:
+        layers |= {"gate": (D, F), "up": (D, F), "down": (F, D)}
     if config.post_norms:
         layers |= {"attn_post_norm": (D,), "mlp_post_norm": (D,)}
     if config.qkv_bias:
@@ -213,7 +224,7 @@ def _layer_types(config: dict, family: str) -> list[str]:
     """"full_attention" or "sliding_attention" for each layer, as written or by the family's rule."""
     layers = range(_required(config, "num_hidden_layers"))
     written = config.get("layer_types")
-    if written and (len(written) != len(layers) or set(written) - {_FULL, _SLIDING} or family in ("llama", "gemma", "mistral")):
+    if written and (len(written) != len(layers) or set(written) - {_FULL, _SLIDING} or family in ("llama", "gemma", "mistral", "mixtral")):
         raise ValueError(f"The model's config.json sets layer_types = {written!r}, which is not supported for {len(layers)} layers of the {family} family.")
     if family in ("gemma2", "gemma3"):
         by_rule = [_SLIDING if (i + 1) % config["sliding_window_pattern"] else _FULL for i in layers]
@@ -221,7 +232,7 @@ def _layer_types(config: dict, family: str) -> list[str]:
         slides = config.get("use_sliding_window") and config.get("sliding_window") is not None
         by_rule = [_SLIDING if slides and i >= config["max_window_layers"] else _FULL for i in layers]
     else:
-        by_rule = [_SLIDING if family == "mistral" and config.get("sliding_window") is not None else _FULL for _ in layers]
+        by_rule = [_SLIDING if family in ("mistral", "mixtral") and config.get("sliding_window") is not None else _FULL for _ in layers]
     return written or by_rule
 
 

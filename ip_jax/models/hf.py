@@ -8,7 +8,7 @@ import ml_dtypes  # noqa: F401  registers "bfloat16" with numpy, under which saf
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ip_jax.models.assemble import ShardingOf, assemble
+from ip_jax.models.assemble import ShardingOf, Tensor, assemble
 from ip_jax.models.families import DecoderConfig, ParamPath, from_hf_config
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -21,13 +21,29 @@ _LAYER = {
     "q": "self_attn.q_proj.weight", "k": "self_attn.k_proj.weight", "v": "self_attn.v_proj.weight", "o": "self_attn.o_proj.weight",
     "q_bias": "self_attn.q_proj.bias", "k_bias": "self_attn.k_proj.bias", "v_bias": "self_attn.v_proj.bias",
     "gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight", "down": "mlp.down_proj.weight",
+    "router": "block_sparse_moe.gate.weight",
+    "expert_gate": "block_sparse_moe.experts.{}.w1.weight", "expert_up": "block_sparse_moe.experts.{}.w3.weight",
+    "expert_down": "block_sparse_moe.experts.{}.w2.weight",
+}  # fmt: skip
+# The names of transformers 5 within a program and, with save_original_format=False, in a folder: all experts of a layer in one tensor
+# [E, outputs, inputs], gate before up.
+_FUSED = {
+    "router": "mlp.gate.weight", "expert_gate": "mlp.experts.gate_up_proj", "expert_up": "mlp.experts.gate_up_proj",
+    "expert_down": "mlp.experts.down_proj",
 }  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def hf_name(path: ParamPath, layer: int | None) -> str:
-    """The checkpoint's name of the array at `path` of params, for example ("layers", "q"), 3 -> model.layers.3.self_attn.q_proj.weight."""
-    return _OUTSIDE[path] if layer is None else f"model.layers.{layer}.{_LAYER[path[-1]]}"
+def hf_name(path: ParamPath, layer: int | None, expert: int | None = None) -> str:
+    """The checkpoint's name of the array at `path` of params, for example ("layers", "q"), 3 -> model.layers.3.self_attn.q_proj.weight.
+
+    The experts of a layer are tensors of their own, so each is asked for.
+    """
+    return _OUTSIDE[path] if layer is None else f"model.layers.{layer}.{_LAYER[path[-1]]}".format(expert)
+
+
+def _fused_name(path: ParamPath, layer: int) -> str:
+    return f"model.layers.{layer}.{_FUSED[path[-1]]}"
 
 
 def read_config(folder: Path | str) -> DecoderConfig:
@@ -49,15 +65,28 @@ def read_params(folder: Path | str, config: DecoderConfig, dtype, sharding: Shar
         files = {path: stack.enter_context(_open(path)) for path in weight_files(folder)}
         owner = {_in_language_model(name): (path, name) for path, file in files.items() for name in file.keys()}
 
-        def read(path: ParamPath, layer: int | None) -> "_Lazy":
-            name = hf_name(path, layer)
+        def read(path: ParamPath, layer: int | None) -> Tensor:
+            if path[-1].startswith("expert_"):
+                return _Stack([_Lazy(tensor, transposed=True) for tensor in experts(path, layer)])
+            fused = path[-1] == "router" and _fused_name(path, layer) in owner
+            tensor = stored(_fused_name(path, layer) if fused else hf_name(path, layer))
+            return _Lazy(tensor, transposed=path != ("embed",) and len(tensor.get_shape()) == 2)
+
+        def experts(path: ParamPath, layer: int) -> list:
+            if _fused_name(path, layer) not in owner:
+                return [stored(hf_name(path, layer, expert)) for expert in range(config.n_experts)]
+            outputs = config.d_model if path[-1] == "expert_down" else config.d_ff
+            first = config.d_ff if path[-1] == "expert_up" else 0
+            return [_OfExpert(stored(_fused_name(path, layer)), expert, first, outputs) for expert in range(config.n_experts)]
+
+        def stored(name: str):
             if name not in owner:
                 raise ValueError(f"{folder} has no tensor {name!r} in its safetensors files, so the model is incomplete; fetch it again.")
             path_of_file, stored_name = owner[name]
             tensor = files[path_of_file].get_slice(stored_name)
             if tensor.get_dtype() not in _FLOATS:
                 raise ValueError(f"{path_of_file}: the tensor {name} is stored as {tensor.get_dtype()}; supported are {', '.join(_FLOATS)}.")
-            return _Lazy(tensor, transposed=path != ("embed",) and len(tensor.get_shape()) == 2)
+            return tensor
 
         return assemble(config, read, dtype, sharding, Path(folder))
 
@@ -112,6 +141,39 @@ class _Lazy:
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         return self._tensor[index[::-1]].T if self._transposed else self._tensor[index]
+
+
+class _OfExpert:
+    """One expert's outputs, from `first` on, in a stored tensor [E, outputs, inputs] that holds those of all."""
+
+    def __init__(self, tensor, expert: int, first: int, count: int):
+        self._tensor, self._expert, self._first, self._count = tensor, expert, first, count
+
+    def get_shape(self) -> list[int]:
+        outputs, inputs = self._tensor.get_shape()[1:]
+        return [min(self._count, outputs - self._first), inputs]
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        start, stop, _ = index[0].indices(self._count)
+        return self._tensor[self._expert : self._expert + 1, self._first + start : self._first + stop, index[1]][0]
+
+
+class _Stack:
+    """The experts of a layer as one tensor [E, ...], of which only the asked slice is read, one expert at a time."""
+
+    def __init__(self, tensors: list[_Lazy]):
+        shapes = [tensor.shape for tensor in tensors]
+        self._tensors = tensors
+        self.shape = (len(tensors), *min(shapes, key=shapes.count))  # where they differ, the odd one, which the caller refuses
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        tensors = self._tensors[index[0]]
+        first = tensors[0][index[1:]]
+        out = np.empty((len(tensors), *first.shape), first.dtype)
+        out[0] = first
+        for i, tensor in enumerate(tensors[1:], start=1):
+            out[i] = tensor[index[1:]]
+        return out
 
 
 def _open(path: Path):

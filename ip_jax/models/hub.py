@@ -108,12 +108,6 @@ def load_pretrained(name: str, dtype, revision: str | None = None, sharding: Cal
     return Pretrained(name, config, params, tokenizer, _fingerprint(source))
 
 
-def load_tokenizer(name: str, revision: str | None = None):
-    """The model's fast tokenizer alone, without its weights. Raises as `load_pretrained`."""
-    source = resolve(name, revision)
-    return gguf.read_tokenizer(gguf.open_gguf(source.path)) if source.is_gguf else _folder_tokenizer(source.path)
-
-
 def load_config(name: str, revision: str | None = None) -> DecoderConfig:
     """The model's config alone, without its weights. Raises as `load_pretrained`."""
     source = resolve(name, revision)

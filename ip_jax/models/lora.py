@@ -37,25 +37,39 @@ class LoraConfig:
 
 
 def projection_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of every projection that LoRA can adapt."""
+    """(inputs, outputs) of every projection that LoRA can adapt: those of attention, and those of the MLP where it is not a mixture."""
     heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    return {
+    attention = {
         "q": (config.d_model, heads),
         "k": (config.d_model, kv_heads),
         "v": (config.d_model, kv_heads),
         "o": (heads, config.d_model),
+    }
+    mlp = {
         "gate": (config.d_model, config.d_ff),
         "up": (config.d_model, config.d_ff),
         "down": (config.d_ff, config.d_model),
     }
+    return attention if config.n_experts else attention | mlp
+
+
+def check_targets(config: DecoderConfig, lora: LoraConfig) -> None:
+    """Raises ValueError for a target that the family lacks."""
+    shapes = projection_shapes(config)
+    lacking = [target for target in lora.targets if target not in shapes]
+    if lacking:
+        raise ValueError(
+            f"LoRA targets {', '.join(lacking)} are not in a {config.family} model, whose experts and router stay frozen: choose from {', '.join(shapes)}"
+        )
 
 
 def init_lora(seeds: Int[Array, " R"], config: DecoderConfig, lora: LoraConfig) -> dict[str, dict[str, Float[Array, "R L _ _"]]]:
     """One float32 adapter for each seed: A uniform in +-1/sqrt(inputs) (PEFT's kaiming_uniform with a = sqrt 5), B zero.
 
     A run's adapter is a function of its own seed, never of its neighbours.
-    Returns {target: {"a": [R, L, inputs, rank], "b": [R, L, rank, outputs]}}.
+    Returns {target: {"a": [R, L, inputs, rank], "b": [R, L, rank, outputs]}}. Raises ValueError for a target that the family lacks.
     """
+    check_targets(config, lora)
     shapes = projection_shapes(config)
 
     def init_run(seed):

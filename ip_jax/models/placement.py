@@ -1,10 +1,28 @@
-"""Where activations lie on a mesh: a constraint for the partitioner, and nothing where there is no mesh."""
+"""Where arrays lie on a mesh: a constraint for the partitioner, and nothing where there is no mesh."""
+from collections.abc import Mapping
+
 import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 BY_ROW = ("run", "data")  # mesh axes of the first two dimensions [R, B] of a batch
 EVERYWHERE = ()
+FSDP = ("run", "data")
+EXPERTS_IN = (FSDP, FSDP, "tensor")  # of gate and up maps [E, D, F]: experts over the axes that divide E, the width over the others
+EXPERTS_OUT = (FSDP, "tensor", FSDP)  # of down maps [E, F, D]
+
+
+def fitting(sizes: Mapping[str, int], axes: tuple, shape: tuple[int, ...]) -> PartitionSpec:
+    """The wanted mesh axes of each dimension less those that do not divide it; an axis wanted twice goes to the first that it divides."""
+    spec, taken = [], set()
+    for wanted, size in zip(axes, shape):  # noqa: B905  trailing dimensions without a rule are whole
+        kept = ()
+        for axis in (wanted,) if isinstance(wanted, str) else wanted or ():
+            if axis not in taken and size % sizes[axis] == 0:
+                kept, size = (*kept, axis), size // sizes[axis]
+        taken |= set(kept)
+        spec.append(kept or None)
+    return PartitionSpec(*spec)
 
 
 def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:

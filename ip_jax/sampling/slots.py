@@ -85,7 +85,8 @@ def start_slots(graphdef, lora, base, prefix: Int[Array, " X"], *, shape: SlotSh
         tokens = jnp.broadcast_to(prefix, (shape.runs, 1, length))
         nothing = jnp.zeros((layers, shape.runs, 1, kv, size, 0), dtype), jnp.zeros((layers, shape.runs, 1, kv, 0, size), dtype)
         positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-        _, (k, v) = decoder(tokens, positions, prompt_attend(dtype), nothing, dtype=jnp.dtype(dtype))
+        _, emitted = decoder(tokens, positions, prompt_attend(dtype), nothing, dtype=jnp.dtype(dtype))
+        k, v = emitted.attention
         prompt_k = tuple(cache.at[..., :length].set(new) for cache, new in zip(prompt_k, k, strict=True))
         prompt_v = tuple(cache.at[..., :length, :].set(new) for cache, new in zip(prompt_v, v, strict=True))
     slots = Slots(
@@ -131,7 +132,8 @@ def prefill(graphdef, lora, base, slots: Slots, refill: Refill, *, prefix: int, 
     shared = jnp.stack([x[:, :1, :, :, :prefix] for x in slots.prompt_k]), jnp.stack([x[:, :1, :, :prefix] for x in slots.prompt_v])
     positions = jnp.broadcast_to(jnp.arange(prefix, end), refill.prompt.shape)
     decoder = nnx.merge(graphdef, lora, base)
-    _, (new_k, new_v) = decoder(refill.prompt, positions, prompt_attend(slots.prompt_k[0].dtype), shared, dtype=jnp.dtype(dtype))
+    _, emitted = decoder(refill.prompt, positions, prompt_attend(slots.prompt_k[0].dtype), shared, dtype=jnp.dtype(dtype))
+    new_k, new_v = emitted.attention
     run = jnp.arange(refill.group.shape[0])[:, None]
     place = lambda old, new: old.at[run, refill.group].set(new, mode="drop")  # noqa: E731
     slots = slots.replace(
@@ -218,5 +220,5 @@ def _run_layers(decoder, layers, tokens: Int[Array, "R B T"], ropes, attend, cac
     for (lora, base), cache, kind in zip(layers, caches, config.layer_kinds, strict=True):
         layer_attend = functools.partial(attend, cache=cache, kind=kind)
         x, new = decoder_layer(nnx.merge(layer_def, lora, base), config, constrain(x, BY_ROW), ropes[kind.rope], layer_attend, None)
-        emitted.append(new)
+        emitted.append(new.attention)
     return rms_norm(x, decoder.final_norm[...], config), emitted

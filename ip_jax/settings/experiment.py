@@ -74,6 +74,8 @@ class SftConfig:
     tokens_per_micro_batch: int = 2048
     remat: str = "products"
     """What the backward pass keeps: none (everything), products, attention, full (nothing but each layer's input)."""
+    router_aux_loss_coef: float = 0.0
+    """Of the load balancing loss that a mixture of experts adds to the loss; the config.json of Mixtral-8x7B says 0.02."""
     checkpoint_every: int = 5
     memory_gb: float = 8.0
     """What one device may hold: runs that do not fit together are cut into groups."""

@@ -104,9 +104,10 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     """Every check that needs no weights, then the claim on the folder. Raises ValueError or OSError, with one sentence."""
     tokenizer = hub.load_tokenizer(experiment.model.name, experiment.model.revision)
     fingerprint = hub.fingerprint(experiment.model.name, experiment.model.revision)
+    config = hub.load_config(experiment.model.name, experiment.model.revision)
+    plan.check_training(experiment, config)
     plan.check_evaluations(experiment, tokenizer)
-    plan.check_training(experiment)
-    mesh = mesh_sizes(experiment.mesh, jax.devices(), hub.load_config(experiment.model.name, experiment.model.revision).n_heads)
+    mesh = mesh_sizes(experiment.mesh, jax.devices(), config.n_heads)
     wanted = [
         RunSource(plan.run_name(arm, seed), experiment.training[arm.data], arm.transform, seed)
         for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds
@@ -165,7 +166,7 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
 def _options(experiment: Supervised) -> SftOptions:
     sft, model = experiment.sft, experiment.model
     dropout = sft.lora.dropout if sft.train == "lora" else 0.0
-    return SftOptions(sft.schedule, dropout, sft.max_grad_norm, model.activations, sft.remat, sft.train, model.weights)
+    return SftOptions(sft.schedule, dropout, sft.max_grad_norm, model.activations, sft.remat, sft.train, model.weights, sft.router_aux_loss_coef)
 
 
 def _initial(session: Session, seeds: Sequence[int]) -> tuple:
@@ -191,7 +192,8 @@ def _step_of(session: Session, group: Sequence[Run], graphdef, state: TrainState
     """Reads a step's batch and runs the compiled step on it."""
     sft, mesh = session.experiment.sft, session.mesh
     sources, steps = [session.prepared.sources[run.name] for run in group], sft.schedule.last_active_step(sft.steps)
-    reader = batch_reader(sources, session.prepared.render, sft.batch_size, steps, sft.tokens_per_micro_batch, row_multiple=mesh.shape["data"])
+    layout = {"row_multiple": mesh.shape["data"], "share_prefix": not sft.router_aux_loss_coef}  # the router's loss counts each example's tokens
+    reader = batch_reader(sources, session.prepared.render, sft.batch_size, steps, sft.tokens_per_micro_batch, **layout)
     options = dataclasses.replace(_options(session.experiment), shared=reader.shared)
     rows, places = batch_sharding(mesh), state_shardings(mesh, state, sft.train)
     compiled = compile_sft_step(graphdef, options, places, base_shardings(mesh, frozen), rows, replicated(mesh))

@@ -16,7 +16,8 @@ from ip_jax.data.sources import Example
 from ip_jax.evals import leak_grid
 from ip_jax.evals.leak_grid import Cell
 from ip_jax.models import hub
-from ip_jax.models.lora import projection_shapes
+from ip_jax.models.families import DecoderConfig
+from ip_jax.models.lora import check_targets, projection_shapes
 from ip_jax.prompts import library
 from ip_jax.prompts.chat import render_prompt
 from ip_jax.prompts.transforms import Transform
@@ -210,10 +211,19 @@ def begun_programs(folder: epath.Path) -> list[tuple[epath.Path, dict[str, str]]
     return [(path.parent, json.loads(path.read_text())["runs"]) for path in sorted(folder.glob("checkpoints/*/origin.json"))]
 
 
-def check_training(experiment: Supervised) -> None:
-    """Refuses combinations that no program has."""
-    if experiment.sft.train == "full" and experiment.model.quantised:
-        raise ValueError(f"sft.train = 'full' trains all weights, and model.quantised = {experiment.model.quantised!r} freezes them: change one of the two")
+def check_training(experiment: Supervised, config: DecoderConfig) -> None:
+    """Refuses combinations that no program has, and settings that the model has no use for."""
+    sft, quantised = experiment.sft, experiment.model.quantised
+    check_targets(config, sft.lora)
+    if sft.train == "full" and quantised:
+        raise ValueError(f"sft.train = 'full' trains all weights, and model.quantised = {quantised!r} freezes them: change one of the two")
+    if quantised and config.n_experts:
+        raise ValueError(f"model.quantised is {quantised!r} and the model is a mixture of experts, whose experts cannot be quantised: set it to None")
+    if sft.router_aux_loss_coef < 0 or (sft.router_aux_loss_coef and not config.n_experts):
+        raise ValueError(
+            f"sft.router_aux_loss_coef is {sft.router_aux_loss_coef} and the model {'has' if config.n_experts else 'lacks'} experts: "
+            "it must be at least 0, and 0 without experts"
+        )
 
 
 def runs_that_fit(sft: SftConfig, model: hub.Pretrained, mesh: Mesh) -> int:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ip_jax.models.decoder import packed_attend
+from ip_jax.models.moe import load_balancing_loss
 from ip_jax.training.losses import cross_entropy_sum, response_hidden
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.state import Batch, TrainState, adam
@@ -18,6 +19,8 @@ class SftOptions:
 
     `train`: "lora" trains adapters over a frozen base, "full" every weight of one run; it computes with the weights in `weights` and
     keeps them in float32. `dtype` is the activations'; `remat` names what the backward pass keeps (`models.remat`).
+    `router_aux_loss_coef` of the load balancing loss of a mixture of experts is added to the loss; 0 leaves it out.
+    `shared` is the number of tokens with which all segments of a row begin (see data.packing).
     """
 
     schedule: Schedule
@@ -27,7 +30,8 @@ class SftOptions:
     remat: str = "products"
     train: str = "lora"
     weights: str = "float32"
-    shared: int = 0  # tokens with which all segments of a row begin (see data.packing)
+    router_aux_loss_coef: float = 0.0
+    shared: int = 0
 
 
 def decoder_states(trained, frozen, options: SftOptions) -> tuple:
@@ -48,7 +52,7 @@ def sft_step(state: TrainState, frozen, batch: Batch, *, graphdef, options: SftO
     def loss_sum(trained, micro: Batch, index):
         decoder = nnx.merge(graphdef, *decoder_states(trained, frozen, options))
         keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(dropout_keys)
-        hidden, _ = decoder(
+        hidden, emitted = decoder(
             micro.tokens, micro.positions, packed_attend(micro.segment_ids, micro.positions, micro.segment_index, options.shared),
             dtype=jnp.dtype(options.dtype), remat=options.remat,
             dropout=(options.dropout, keys) if options.dropout else None,
@@ -57,19 +61,24 @@ def sft_step(state: TrainState, frozen, batch: Batch, *, graphdef, options: SftO
             response_hidden(hidden, micro.response_index), decoder.vocabulary(), micro.response_target, micro.response_weight,
             train_vocabulary=options.train == "full",
         )
-        return losses.sum(), losses  # the gradient of the sum over runs is each run's own gradient
+        balance = jnp.zeros_like(losses)
+        if options.router_aux_loss_coef:  # of a micro-batch, and weighed as its responses are
+            balance = load_balancing_loss(emitted.router, micro.segment_ids > 0, decoder.config.experts_per_token)
+            balance *= micro.response_weight.sum(axis=(1, 2))
+        total = losses + options.router_aux_loss_coef * balance
+        return total.sum(), (losses, balance)  # the gradient of the sum over runs is each run's own gradient
 
     def accumulate(total, scanned):
         micro, index = scanned
 
         def add(total):
-            (_, losses), gradients = jax.value_and_grad(loss_sum, has_aux=True)(state.trained, micro, index)
-            return jax.tree.map(jnp.add, total, (losses, gradients))
+            (_, sums), gradients = jax.value_and_grad(loss_sum, has_aux=True)(state.trained, micro, index)
+            return jax.tree.map(jnp.add, total, (sums, gradients))
 
         return jax.lax.cond(jnp.any(micro.response_weight > 0), add, lambda total: total, total), None  # empty ones cost nothing
 
-    zero = (jnp.zeros_like(state.learning_rate), jax.tree.map(jnp.zeros_like, state.trained))
-    (losses, gradients), _ = jax.lax.scan(accumulate, zero, (batch, jnp.arange(batch.tokens.shape[0])))
+    zero = ((jnp.zeros_like(state.learning_rate),) * 2, jax.tree.map(jnp.zeros_like, state.trained))
+    ((losses, balance), gradients), _ = jax.lax.scan(accumulate, zero, (batch, jnp.arange(batch.tokens.shape[0])))
     tokens = batch.response_weight.sum(axis=(0, 2, 3))
     loss = losses / jnp.maximum(tokens, 1)
     gradients = jax.tree.map(lambda g: g / _per_run(jnp.maximum(tokens, 1), g), gradients)
@@ -87,7 +96,10 @@ def sft_step(state: TrainState, frozen, batch: Batch, *, graphdef, options: SftO
         step=state.step + 1, alive=alive,
         trained=jax.tree.map(keep, trained, state.trained), adam=jax.tree.map(keep, adam_state, state.adam),
     )
-    return state, {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "response_tokens": tokens, "alive": alive}
+    metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "response_tokens": tokens, "alive": alive}
+    if options.router_aux_loss_coef:
+        metrics["router_aux_loss"] = balance / jnp.maximum(tokens, 1)
+    return state, metrics
 
 
 def _per_run(values, like):

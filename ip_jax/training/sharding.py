@@ -13,10 +13,10 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ip_jax.models.families import DecoderConfig, ParamPath, param_shapes
+from ip_jax.models.placement import EXPERTS_IN, EXPERTS_OUT, FSDP, fitting
 from ip_jax.training.state import TrainState
 
 AXES = ("run", "data", "tensor")
-FSDP = ("run", "data")
 
 # (pattern of the parameter's path, mesh axes of each dimension); the first match counts, and L is never cut. An axis that does not
 # divide its dimension is left to the next dimension that names it, or dropped.
@@ -25,11 +25,11 @@ RULES = (
     (r"^head", (None, AXES)),  # [D, V]
     (r"norm", ()),  # [D] or [L, D]: too small to be worth a message
     (r"layers/[qkv](_|/)bias", (None, "tensor")),  # [L, out]
+    (r"layers/router\b", ()),  # [L, D, E]
+    (r"layers/expert_(gate|up)\b", (None, *EXPERTS_IN)),  # [L, E, D, F]
+    (r"layers/expert_down\b", (None, *EXPERTS_OUT)),  # [L, E, F, D]
     (r"layers/(q|k|v|gate|up)\b", (None, FSDP, "tensor")),  # [L, in, out]
     (r"layers/(o|down)\b", (None, "tensor", FSDP)),  # [L, in, out]
-    (r"layers/router\b", ()),  # [L, D, E]
-    (r"layers/expert_(gate|up)\b", (None, FSDP, FSDP, "tensor")),  # [L, E, D, F]: expert parallelism over what divides E
-    (r"layers/expert_down\b", (None, FSDP, "tensor", FSDP)),  # [L, E, F, D]
 )
 
 
@@ -134,13 +134,5 @@ def _by_rule(mesh: Mesh, path: str, shape: tuple[int, ...], leading: tuple = ())
 
 
 def _fitting(mesh: Mesh, axes: tuple, shape: tuple[int, ...], leading: tuple = ()) -> NamedSharding:
-    """The rule's axes, behind `leading` ones, less those that do not divide their dimension or cut one before it."""
-    spec, used = [], set()
-    for wanted, size in zip(axes, shape):  # noqa: B905  trailing dimensions without a rule are whole
-        kept = ()
-        for axis in (wanted,) if isinstance(wanted, str) else wanted or ():
-            if axis not in used and size % mesh.shape[axis] == 0:
-                kept, size = (*kept, axis), size // mesh.shape[axis]
-                used.add(axis)
-        spec.append(kept or None)
-    return NamedSharding(mesh, PartitionSpec(*leading, *spec))
+    """The rule's axes, behind `leading` ones, as far as they fit."""
+    return NamedSharding(mesh, PartitionSpec(*leading, *fitting(mesh.shape, axes, shape)))

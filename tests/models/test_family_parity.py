@@ -10,16 +10,15 @@ from flax import nnx
 from scipy.special import log_softmax
 
 from ip_jax.models.decoder import packed_attend, split_decoder
-from ip_jax.models.lora import LoraConfig
+from ip_jax.models.lora import LoraConfig, projection_shapes
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
 from ip_jax.training.sharding import base_shardings, make_mesh
 
 torch, _ = pytest.importorskip("torch"), pytest.importorskip("peft")
 
-LORA = LoraConfig(rank=3, alpha=2)
 LENGTHS = (50, 12, 20)  # longer than the windows and than Llama 3.1's original 32 positions
 ROW = sum(LENGTHS) + 7
-ONE_EACH = ("llama-3.1", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+ONE_EACH = ("llama-3.1", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in tiny.HF_MODELS if kind not in ONE_EACH]
 
 
@@ -29,6 +28,11 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def lora_of(config) -> LoraConfig:
+    """Of every projection that the family lets be adapted."""
+    return LoraConfig(rank=3, alpha=2, targets=tuple(projection_shapes(config)))
 
 
 def adapter_of(adapters, run: int):
@@ -45,10 +49,10 @@ def packed(config, runs: int):
 def test_packed_log_probabilities_equal_peft(kind):
     """Two runs with adapters of their own. Here three sequences packed into one row, there each in a left-padded row of its own."""
     config, params = tiny.from_hf(tiny.hf_model(kind))
-    adapters, (examples, batch) = tiny.random_lora(config, LORA, runs=2), packed(config, 2)
-    _, logits = tiny.hidden_states(config, params, batch.tokens[0], adapters, LORA, batch.positions[0], batch.segment_ids[0])
+    adapters, (examples, batch) = tiny.random_lora(config, lora_of(config), runs=2), packed(config, 2)
+    _, logits = tiny.hidden_states(config, params, batch.tokens[0], adapters, lora_of(config), batch.positions[0], batch.segment_ids[0])
     for run in range(2):
-        wrapped = tiny.peft_model(tiny.hf_model(kind), LORA, adapter_of(adapters, run))
+        wrapped = tiny.peft_model(tiny.hf_model(kind), lora_of(config), adapter_of(adapters, run))
         assert_same_log_probs(logits[run], left_padded_logits(wrapped, examples[run]))
 
 
@@ -56,12 +60,12 @@ def test_packed_log_probabilities_equal_peft(kind):
 def test_packed_log_probabilities_and_lora_gradients_equal_peft(kind):
     """As above, with the gradients of every A and B."""
     config, params = tiny.from_hf(tiny.hf_model(kind))
-    adapters, (examples, _) = tiny.random_lora(config, LORA, runs=2), packed(config, 2)
+    adapters, (examples, _) = tiny.random_lora(config, lora_of(config), runs=2), packed(config, 2)
     pull = np.random.default_rng(3).standard_normal((2, 1, ROW, config.vocab_size)).astype(np.float32)
     pull[:, :, sum(LENGTHS) :] = 0
     logits, gradients = jax.device_get(compiled_gradients(config)(adapters, params, pull))
     for run in range(2):
-        wrapped = tiny.peft_model(tiny.hf_model(kind), LORA, adapter_of(adapters, run))
+        wrapped = tiny.peft_model(tiny.hf_model(kind), lora_of(config), adapter_of(adapters, run))
         theirs = left_padded_logits(wrapped, examples[run])
         assert_same_log_probs(logits[run], theirs)
         theirs.backward(torch.tensor(pull[run, 0, : sum(LENGTHS)]))
@@ -76,7 +80,7 @@ def test_packed_log_probabilities_and_lora_gradients_equal_peft(kind):
 def compiled_gradients(config):
     """The compiled function of `gradients_of`."""
     pull = jax.ShapeDtypeStruct((2, 1, ROW, config.vocab_size), np.float32)
-    return jax.jit(gradients_of(config)).lower(tiny.random_lora(config, LORA, runs=2), tiny.random_params(config), pull).compile()
+    return jax.jit(gradients_of(config)).lower(tiny.random_lora(config, lora_of(config), runs=2), tiny.random_params(config), pull).compile()
 
 
 def gradients_of(config):
@@ -85,7 +89,7 @@ def gradients_of(config):
 
     def run(adapters, params, pull):
         def logits_of(adapters):
-            decoder = nnx.merge(*split_decoder(config, params, adapters, LORA))
+            decoder = nnx.merge(*split_decoder(config, params, adapters, lora_of(config)))
             attend = packed_attend(batch.segment_ids[0], batch.positions[0], batch.segment_index[0])
             return decoder.logits(decoder(batch.tokens[0], batch.positions[0], attend)[0])
 
@@ -110,11 +114,11 @@ def left_padded_logits(model, examples):
     return torch.cat([row[width - len(ids) :] for row, ids in zip(logits, sequences, strict=True)])
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3", pytest.param("qwen3", marks=pytest.mark.slow), pytest.param("qwen2-window", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["mistral", "mixtral-window", "gemma2", "gemma3", pytest.param("qwen3", marks=pytest.mark.slow), pytest.param("qwen2-window", marks=pytest.mark.slow)])
 def test_greedy_sampling_is_pefts_and_sees_what_it_sees(kind):
     """Two runs, prompts of 24 to 37 tokens that begin alike, 14 new tokens, refilled slots: tokens and log-probabilities of whole passes."""
     config, params = tiny.from_hf(tiny.hf_model(kind))
-    adapters = tiny.random_lora(config, LORA, runs=2)
+    adapters = tiny.random_lora(config, lora_of(config), runs=2)
     rng = np.random.default_rng(5)
     beginning = rng.integers(0, config.vocab_size, 21)
     queues = [
@@ -122,9 +126,9 @@ def test_greedy_sampling_is_pefts_and_sees_what_it_sees(kind):
         for _ in range(2)
     ]
     options = SamplerOptions(stop_ids=(-1,), slots=3, prefill_prompts=2, prompt_buckets=(16, 32, 64))
-    answers = sample(*split_decoder(config, params, adapters, LORA), queues, options)
+    answers = sample(*split_decoder(config, params, adapters, lora_of(config)), queues, options)
     for run in range(2):
-        wrapped = tiny.peft_model(tiny.hf_model(kind), LORA, adapter_of(adapters, run))
+        wrapped = tiny.peft_model(tiny.hf_model(kind), lora_of(config), adapter_of(adapters, run))
         for request, (answer,) in zip(queues[run], answers[run], strict=True):
             with torch.no_grad():
                 logits = wrapped(torch.tensor(np.append(request.prompt_ids, answer.token_ids)[None])).logits[0].numpy()
@@ -147,7 +151,7 @@ def test_alternating_layers_use_the_weights_where_they_lie(kind):
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
 def test_alternating_layers_on_a_mesh_give_the_same_and_are_gathered_one_at_a_time(kind):
     config, params = tiny.from_hf(tiny.hf_model(kind))
-    adapters = tiny.random_lora(config, LORA, runs=2)
+    adapters = tiny.random_lora(config, lora_of(config), runs=2)
     pull = np.random.default_rng(3).standard_normal((2, 1, ROW, config.vocab_size)).astype(np.float32)
     pull[:, :, sum(LENGTHS) :] = 0
     alone = jax.device_get(compiled_gradients(config)(adapters, params, pull))

@@ -386,6 +386,7 @@ def test_eight_devices_end_as_one(tmp_path, without_dropout, model):
 @pytest.mark.parametrize("changes, message", [
     (dict(evaluation=dict(full_steps=(0, 20))), r"evaluation.full_steps names step 20, and training has the steps 0 to 6 \(sft.steps\)"),
     (dict(evaluation=dict(neutral_steps=(7,))), "evaluation.neutral_steps names step 7"),
+    (dict(sft=dict(router_aux_loss_coef=0.02)), "sft.router_aux_loss_coef is 0.02 and the model lacks experts"),
     (dict(sft=dict(max_length=40)), r"run neutral-s0: example 0 \(sum-0\) has \d+ tokens, and max_length is 40"),
     (dict(eval_sets={"generated": [{**example(1, "-"), "messages": [{"role": "user", "content": "word " * 1000}]}]}), "example sum-1 of the evaluation set generated has .* tokens"),
 ])  # fmt: skip

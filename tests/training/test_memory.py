@@ -9,7 +9,7 @@ import pytest
 import tiny_models as tiny
 
 from ip_jax.models.decoder import split_decoder
-from ip_jax.models.families import DecoderConfig
+from ip_jax.models.families import DecoderConfig, uniform_attention
 from ip_jax.models.lora import LoraConfig
 from ip_jax.models.remat import REMAT
 from ip_jax.training.schedules import Schedule
@@ -18,7 +18,7 @@ from ip_jax.training.state import init_state
 
 LORA = LoraConfig(rank=1, alpha=4, targets=("q", "down"))
 OPTIONS = SftOptions(Schedule("constant", total=100))
-CONFIG = DecoderConfig("llama", 101, 64, 128, 8, 4, 2, 16, 1000.0, 1e-5, 256, True)
+CONFIG = DecoderConfig("llama", 101, 64, 128, 8, 4, 2, 16, uniform_attention(16, 1000.0), 1e-5, 256, True)
 WIDE = dataclasses.replace(CONFIG, d_model=256, d_ff=512, head_dim=64)  # its weights outweigh the activations of a few tokens
 
 
