@@ -23,6 +23,7 @@ from ip_jax.models.attention import to_rows, to_segments
 from ip_jax.models.products import KEPT
 
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "pallas": "gpu"}
+DTYPES = {"splash": ("bfloat16", "float32"), "cudnn": ("bfloat16", "float16"), "pallas": ("bfloat16", "float16", "float32")}
 AUTOMATIC = {"tpu": "splash", "gpu": "cudnn"}  # what "auto" tries on each platform before XLA
 ROW_QUANTUM = 128  # row lengths that splash and pallas take are multiples of this
 LARGEST_BLOCK = 512  # of splash, in positions
@@ -78,7 +79,7 @@ def refusal(kernel: str, case: AttentionCase, device: jax.Device | None = None) 
     if _head_axes(case.kv_heads, case.groups, case.tensor) is None:
         heads = f"{case.kv_heads} kv heads with {case.groups} query heads each"
         return f"attention {kernel!r} needs heads that divide over the mesh: {heads} do not over tensor={case.tensor}"
-    dtypes = ("bfloat16", "float16") if kernel == "cudnn" else ("bfloat16", "float16", "float32")
+    dtypes = DTYPES[kernel]
     if case.dtype not in dtypes:
         return f"attention {kernel!r} works in {' or '.join(dtypes)}, not in {case.dtype}"
     if kernel != "cudnn" and case.row_length % ROW_QUANTUM:
@@ -144,7 +145,8 @@ class PackedAttention:
 
 def _splash(this: PackedAttention, q, k, v, rows: Packing):
     """The mask is causal over rows, computed in the kernel; blocks above the diagonal or behind the window are not visited."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # here: who runs on a CPU need not wait for Pallas
+    # Imported here, so that nobody on a CPU waits for Pallas.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, heads = q.shape[2], q.shape[3] * q.shape[4]
     shape = length, length
@@ -179,7 +181,8 @@ def _cudnn(this: PackedAttention, q, k, v, rows: Packing):
 
 def _pallas(this: PackedAttention, q, k, v, rows: Packing):
     """The kernel has one kv head for each query head, so they are repeated."""
-    from jax.experimental.pallas.ops.gpu.attention import mha  # here: it is deprecated since jax 0.11 and says so when it is imported
+    # Imported here, because it warns when it is imported: deprecated since jax 0.11.
+    from jax.experimental.pallas.ops.gpu.attention import mha
 
     k, v = (jnp.repeat(_by_row(x), q.shape[4], axis=2) for x in (k, v))
     out = mha(_by_row(q), k, v, _by_row(rows.segment_ids), sm_scale=this.scale, causal=True, interpret=this.interpret)
