@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from ip_jax.models.attention import causal_attention, soft_capped, to_rows, to_segments
 from ip_jax.models.families import AttentionKind, DecoderConfig
+from ip_jax.models.kernels import PackedAttention, packing
 from ip_jax.models.lora import TARGETS, LoraConfig
 from ip_jax.models.moe import mixture, route
 from ip_jax.models.placement import BY_ROW, constrain
@@ -249,20 +250,23 @@ def causal_attend(q, k, v, _, kind: AttentionKind) -> tuple[Array, None]:
 
 
 def packed_attend(
-    segment_ids: Int[Array, "R B T"], positions: Int[Array, "R B T"], segment_index: Int[Array, "R B N L"], shared: int = 0
+    segment_ids: Int[Array, "R B T"], positions: Int[Array, "R B T"], segment_index: Int[Array, "R B N L"], shared: int = 0, kernel: str = "xla"
 ) -> Attend:
-    """Attention for packed rows: causal within each segment. Emits nothing.
+    """Attention for packed rows: causal within each segment, by one of `models.kernels` or XLA. Emits nothing.
 
     `segment_ids` count from 1 (0 is padding), `positions` restart in each segment, `segment_index` is the row position of each
     segment's tokens, T where there is none (see data.packing.segment_index). All segments of a row begin with the row's first
-    `shared` tokens, which stand there once.
+    `shared` tokens, which stand there once: that XLA alone can do.
     """
-    segments, length = segment_index.shape[-2:]
-    source = jnp.where(segment_ids > 0, (segment_ids - 1) * length + positions, segments * length)
+    rows = packing(segment_ids, positions, segment_index)
+    if kernel != "xla" and shared:
+        raise ValueError(f"attention {kernel!r} cannot share the first {shared} tokens of a row among its segments: pack without share_prefix, or use xla")
 
     def attend(q, k, v, _, kind):
-        context, _ = causal_attend(*(to_segments(x, segment_index, source, shared) for x in (q, k, v)), None, kind)
-        return to_rows(context, segment_index, source, shared), None
+        if kernel != "xla":
+            return PackedAttention(kernel, kind.scale, kind.window, kind.softcap)(q, k, v, rows), None
+        context, _ = causal_attend(*(to_segments(x, rows.segment_index, rows.source, shared) for x in (q, k, v)), None, kind)
+        return to_rows(context, rows.segment_index, rows.source, shared), None
 
     return attend
 

@@ -59,7 +59,7 @@ def sft_step(state: TrainState, frozen, batch: Batch, *, graphdef, options: SftO
         )
         losses = cross_entropy_sum(
             response_hidden(hidden, micro.response_index), decoder.vocabulary(), micro.response_target, micro.response_weight,
-            train_vocabulary=options.train == "full",
+            softcap=decoder.config.logit_softcap, train_vocabulary=options.train == "full",
         )
         balance = jnp.zeros_like(losses)
         if options.router_aux_loss_coef:  # of a micro-batch, and weighed as its responses are
