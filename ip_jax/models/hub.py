@@ -113,6 +113,12 @@ def load_tokenizer(name: str, revision: str | None = None):
     return gguf.read_tokenizer(gguf.open_gguf(source.path)) if source.is_gguf else _folder_tokenizer(source.path)
 
 
+def load_config(name: str, revision: str | None = None) -> DecoderConfig:
+    """The model's config alone, without its weights. Raises as `load_pretrained`."""
+    source = resolve(name, revision)
+    return gguf.read_config(gguf.open_gguf(source.path)) if source.is_gguf else hf.read_config(source.path)
+
+
 def fingerprint(name: str, revision: str | None = None) -> str:
     """What `load_pretrained` puts into `Pretrained.fingerprint`, without loading the weights. Raises as `load_pretrained`."""
     return _fingerprint(resolve(name, revision))

@@ -17,23 +17,19 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import save as to_safetensors
 
-from ip_jax.data.pipeline import Render, RunSource, batch_reader, fitting_examples, renderer
+from ip_jax.data.pipeline import Render, RunSource, batch_reader, renderer
 from ip_jax.evals import leak_grid
-from ip_jax.evals.leak_grid import Decoding
 from ip_jax.models import hub
-from ip_jax.models.decoder import split_decoder
-from ip_jax.models.lora import init_lora
 from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
+from ip_jax.settings import programs
 from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.display import Display
-from ip_jax.settings.experiment import stable_id
 from ip_jax.settings.supervised_plan import Run, Supervised, Sweep
 from ip_jax.training import checkpoint, loop
 from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary, write_json, write_whole
-from ip_jax.training.sft import SftOptions, compile_sft_step
-from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, replicated, state_shardings
-from ip_jax.training.state import Batch, TrainState, init_state
+from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, state_shardings
+from ip_jax.training.state import Batch, TrainState
 
 __all__ = ["Supervised", "run_supervised"]
 
@@ -94,12 +90,8 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     tokenizer = hub.load_tokenizer(experiment.model.name, experiment.model.revision)
     fingerprint = hub.fingerprint(experiment.model.name, experiment.model.revision)
     plan.check_evaluations(experiment, tokenizer)
-    wanted = [
-        RunSource(plan.run_name(arm, seed), experiment.training[arm.data], arm.transform, seed)
-        for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds
-    ]
     render = renderer(tokenizer)
-    sources, dropped = fitting_examples(wanted, render, experiment.sft.max_length, experiment.sft.drop_long)
+    sources, dropped = plan.training_sources(experiment, render)
     record = plan.folder_record(experiment, fingerprint, dropped)
     runs = plan.runs_of(experiment, record["identity"])
     claim_folder(folder, record, {run.name: run.key for run in runs})
@@ -150,9 +142,7 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
 
 def _initial(session: Session, seeds: Sequence[int]) -> tuple:
     """(graphdef, state at step 0, base): for each seed a fresh adapter over the session's weights, all on the mesh."""
-    sft, model, runs = session.experiment.sft, session.model, len(seeds)
-    graphdef, lora, base = split_decoder(model.config, model.params, init_lora(jnp.array(seeds), model.config, sft.lora), sft.lora)
-    state = init_state(lora, jnp.full(runs, sft.learning_rate), jnp.full(runs, sft.weight_decay), jnp.array(seeds))
+    graphdef, state, base = programs.initial_state(session.model.config, session.model.params, session.experiment.sft, seeds)
     return graphdef, jax.device_put(state, state_shardings(session.mesh, state)), base
 
 
@@ -161,9 +151,8 @@ def _step_of(session: Session, group: Sequence[Run], graphdef, state: TrainState
     sft, mesh = session.experiment.sft, session.mesh
     sources, steps = [session.prepared.sources[run.name] for run in group], sft.schedule.last_active_step(sft.steps)
     reader = batch_reader(sources, session.prepared.render, sft.batch_size, steps, sft.tokens_per_micro_batch, row_multiple=mesh.shape["data"])
-    options = SftOptions(sft.schedule, sft.lora.dropout, sft.max_grad_norm, session.experiment.model.activations, sft.remat)
     rows = batch_sharding(mesh)
-    compiled = compile_sft_step(graphdef, options, state_shardings(mesh, state), base_shardings(mesh, base), rows, replicated(mesh))
+    compiled = programs.train_step(mesh, graphdef, state, base, sft, session.experiment.model)
 
     def run_step(state: TrainState, step: int):
         arrays, density = reader(step)
@@ -192,13 +181,9 @@ def _evaluate_untrained(session: Session, sweep: Sweep, runs: int) -> None:
 def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep, what: str) -> None:
     """Samples a sweep, judges it and writes its part files. `sample_queues`: `sample` with its decoder given."""
     experiment, tokenizer = session.experiment, session.model.tokenizer
-    evaluation = experiment.evaluation
-    decoding = Decoding(evaluation.max_new_tokens, evaluation.temperature, evaluation.top_p)
     room = plan.sampling_room(experiment, next(cell for cell in sweep if cell).eval_set, tokenizer)
-    options = SamplerOptions((end_of_turn_id(tokenizer),), evaluation.slots, room=room, dtype=experiment.model.activations, mesh=session.mesh)
-    queues = [
-        leak_grid.requests_for(cell, plan.examples_of(experiment, cell), tokenizer, stable_id, decoding) if cell else [] for cell in sweep
-    ]
+    options = programs.sampler_options(session.mesh, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room)
+    queues = [plan.requests_of(experiment, cell, tokenizer) if cell else [] for cell in sweep]
     cells = [cell for cell in sweep if cell]
     name = f"evaluating {what}, {cells[0].eval_set} under {' / '.join(dict.fromkeys(cell.eval_prompt for cell in cells))}"
     with session.display.phase(name, sum(map(len, queues)), "completions") as advance:

@@ -4,7 +4,7 @@ Base weights are cut over all axes, so that no device holds a whole one; a layer
 Adapters, their Adam state and per-run scalars follow their run. Rows of a batch lie on (run, data).
 """
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -26,12 +26,13 @@ RULES = (
 )
 
 
-def make_mesh(run: int = 1, data: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over the first run * data * tensor devices. Raises ValueError where there are fewer."""
-    needed, found = run * data * tensor, jax.device_count()
-    if needed > found or min(run, data, tensor) < 1:
-        raise ValueError(f"a mesh of run={run}, data={data}, tensor={tensor} needs {needed} devices, and this program has {found}")
-    return jax.make_mesh((run, data, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def make_mesh(run: int = 1, data: int = 1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
+    """A mesh over the first run * data * tensor devices, of `devices` or of this program. Raises ValueError where there are fewer."""
+    devices = jax.devices() if devices is None else devices
+    needed = run * data * tensor
+    if needed > len(devices) or min(run, data, tensor) < 1:
+        raise ValueError(f"a mesh of run={run}, data={data}, tensor={tensor} needs {needed} devices, and this program has {len(devices)}")
+    return jax.make_mesh((run, data, tensor), AXES, devices=devices[:needed], axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def base_shardings(mesh: Mesh, base_state):
