@@ -48,12 +48,12 @@ def resident(begun: Initial) -> dict[str, float]:
     return {"weights": per_device(begun.base), "adapters": per_device(state.lora), "optimizer": per_device(state.adam)}
 
 
-def layer_matrix_params(config: DecoderConfig) -> int:
-    """Elements of all layers' matrices that one token is multiplied with (of E experts those that it is sent to)."""
+def layer_matrix_params(config: DecoderConfig, but: str = "") -> int:
+    """Elements of all layers' matrices that one token is multiplied with (of E experts those that it is sent to), without those called `but`."""
     active = getattr(config, "experts_per_token", 0) / max(getattr(config, "n_experts", 0), 1)
     return int(sum(
         math.prod(shape) * (active if "expert" in path[-1] else 1)
-        for path, shape in param_shapes(config).items() if path[0] == "layers" and len(shape) > 2
+        for path, shape in param_shapes(config).items() if path[0] == "layers" and len(shape) > 2 and path[-1] not in (but, f"expert_{but}")
     ))  # fmt: skip
 
 
@@ -82,12 +82,13 @@ def step_flops(workload: Workload, shape: PackedShape) -> float:
 
 
 def formula_cost(workload: Workload, shape: PackedShape, begun: Initial, mesh: Mesh) -> Cost:
-    """Cost of a step on one device by formula: the model's FLOPs, and 2 more a token and weight with full remat; of the traffic the weights, in
+    """Cost of a step on one device by formula: the model's FLOPs, and with remat 2 more for each
+    token and weight but those of down; of the traffic the weights, in
     each micro-batch and pass, and what is kept of the activations, written and read; of the collectives each layer's gathering over (run,
     data), and over tensor the sums of activations behind attention and MLP.
     """
     config, sft, passes = workload.config, workload.sft, 3 if workload.sft.remat else 2
-    remat = 2 * layer_matrix_params(config) * step_tokens(workload, shape) if sft.remat else 0
+    remat = 2 * layer_matrix_params(config, but="down") * step_tokens(workload, shape) if sft.remat else 0  # nothing needs down's result again
     cut, tensor = mesh.shape["run"] * mesh.shape["data"], mesh.shape["tensor"]
     weights = per_device(begun.base) * cut
     traffic = shape.micro_batches * (passes * weights + 2 * activations(workload, shape, mesh)) + 3 * per_device(begun.state)

@@ -1,7 +1,8 @@
 """What one run of a compiled program does on one device, read from its optimised HLO text: FLOPs, memory traffic, collectives.
 
 XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as the loop turns. Where a loop's end depends on the data
-(decoding) the body counts once, so that the result is that of one turn; of a conditional the dearest branch counts.
+(decoding) the body counts once, so that the result is that of one turn; of a conditional the dearest branch counts. A TPU splits an
+asynchronous collective over several fusions, each with a copy of it: what has the same channel counts once.
 
 FLOPs are those of dot and convolution (into which TPUs turn dot), two for a multiply-add. Traffic is what instructions outside of fusions read
 and write in the main memory: what lies in a memory space of its own, S(n), is left out, and so is the part of an operand that a slice does not touch.
@@ -15,6 +16,7 @@ import re
 ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
              "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "f8e4m3fn": 8, "f8e5m2": 8}  # fmt: skip
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+BOOKKEEPING = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone"}  # of XLA:TPU
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id", "replica-id",
     "iota", "opt-barrier", "domain",
@@ -38,24 +40,27 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one device does. `opaque`: executed custom calls whose FLOPs the text does not tell (a Pallas kernel without a cost estimate)."""
+    """What one device does. `opaque`: executed custom calls whose FLOPs the text does not tell (a Pallas kernel without a cost estimate);
+    `open_loops`: executed loops whose number of turns it does not tell.
+    """
 
     flops: float = 0.0
     traffic: float = 0.0  # bytes read and written
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
     opaque: int = 0
+    open_loops: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         both = {}
         for kind in {**self.collectives, **other.collectives}:
             a, b = (cost.collectives.get(kind, Collective(0, 0.0)) for cost in (self, other))
             both[kind] = Collective(a.count + b.count, a.moved + b.moved)
-        return Cost(self.flops + other.flops, self.traffic + other.traffic, both, self.opaque + other.opaque)
+        return Cost(self.flops + other.flops, self.traffic + other.traffic, both, self.opaque + other.opaque, self.open_loops + other.open_loops)
 
     def times(self, n: int) -> "Cost":
         """The cost of n runs."""
         repeated = {kind: Collective(n * c.count, n * c.moved) for kind, c in self.collectives.items()}
-        return Cost(n * self.flops, n * self.traffic, repeated, n * self.opaque)
+        return Cost(n * self.flops, n * self.traffic, repeated, n * self.opaque, n * self.open_loops)
 
     @property
     def moved(self) -> float:
@@ -106,6 +111,10 @@ class Instruction:
         """The value of `name={...}` or `name=word`, '' where there is none."""
         found = re.search(rf"\b{name}=(\{{[^{{}}]*\}}|[^\s,]+)", self.rest)
         return found.group(1).strip("{}") if found else ""
+
+    def called(self, name: str) -> str:
+        """The computation that an attribute names."""
+        return self.attribute(name).lstrip("%")
 
     def numbers(self, name: str) -> tuple[int, ...]:
         """A list of integers."""
@@ -165,13 +174,15 @@ class _Counter:
         self.cost = functools.cache(self._cost)
 
     def _cost(self, name: str) -> Cost:
-        body = self.computations[name]
-        return sum((self._of_instruction(instruction, body) for instruction in body.values()), Cost())
+        body, channels = self.computations[name], set()
+        return sum((self._of_instruction(instruction, body, channels) for instruction in body.values()), Cost())
 
-    def _of_instruction(self, instruction: Instruction, body: Computation) -> Cost:
+    def _of_instruction(self, instruction: Instruction, body: Computation, channels: set[str]) -> Cost:
+        """`channels` of collectives in this computation and its fusions that have been counted."""
         opcode = instruction.opcode
         if opcode == "while":
-            return self.cost(instruction.attribute("body").lstrip("%")).times(self._trips(instruction))
+            once, turns = self.cost(instruction.called("body")), self._turns(instruction, body)
+            return once + Cost(open_loops=1) if turns is None else once.times(turns)
         if opcode == "conditional":
             branches = _NAME.findall(instruction.rest.split("metadata=")[0])
             return max((self.cost(branch) for branch in branches), key=lambda cost: (cost.flops, cost.traffic))
@@ -179,9 +190,11 @@ class _Counter:
             return self.cost(_NAME.findall(instruction.rest)[0])
         inner = Cost()
         if opcode == "fusion":
-            inner = dataclasses.replace(self.cost(instruction.attribute("calls").lstrip("%")), traffic=0.0)
+            fused = self.computations[instruction.called("calls")]
+            inner = sum((dataclasses.replace(self._of_instruction(i, fused, channels), traffic=0.0) for i in fused.values()), Cost())
         kind = opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
+        if kind in COLLECTIVES and instruction.attribute("channel_id") not in channels:
+            channels.add(instruction.attribute("channel_id"))
             inner += Cost(collectives={kind: Collective(1, _ring_bytes(kind, instruction, body))})
         flops, opaque = 0.0, 0
         if opcode == "dot":
@@ -192,13 +205,26 @@ class _Counter:
             flops, opaque = _custom_call(instruction, body)
         return inner + Cost(flops=flops, traffic=self._traffic(instruction, body), opaque=opaque)
 
-    def _trips(self, loop: Instruction) -> int:
-        found = _TRIPS.search(loop.rest)
-        return int(found.group(1)) if found else 1
+    def _turns(self, loop: Instruction, body: Computation) -> int | None:
+        """How often a loop turns: as XLA notes it, else (TPU) from `counter < constant`, the counter's first value and its step."""
+        if found := _TRIPS.search(loop.rest):
+            return int(found.group(1))
+        condition, turn = self.computations[loop.called("condition")], self.computations[loop.called("body")]
+        test = next(i for i in condition.values() if i.is_root)
+        if test.opcode != "compare" or test.attribute("direction") != "LT":
+            return None
+        counter, end = condition[test.operands[0]], _constant(test.operands[1], condition)
+        if counter.opcode != "get-tuple-element" or end is None:
+            return None
+        index = int(counter.attribute("index"))
+        start = _constant(body[loop.operands[0]].operands[index], body) if body[loop.operands[0]].opcode == "tuple" else None
+        following = turn[next(i for i in turn.values() if i.is_root).operands[index]]
+        steps = [n for name in following.operands if (n := _constant(name, turn)) is not None] if following.opcode == "add" else []
+        return None if len(steps) != 1 or start is None else -(-(end - start) // steps[0])
 
     def _traffic(self, instruction: Instruction, body: Computation) -> float:
         opcode = instruction.opcode
-        if opcode in FREE or opcode.endswith(("-done", "-update")):
+        if opcode in FREE or opcode.endswith(("-done", "-update")) or instruction.attribute("custom_call_target").strip('"') in BOOKKEEPING:
             return 0.0
         written, operands = instruction.arrays, [body[name] for name in instruction.operands if name in body]
         if opcode == "dynamic-update-slice":
@@ -207,12 +233,14 @@ class _Counter:
             return 2 * _bytes(written)
         if opcode == "fusion":
             return self._fusion_traffic(instruction, operands)
+        if opcode == "slice-start":  # (the whole operand, the slice, ...)
+            return written[1].nbytes + _bytes(written[1:])
         if opcode.endswith("-start"):  # the result lists the operand too
             return _bytes(written)
         return _bytes(written) + sum(_bytes(operand.arrays) for operand in operands)
 
     def _fusion_traffic(self, fusion: Instruction, operands: list[Instruction]) -> float:
-        fused = self.computations[fusion.attribute("calls").lstrip("%")]
+        fused = self.computations[fusion.called("calls")]
         users: dict[str, list[Instruction]] = {}
         for instruction in fused.values():
             for name in instruction.operands:
@@ -235,6 +263,8 @@ def _read(parameter: Instruction, users: dict[str, list[Instruction]], operand: 
         for user in users.get(source.name, []):
             if user.opcode in ("bitcast", "copy"):
                 reached.append(user)
+            elif user.opcode == "tuple" or user.opcode in (*COLLECTIVES, "custom-call"):
+                continue  # handed on, or sent: no read of this fusion
             elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == source.name:
                 slices += sum(array.nbytes for array in user.arrays)
             elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == source.name):
@@ -245,9 +275,18 @@ def _read(parameter: Instruction, users: dict[str, list[Instruction]], operand: 
 def _written(result: Instruction, fused: Computation, arrays: tuple[Array, ...]) -> float:
     while result.opcode == "bitcast":
         result = fused[result.operands[0]]
+    if result.opcode in (*COLLECTIVES, "parameter", "custom-call"):
+        return 0.0
     if result.opcode == "dynamic-update-slice" and _bytes(arrays):
         return sum(array.nbytes for array in fused[result.operands[1]].arrays)
     return _bytes(arrays)
+
+
+def _constant(name: str, body: Computation) -> int | None:
+    """The value of an integer constant, through copies of it."""
+    while body[name].opcode in ("copy", "bitcast", "convert"):
+        name = body[name].operands[0]
+    return int(body[name].arguments) if body[name].opcode == "constant" and body[name].arguments.lstrip("-").isdigit() else None
 
 
 def _bytes(arrays: tuple[Array, ...]) -> float:
@@ -265,17 +304,16 @@ def _convolution_flops(conv: Instruction, body: Computation) -> float:
     lhs_labels, kernel_labels, out_labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", conv.attribute("dim_labels")).groups()
     out, window = conv.arrays[0], dict(re.findall(r"(\w+)=(\S+)", conv.attribute("window")))
     spatial = sum(label.isdigit() for label in lhs_labels)
-    in_window = lambda name, default: [tuple(map(int, part.split("_"))) for part in window.get(name, "x".join([default] * spatial)).split("x")]  # noqa: E731
-    size, stride, pad = in_window("size", "1"), in_window("stride", "1"), in_window("pad", "0_0")
-    lhs_dilate, rhs_dilate = in_window("lhs_dilate", "1"), in_window("rhs_dilate", "1")
+    in_window = lambda name, default: [tuple(map(int, part.split("_"))) for part in window[name].split("x")] if name in window else [default] * spatial  # noqa: E731
+    size, stride, pad = in_window("size", (1,)), in_window("stride", (1,)), in_window("pad", (0, 0))
+    lhs_dilate, rhs_dilate = in_window("lhs_dilate", (1,)), in_window("rhs_dilate", (1,))
     positions = 1
     for d in range(spatial):
         positions *= _valid_positions(
             lhs.dims[lhs_labels.index(str(d))], out.dims[out_labels.index(str(d))], size[d][0], stride[d][0], pad[d][0], lhs_dilate[d][0], rhs_dilate[d][0]
         )
-    batch_groups = int(conv.attribute("batch_group_count") or 1)
     features = rhs.dims[kernel_labels.index("i")]
-    return 2.0 * positions * features * out.dims[out_labels.index("f")] * out.dims[out_labels.index("b")] / batch_groups**0
+    return 2.0 * positions * features * out.dims[out_labels.index("f")] * out.dims[out_labels.index("b")]
 
 
 @functools.cache
@@ -312,7 +350,13 @@ def _ring_bytes(kind: str, instruction: Instruction, body: Computation) -> float
 
 
 def _group_size(rest: str) -> int:
+    """Devices of one group: of mesh['a'=2,'b'=4] {'b'} (or a part of an axis, {'b':(1)2}), of [groups,size]<=[...], of {{0,1},{2,3}}."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh.group(1))}
+        return math.prod(int(part) if part else sizes[axis] for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh.group(2)))
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=", rest):
         return int(iota.group(1).split(",")[-1])
     groups = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
-    return len(groups.group(1).split(",")) if groups else 1
+    if not groups:
+        raise ValueError(f"the groups of a collective are written in a way that is not known here: {rest[:200]}")
+    return len(groups.group(1).split(","))

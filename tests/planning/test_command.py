@@ -47,6 +47,7 @@ def test_what_does_not_fit_says_what_to_change(capsys, tmp_path):
     assert not record["fits"] and "does not fit" in said and "--evaluation.slots 512" in said
 
 
+@pytest.mark.slow
 def test_a_plan_for_this_machine_is_compiled(capsys, tmp_path):
     said, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "local", *TINY, *SHORT)
     assert record["mesh"] == {"run": 1, "data": 8, "tensor": 1} and record["fits"] is None

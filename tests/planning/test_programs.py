@@ -9,12 +9,13 @@ from etils import epath
 from rich.console import Console
 from tiny_experiment import make_experiment, write_model
 
-from ip_jax.data.packing import PackedShape, pack_step
+from ip_jax.data.packing import PackedShape
 from ip_jax.data.pipeline import batch_reader
 from ip_jax.models.families import DecoderConfig, param_shapes
 from ip_jax.models.lora import LoraConfig
 from ip_jax.planning import estimate, programs, workload
-from ip_jax.planning.chips import Topology
+from ip_jax.planning.chips import CHIPS, Topology
+from ip_jax.planning.hlo import program_cost
 from ip_jax.planning.workload import Workload
 from ip_jax.sampling import sampler
 from ip_jax.settings import supervised
@@ -27,6 +28,8 @@ from ip_jax.training.state import Batch
 CONFIG = DecoderConfig("llama", 512, 128, 384, 4, 8, 2, 16, 10000.0, 1e-5, 1024, False)
 SFT = SftConfig(steps=3, batch_size=8, learning_rate=1e-3, schedule=Schedule("constant"), lora=LoraConfig(rank=4), tokens_per_micro_batch=4096)
 SHAPE = PackedShape(length=64, segments=1, segment_length=64, responses=32, micro_batches=2, micro_rows=8)
+
+LAYER, DOWN = 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 384, 128 * 384  # elements of a layer's matrices, and of its last one
 
 
 def work(config: DecoderConfig = CONFIG, runs: int = 2, **changes) -> Workload:
@@ -82,7 +85,6 @@ def test_the_abstract_batch_has_the_shapes_of_a_packed_one(lowered_by_run):
     real = Batch(**reader(0)[0])
     made = programs.batch_of(reader.shapes[0], len(sources), mesh)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), real) == jax.tree.map(lambda a: (a.shape, a.dtype), made)
-    assert pack_step.__name__  # the real one comes from there
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 1)], ids=str)
@@ -98,33 +100,41 @@ def test_bytes_are_parameters_times_item_size_over_shards(sizes):
     assert kinds["optimizer"] == pytest.approx(2 * adapters / sizes[0], abs=16), "both moments and a count for each run"
 
 
-def test_the_compiled_step_does_four_products_a_weight_and_token():
-    """On one device and without remat: 4 for each token and frozen weight, 6 for the adapters, and attention's. Attention itself makes the
-    scores again in its backward pass and a little of the upper triangle, so the compiled count lies above the model's by less than 6 %.
+@pytest.fixture(scope="module")
+def costs():
+    """The compiled step on one device, the same with full remat, and on eight. LLVM's own optimisations change no HLO and are left out."""
+    quick = {"xla_backend_optimization_level": 0}
+    steps = {"one": (work(), 1), "remat": (work(remat=True), 1), "eight": (work(), 8)}
+    lowered = {name: programs.lower_step(planned, SHAPE, make_mesh(data=n)) for name, (planned, n) in steps.items()}
+    compiled = {name: program.compile(quick) for name, program in lowered.items()}
+    return {name: (program_cost(program.as_text()), program.memory_analysis()) for name, program in compiled.items()}
+
+
+def test_the_compiled_step_does_four_products_a_weight_and_token(costs):
+    """4 FLOPs for each token and frozen weight, 6 for the adapters, the vocabulary at response positions, and attention.
+
+    At this length attention is seven whole products a segment and layer (two forward, five backward, which makes the scores again), where
+    the model's FLOPs count three passes of two halves. The rest, below 2 %, are rope and sums, which are products on a CPU.
     """
-    mesh, planned = make_mesh(), work()
-    compiled = programs.compile_lowered(lambda: programs.lower_step(planned, SHAPE, mesh))
-    tokens = 2 * 2 * 8 * 64
-    layer = 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 384
-    by_hand = 4 * 4 * layer * tokens + 6 * tokens * 4 * 4 * (2 * 256 + 2 * 160 + 3 * 512) + 4 * 512 * 128 * 2 * 2 * 8 * 32
-    attention = estimate.step_flops(planned, SHAPE) - by_hand
-    assert attention == 3 * 2 * 64 * 64 * 128 * 4 * 32, "three passes of two products, half of each, over 32 segments"
-    assert 1 <= compiled.cost.flops / estimate.step_flops(planned, SHAPE) < 1.06
+    tokens, segments = 2 * 2 * 8 * 64, 32
+    adapters = 4 * (2 * 256 + 2 * 160 + 3 * 512)
+    without_attention = 4 * 4 * LAYER * tokens + 6 * 4 * adapters * tokens + 4 * 512 * 128 * segments * 32
+    product = 2 * 64 * 64 * 128 * 4 * segments
+    assert estimate.step_flops(work(), SHAPE) == without_attention + 3 * product
+    assert 1 <= costs["one"][0].flops / (without_attention + 7 * product) < 1.02
 
 
-def test_remat_computes_the_forward_pass_again_and_keeps_less():
-    mesh, (kept, again) = make_mesh(), (work(), work(remat=True))
-    kept, again = (programs.compile_lowered(lambda w=w: programs.lower_step(w, SHAPE, mesh)) for w in (kept, again))
-    layer = 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 384
-    assert 0.9 * 2 * 4 * layer * 2048 < again.cost.flops - kept.cost.flops < 1.25 * 2 * 4 * layer * 2048
-    assert again.memory.temporaries < kept.memory.temporaries
+def test_remat_computes_the_forward_pass_again_but_for_its_last_product(costs):
+    once = 2 * 4 * LAYER * 2048
+    assert once - 2 * 4 * DOWN * 2048 < costs["remat"][0].flops - costs["one"][0].flops < once
+    assert costs["remat"][1].temp_size_in_bytes < costs["one"][1].temp_size_in_bytes
 
 
-def test_sharded_over_data_each_device_does_its_part():
-    one, eight = (programs.compile_lowered(lambda n=n: programs.lower_step(work(), SHAPE, make_mesh(data=n))) for n in (1, 8))
-    assert eight.cost.flops == pytest.approx(one.cost.flops / 8, rel=0.1)
-    assert not one.cost.collectives and eight.cost.collectives["all-gather"].count >= CONFIG.n_layers
-    assert eight.memory.arguments < one.memory.arguments
+def test_sharded_over_data_each_device_does_its_part(costs):
+    one, eight = costs["one"][0], costs["eight"][0]
+    assert eight.flops == pytest.approx(one.flops / 8, rel=0.1)
+    assert not one.collectives and eight.collectives["all-gather"].count >= CONFIG.n_layers
+    assert costs["eight"][1].argument_size_in_bytes < costs["one"][1].argument_size_in_bytes
 
 
 def test_what_the_tpu_compiler_says_about_too_large_programs():
@@ -133,8 +143,6 @@ def test_what_the_tpu_compiler_says_about_too_large_programs():
 
 
 def test_a_plan_that_the_compiler_refused_does_not_fit_and_says_what_to_change():
-    from ip_jax.planning.chips import CHIPS
-
     mesh, planned = make_mesh(data=8), work()
     begun = programs.initial(planned, mesh)
     memory = {"training": estimate.step_memory(planned, SHAPE, begun, None, mesh)}

@@ -21,5 +21,6 @@ def test_a_7b_lora_step_fits(topology, tmp_path):
     assert step["compile_seconds"] > 0 and step["cost"]["collectives"]["all-gather"]["count"] > 0
     chips = record["devices"]
     assert record["memory"]["training"]["weights"] == pytest.approx(2 * 7_615_616_512 / chips, rel=1e-3)
-    expected = 6 * 6.526e9 * record["tokens_per_step"] / chips  # two products a weight forward, again for remat, and backward
-    assert 0.9 * expected < step["cost"]["flops"] < 1.3 * expected
+    layers, down = 28 * 233_046_016, 28 * 18944 * 3584
+    expected = (4 * layers + 2 * (layers - down)) * record["tokens_per_step"] / chips  # forward, backward, and the forward pass again
+    assert expected < step["cost"]["flops"] < 1.3 * expected, "attention, the vocabulary and the adapters come on top"
