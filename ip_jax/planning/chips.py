@@ -45,6 +45,8 @@ TPUS = ("v5e", "v5p", "v6e")
 KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "A100": "a100", "H100": "h100", "H200": "h200"}
 EXAMPLES = "v5e:4x4, v5p:2x2x1, v5p:4x4x4, v6e:2x4 (compiled), h200:1, h100:8, a100:8 (by formula alone), local (this machine's devices)"
 LIBTPU = 'compiling for a TPU needs libtpu, which is not installed here: pip install "jax[tpu]" (no TPU is needed)'
+# libtpu, asked for a compiler alone: no questions to the network about this machine (any type will do), no lock against other processes
+QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +97,8 @@ def read_sizes(text: str) -> tuple[int, int, int]:
 def _tpu_devices(name: str, dims: list[int]) -> Sequence:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(LIBTPU)
-    for variable, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
-        os.environ.setdefault(variable, value)  # else libtpu asks the network which TPU this is
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
     one_chip = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(dims) == 1 else {}
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **one_chip).devices

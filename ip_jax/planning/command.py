@@ -13,6 +13,7 @@ from ip_jax.models import hub
 from ip_jax.planning import estimate, report
 from ip_jax.planning.chips import Topology, read_sizes
 from ip_jax.planning.estimate import Phase, Planned
+from ip_jax.planning.hlo import Cost
 from ip_jax.planning.programs import Compiled, TooLarge, compile_lowered, initial, lower_sampler, lower_step, per_device
 from ip_jax.planning.search import Candidate, candidates, ranked
 from ip_jax.planning.workload import Sampling, Shapes, Workload, declared, measured
@@ -38,20 +39,21 @@ def workload_on(config, model: str | None, experiment_of: Callable) -> WorkloadO
 
 
 def plan(work_on: WorkloadOn, topology: Topology, sizes: tuple[int, int, int] | None, console: Console) -> Planned:
-    """Everything that the tables show, for one mesh (run, data, tensor); None: all devices along data, as `run` does."""
+    """Everything that the tables show, for one mesh (run, data, tensor); None: all devices along data, as `run` does.
+
+    Where there is no compiler for the devices, every number comes from formulas.
+    """
     mesh = topology.mesh(*(sizes or (1, topology.count, 1)))
     workload = work_on(mesh, None)
-    if topology.devices is None:
-        return _by_formula(workload, topology, mesh)
-    steps = {}
-    for shape in workload.steps:
-        with console.status(f"compiling the training step, {shape.micro_batches} x {shape.micro_rows} rows of {shape.length}"):
-            steps[shape] = compile_lowered(functools.partial(lower_step, workload, shape, mesh))
-    sampled = None
-    if workload.sampling:
-        with console.status("compiling prefill and decoding"):
-            sampled = _compile_sampler(workload, _largest(workload), mesh)
-    return _compiled(workload, topology, mesh, steps, sampled)
+    steps, sampled = dict.fromkeys(workload.steps), None
+    if topology.devices is not None:
+        for shape in steps:
+            with console.status(f"compiling the training step, {shape.micro_batches} x {shape.micro_rows} rows of {shape.length}"):
+                steps[shape] = compile_lowered(functools.partial(lower_step, workload, shape, mesh))
+        if workload.sampling:
+            with console.status("compiling prefill and decoding"):
+                sampled = _compile_sampler(workload, _largest(workload), mesh)
+    return _assembled(workload, topology, mesh, steps, sampled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,42 +77,30 @@ def _largest(workload: Workload) -> Sampling:
     return max(workload.sampling, key=lambda s: s.plan.shape.groups * (s.plan.shape.prompt + s.plan.shape.rows * s.plan.shape.ring))
 
 
-def _compiled(workload: Workload, topology: Topology, mesh, steps: dict[PackedShape, Compiled | TooLarge], sampled: Sampled | None) -> Planned:
-    begun, phases, memory, refused = initial(workload, mesh), [], {}, {}
-    of_shape = max(workload.steps, key=functools.partial(estimate.step_tokens, workload))
+def _assembled(workload: Workload, topology: Topology, mesh, steps: dict[PackedShape, Compiled | TooLarge | None], sampled: Sampled | None) -> Planned:
+    """The plan from what was compiled; what was not, or was refused, by formula."""
+    begun, phases, refused = initial(workload, mesh), [], {}
     for shape, found in steps.items():
-        name = "step" if len(steps) == 1 else f"step of {shape.micro_batches * shape.micro_rows} rows"
-        cost = found.cost if isinstance(found, Compiled) else estimate.formula_cost(workload, shape, begun, mesh)
-        phases.append(_phase(name, workload.steps[shape] * workload.programs, cost, topology, found))
+        name = "step" if len(steps) == 1 else f"step, {shape.micro_batches} x {shape.micro_rows} x {shape.length}"
+        formula = functools.partial(estimate.formula_cost, workload, shape, begun, mesh)
+        phases.append(_phase(name, workload.steps[shape] * workload.programs, found, formula, topology))
         if isinstance(found, TooLarge):
             refused["training"] = found
-    largest = steps[of_shape]
-    memory["training"] = estimate.step_memory(workload, of_shape, begun, largest if isinstance(largest, Compiled) else None, mesh)
-    if sampled:
-        work, parts = _largest(workload), (sampled.prefill, sampled.decode)
+    largest = max(steps, key=functools.partial(estimate.step_tokens, workload))
+    memory = {"training": estimate.step_memory(workload, largest, begun, steps[largest] if isinstance(steps[largest], Compiled) else None, mesh)}
+    if workload.sampling:
+        work, parts = _largest(workload), (sampled.prefill, sampled.decode) if sampled else (None, None)
         formulas = (estimate.prefill_cost, estimate.decode_cost)
         for (name, times), found, formula in zip(_calls(workload), parts, formulas, strict=True):
-            cost = found.cost if isinstance(found, Compiled) else formula(workload, work, begun, mesh)
-            phases.append(_phase(name, times, cost, topology, found))
+            phases.append(_phase(name, times, found, functools.partial(formula, workload, work, begun, mesh), topology))
             if isinstance(found, TooLarge):
                 refused["sampling"] = found
-        temporaries = max((part.memory.temporaries for part in parts if isinstance(part, Compiled)), default=0.0)
-        memory["sampling"] = estimate.resident(begun) | {"weights by layer": sampled.layers, "caches": sampled.slots, "activations": temporaries}
+        memory["sampling"] = estimate.resident(begun) | {
+            "weights by layer": sampled.layers if sampled else per_device(begun.base),
+            "caches": sampled.slots if sampled else estimate.caches(workload, work, mesh),
+            "activations": max((part.memory.temporaries for part in parts if isinstance(part, Compiled)), default=0.0),
+        }
     return estimate.summary(workload, topology, mesh, phases, memory, refused)
-
-
-def _by_formula(workload: Workload, topology: Topology, mesh) -> Planned:
-    begun, phases = initial(workload, mesh), []
-    for shape, count in workload.steps.items():
-        phases.append(_phase("step", count * workload.programs, estimate.formula_cost(workload, shape, begun, mesh), topology, None))
-    of_shape = max(workload.steps, key=functools.partial(estimate.step_tokens, workload))
-    memory = {"training": estimate.step_memory(workload, of_shape, begun, None, mesh)}
-    if workload.sampling:
-        work, resident = _largest(workload), estimate.resident(begun)
-        for (name, times), formula in zip(_calls(workload), (estimate.prefill_cost, estimate.decode_cost), strict=True):
-            phases.append(_phase(name, times, formula(workload, work, begun, mesh), topology, None))
-        memory["sampling"] = resident | {"weights by layer": per_device(begun.base), "caches": estimate.caches(workload, work, mesh)}
-    return estimate.summary(workload, topology, mesh, phases, memory, {})
 
 
 def _calls(workload: Workload) -> list[tuple[str, float]]:
@@ -119,8 +109,8 @@ def _calls(workload: Workload) -> list[tuple[str, float]]:
     return [("prefill", count(lambda s: s.prefills)), ("decoding a token", count(lambda s: s.decode_steps))]
 
 
-def _phase(name: str, times: float, cost, topology: Topology, found: Compiled | TooLarge | None) -> Phase:
-    took = found.seconds if isinstance(found, Compiled) else None
+def _phase(name: str, times: float, found: Compiled | TooLarge | None, formula: Callable[[], Cost], topology: Topology) -> Phase:
+    cost, took = (found.cost, found.seconds) if isinstance(found, Compiled) else (formula(), None)
     return Phase(name, times, cost, topology.chip and estimate.seconds(cost, topology.chip), took)
 
 

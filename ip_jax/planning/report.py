@@ -22,13 +22,15 @@ def print_plan(planned: Planned, console: Console) -> None:
         console.print(_collective_table(planned))
     if opaque := sum(phase.cost.opaque for phase in planned.phases):
         console.print(f"{opaque} custom calls do not say their FLOPs: the compiler's FLOPs and seconds leave these out", style="yellow")
+    if open_loops := sum(phase.cost.open_loops for phase in planned.phases if phase.name.startswith("step")):
+        console.print(f"{open_loops} loops of a step do not say how often they turn and count once", style="yellow")
     if planned.mfu is not None:
         console.print(
-            f"estimates: MFU {planned.mfu:.0%} at most; chip-hours {planned.hours['training']:.2f} training + {planned.hours['evaluation']:.2f} evaluation"
-            f" = {sum(planned.hours.values()):.2f}, compilation and loading left out", highlight=False,
+            f"estimates: MFU {planned.mfu:.0%} at most; chip-hours {planned.hours['training']:.3g} training + {planned.hours['evaluation']:.3g} evaluation"
+            f" = {sum(planned.hours.values()):.3g}, compilation and loading left out", highlight=False,
         )  # fmt: skip
     verdict = {True: "[green]fits[/green]", False: "[red]does not fit[/red]", None: "the memory of this device is not known"}[planned.fits]
-    console.print(f"{verdict}{f' in {gib(planned.allowed)} a device' if planned.allowed else ''}", highlight=False)
+    console.print(f"{verdict}{f' in {gib(planned.allowed)} GiB a device' if planned.allowed else ''}", highlight=False)
     for line in planned.advice:
         console.print(f"  {line}", highlight=False)
 
@@ -59,10 +61,10 @@ def _memory_table(planned: Planned) -> Table:
 
 
 def _program_table(planned: Planned) -> Table:
-    table = Table("program", "runs", "FLOPs", "traffic", "sent", "seconds", "bound by", "compiled in", title="one run of a program on each device; seconds are estimates")
+    table = Table("program", "runs", "FLOPs", "traffic", "sent", "seconds", "bound by", "compiled", title="one run of a program on each device; seconds are estimates")
     for phase in planned.phases:
         seconds, cost = phase.seconds, phase.cost
-        took = "by formula" if phase.compile_seconds is None else f"{phase.compile_seconds:.0f} s"
+        took = "no: formula" if phase.compile_seconds is None else f"in {phase.compile_seconds:.0f} s"
         spent = (f"{seconds.total:.2g}", seconds.bound) if seconds else ("?", "?")
         table.add_row(phase.name, f"{phase.times:.0f}", short(cost.flops), f"{short(cost.traffic)}B", f"{short(cost.moved)}B", *spent, took)
     return table

@@ -114,6 +114,63 @@ def test_traffic_counts_the_slice_that_is_read_and_not_what_lies_in_fast_memory(
     assert program_cost(told).flops == 123 and program_cost(told).opaque == 0
 
 
+TPU_LOOP = """
+HloModule m, is_scheduled=true
+
+%start (p: f32[8,16]) -> (f32[8,16], f32[64,16]) {
+  %p = f32[8,16]{1,0} parameter(0)
+  %all-gather.1 = f32[64,16]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %c = (f32[8,16]{1,0}, f32[64,16]{1,0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%during (p: f32[8,16], a: f32[4,4], b: f32[4,4]) -> f32[4,4] {
+  %p = f32[8,16]{1,0} parameter(0)
+  %a = f32[4,4]{1,0} parameter(1)
+  %b = f32[4,4]{1,0} parameter(2)
+  %all-gather.2 = f32[64,16]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %d = f32[4,4]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%body (t: (s32[], f32[8,16], f32[4,4])) -> (s32[], f32[8,16], f32[4,4]) {
+  %t = (s32[], f32[8,16]{1,0}, f32[4,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[8,16]{1,0} get-tuple-element(%t), index=1
+  %y = f32[4,4]{1,0} get-tuple-element(%t), index=2
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %f = (f32[8,16]{1,0}, f32[64,16]{1,0}) fusion(%x), kind=kCustom, calls=%start
+  %g = f32[4,4]{1,0} fusion(%x, %y, %y), kind=kOutput, calls=%during
+  ROOT %r = (s32[], f32[8,16]{1,0}, f32[4,4]{1,0}) tuple(%next, %x, %g)
+}
+
+%condition (t: (s32[], f32[8,16], f32[4,4])) -> pred[] {
+  %t = (s32[], f32[8,16]{1,0}, f32[4,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %end = s32[] constant(9)
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+
+ENTRY %main (x: f32[8,16], y: f32[4,4]) -> f32[4,4] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %y = f32[4,4]{1,0} parameter(1)
+  %one = s32[] constant(1)
+  %first = s32[] copy(%one)
+  %tuple = (s32[], f32[8,16]{1,0}, f32[4,4]{1,0}) tuple(%first, %x, %y)
+  %loop = (s32[], f32[8,16]{1,0}, f32[4,4]{1,0}) while(%tuple), condition=%condition, body=%body
+  ROOT %result = f32[4,4]{1,0} get-tuple-element(%loop), index=2
+}
+"""
+
+
+def test_tpu_loops_by_their_condition_and_asynchronous_collectives_once():
+    cost = program_cost(TPU_LOOP)
+    turns = 4  # 1, 3, 5, 7
+    assert cost.flops == turns * 2 * 4 * 4 * 4 and cost.open_loops == 0
+    assert cost.collectives["all-gather"].count == turns and cost.moved == turns * 64 * 16 * 4 * 7 / 8
+    by_data = TPU_LOOP.replace("%end = s32[] constant(9)", "%end = s32[] get-tuple-element(%t), index=0")
+    assert program_cost(by_data).open_loops == 1 and program_cost(by_data).flops == cost.flops / turns
+
+
 def test_a_text_that_is_none_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         parse("module @jit_f { }")

@@ -10,6 +10,21 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "jax[tpu]"')]
 
 
+def test_loops_of_a_tpu_program_cost_as_much_as_written_out():
+    from jax.sharding import NamedSharding, PartitionSpec
+    from test_hlo import L, array, cost_of, scanned, unrolled
+
+    from ip_jax.planning.chips import read_topology
+
+    mesh = read_topology("v5e:2x2").mesh(1, 4, 1)
+    rows, cut = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec(None, "data"))
+    shapes = array(512, 256, sharding=rows), array(L, 256, 256, sharding=cut)
+    in_loop, written_out = cost_of(scanned, *shapes, out_shardings=rows), cost_of(unrolled, *shapes, out_shardings=rows)
+    assert in_loop.flops == written_out.flops == L * 2 * 512 * 256 * 256 / 4
+    assert in_loop.open_loops == 0 and in_loop.collectives["all-gather"].count == L
+    assert in_loop.moved == L * 256 * 256 * 2 * 3 / 4, "each layer's weights are gathered, as the bfloat16 that products take by default"
+
+
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x1"])
 def test_a_7b_lora_step_fits(topology, tmp_path):
     command = [sys.executable, "-m", "ip_jax.cli", "plan", "sft_shapes", "--preset", "qwen2-7b", "--topology", topology, "--json", str(tmp_path / "plan.json")]
