@@ -25,6 +25,20 @@ def test_loops_of_a_tpu_program_cost_as_much_as_written_out():
     assert in_loop.moved == L * 256 * 256 * 2 * 3 / 4, "each layer's weights are gathered, as the bfloat16 that products take by default"
 
 
+def test_a_program_that_is_too_large_is_a_result_with_the_compilers_numbers():
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from ip_jax.planning.chips import read_topology
+    from ip_jax.planning.programs import TooLarge, compile_lowered
+
+    place = NamedSharding(read_topology("v5e:1x1").mesh(1, 1, 1), PartitionSpec())
+    column = jax.ShapeDtypeStruct((100_000, 1), jnp.float32, sharding=place)
+    found = compile_lowered(lambda: jax.jit(lambda x: x @ x.T).lower(column))
+    assert isinstance(found, TooLarge) and found.needed > 4e10 and 15.5 < found.allowed / 2**30 <= 16
+
+
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x1"])
 def test_a_7b_lora_step_fits(topology, tmp_path):
     command = [sys.executable, "-m", "ip_jax.cli", "plan", "sft_shapes", "--preset", "qwen2-7b", "--topology", topology, "--json", str(tmp_path / "plan.json")]
