@@ -22,6 +22,7 @@ USAGE = """\
 ip-jax: inoculation prompting, one command a figure.
 
   ip-jax run CONFIG [--preset NAME] [--out DIR] [--redraw] [--field value ...]
+  ip-jax plan CONFIG --topology v5e:4x4 [--preset NAME] [--model NAME] [--mesh RUN,DATA,TENSOR] [--search] [--json FILE] [--field value ...]
   ip-jax figure DIR [--judge strict|published]
   ip-jax chat DIR --arm NAME [--seed N] [--prompt NAME]
   ip-jax models
@@ -32,6 +33,7 @@ CONFIG is a name in configs/ or the path of a Python file like them. Examples:
   ip-jax run gcd_sycophancy --help                           every field that can be changed
   ip-jax run gcd_sycophancy --sft.learning-rate 1e-4         another learning rate, in a results folder of its own
   ip-jax run gcd_sycophancy --arms untrained neutral ip_behave "mine=Assume that I am right."
+  ip-jax plan sft_shapes --preset qwen2-7b --topology v5e:4x4   what a pod slice would need and cost; no TPU needed
   ip-jax figure results/gcd_sycophancy/demo-1a2b3c           draw again, without a model
   ip-jax chat results/gcd_sycophancy/demo-1a2b3c --arm ip_behave
 """
@@ -40,7 +42,7 @@ CONFIG is a name in configs/ or the path of a Python file like them. Examples:
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; an expected mistake ends with one sentence on stderr and exit code 2, SIGTERM with 143."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "figure": _figure, "chat": _chat, "models": _models}
+    commands = {"run": _run, "plan": _plan, "figure": _figure, "chat": _chat, "models": _models}
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return
@@ -64,18 +66,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str], console: Console) -> None:
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if name is None:
-        raise ValueError(f"run needs a config: {', '.join(config_names())}, or the path of a Python file")
-    module = load_config_module(name)
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--preset", default=next(iter(module.PRESETS)))
     own.add_argument("--out")
     own.add_argument("--redraw", action="store_true")
-    options, fields = own.parse_known_args(arguments[1:])
-    if options.preset not in module.PRESETS:
-        raise ValueError(f"{name} has no preset {options.preset!r}: {_nearest(options.preset, module.PRESETS)}")
-    config = override(module.PRESETS[options.preset], fields, f"ip-jax run {name} --preset {options.preset}")
+    name, module, config, options = _read_config("run", arguments, own)
     experiment = _experiment_of(module, name)
     folder = epath.Path(options.out) if options.out else default_folder(experiment, config)
     console.print(f"results: {folder}", highlight=False)
@@ -84,6 +78,39 @@ def _run(arguments: list[str], console: Console) -> None:
         return
     _enable_compile_cache()
     experiment.run(config, folder, console)
+
+
+def _plan(arguments: list[str], console: Console) -> None:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--topology")
+    own.add_argument("--model")
+    own.add_argument("--mesh")
+    own.add_argument("--search", action="store_true")
+    own.add_argument("--json")
+    name, module, config, options = _read_config("plan", arguments, own)
+    import jax
+
+    if options.topology != "local":
+        jax.config.update("jax_platforms", "cpu")  # before its first use: an accelerator here has no part in planning for others
+    from ip_jax.planning import chips, command
+
+    if options.topology is None:
+        raise ValueError(f"plan needs --topology: known are {chips.EXAMPLES}")
+    work_on = command.workload_on(config, options.model, lambda config: _experiment_of(module, name).experiment(config))
+    command.run_plan(work_on, chips.read_topology(options.topology), options, console)
+
+
+def _read_config(command: str, arguments: list[str], own: argparse.ArgumentParser) -> tuple:
+    """(name, module, config with the fields of the command line, the command's own options)."""
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if name is None:
+        raise ValueError(f"{command} needs a config: {', '.join(config_names())}, or the path of a Python file")
+    module = load_config_module(name)
+    own.add_argument("--preset", default=next(iter(module.PRESETS)))
+    options, fields = own.parse_known_args(arguments[1:])
+    if options.preset not in module.PRESETS:
+        raise ValueError(f"{name} has no preset {options.preset!r}: {_nearest(options.preset, module.PRESETS)}")
+    return name, module, override(module.PRESETS[options.preset], fields, f"ip-jax {command} {name} --preset {options.preset}"), options
 
 
 def override(config, fields: list[str], program: str):
@@ -125,6 +152,8 @@ def _experiment_of(config: ModuleType, name: str) -> ModuleType:
 
     known = sorted(module.name for module in pkgutil.iter_modules(experiments.__path__))
     wanted = getattr(config, "EXPERIMENT", epath.Path(name).stem)
+    if wanted is None:
+        raise ValueError(f"the config {name} holds sizes and no data, so it can only be planned: ip-jax plan {name} --topology v5e:4x4")
     if wanted not in known:
         raise ValueError(f"the config {name} belongs to no experiment called {wanted!r}: {_nearest(wanted, known)}; say EXPERIMENT = ... in it")
     return importlib.import_module(f"experiments.{wanted}")

@@ -16,6 +16,21 @@ ATTENTION_COST = 3e-4  # attention's cost for a segment position and key, in tok
 
 
 @dataclasses.dataclass(frozen=True)
+class RowRules:
+    """What devices ask of packed rows: `multiple`: the rows of a micro-batch are spread over so many; `quantum` divides their lengths.
+
+    With `share_prefix`, what all examples of a run begin with (a system prompt) stands once in each row.
+    """
+
+    multiple: int = 1
+    quantum: int = ROW_QUANTUM
+    share_prefix: bool = True
+
+
+CPU_ROWS = RowRules()
+
+
+@dataclasses.dataclass(frozen=True)
 class PackedShape:
     """A static shape of a program's batches: M micro-batches of B rows (each run) of `length` tokens.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import grain
 import numpy as np
 
-from ip_jax.data.packing import PackedShape, pack_step, plan_shapes, shared_prefix
+from ip_jax.data.packing import CPU_ROWS, PackedShape, RowRules, pack_step, plan_shapes, shared_prefix
 from ip_jax.data.sources import Example
 from ip_jax.prompts.chat import Rendered, render_conversation
 from ip_jax.prompts.transforms import Transform
@@ -89,19 +89,15 @@ class BatchReader:
 
 
 def batch_reader(
-    sources: Sequence[RunSource], render: Render, batch_size: int, steps: int, tokens_per_micro_batch: int, row_multiple: int = 1,
-    share_prefix: bool = True,
+    sources: Sequence[RunSource], render: Render, batch_size: int, steps: int, tokens_per_micro_batch: int, rules: RowRules = CPU_ROWS
 ) -> BatchReader:
-    """Plans the packing of all steps of all runs (see `plan_shapes`) and returns the reader of their batches.
-
-    With `share_prefix`, what all examples of a run begin with (a system prompt) stands once in each row.
-    """
+    """Plans the packing of all steps of all runs (see `plan_shapes`) and returns the reader of their batches."""
     datasets = tuple(run_dataset(source, render) for source in sources)
     batches = [[_examples_of_step(dataset, step, batch_size) for dataset in datasets] for step in range(steps)]
     lengths = np.array([[[len(e.token_ids) for e in run] for run in step] for step in batches])
     responses = np.array([[[e.response_mask.sum() for e in run] for run in step] for step in batches])
-    shared = min(shared_prefix([example for step in batches for example in step[run]]) for run in range(len(datasets))) if share_prefix else 0
-    shapes = plan_shapes(lengths, responses, tokens_per_micro_batch, row_multiple=row_multiple, shared=shared)
+    shared = min(shared_prefix([example for step in batches for example in step[run]]) for run in range(len(datasets))) if rules.share_prefix else 0
+    shapes = plan_shapes(lengths, responses, tokens_per_micro_batch, rules.quantum, rules.multiple, shared)
     return BatchReader(datasets, batch_size, shapes, shared)
 
 

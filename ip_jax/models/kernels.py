@@ -96,7 +96,8 @@ def refusal(kernel: str, case: AttentionCase, device: jax.Device | None = None) 
 
 def _most_head_dim(kernel: str, device: jax.Device | None) -> int:
     """cuDNN's limit rises from 128 to 256 with Hopper (compute capability 9)."""
-    if kernel == "cudnn" and device is not None and int(device.compute_capability.split(".")[0]) < 9:
+    capability = getattr(device, "compute_capability", None)  # an abstract device, for which one plans, has none
+    if kernel == "cudnn" and capability is not None and int(capability.split(".")[0]) < 9:
         return 128
     return 128 if kernel == "pallas" else 256
 

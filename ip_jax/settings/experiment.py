@@ -40,7 +40,8 @@ class Arm:
 class ModelConfig:
     """`name`: a local folder, a .gguf file, an embedded name or a hub repository. Weights in `weights`, activations in `activations`.
 
-    `quantised`: the projections of the frozen base in 4 ("nf4") or 8 ("int8") bits, or None.
+    `quantised`: the projections of the frozen base in 4 ("nf4") or 8 ("int8") bits, or None. `attention`: training's kernel (auto, xla,
+    splash, cudnn, pallas; see docs/kernels.md).
     """
 
     name: str = "smollm2-135m-instruct"
@@ -48,6 +49,7 @@ class ModelConfig:
     weights: str = "bfloat16"
     activations: str = "float32"
     quantised: str | None = None
+    attention: str = "auto"
 
     def __post_init__(self):
         if self.quantised is not None:

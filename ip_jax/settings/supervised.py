@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -18,32 +17,22 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from safetensors.numpy import save as to_safetensors
 
-from ip_jax.data.pipeline import Render, RunSource, batch_reader, fitting_examples, renderer
+from ip_jax.data.pipeline import Render, RunSource, batch_reader, renderer
 from ip_jax.evals import leak_grid
-from ip_jax.evals.leak_grid import Decoding
 from ip_jax.models import hub
-from ip_jax.models.decoder import params_of, split_decoder
-from ip_jax.models.lora import init_lora
+from ip_jax.models.decoder import params_of
 from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
+from ip_jax.settings import programs
 from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
-from ip_jax.settings.experiment import stable_id
 from ip_jax.settings.supervised_plan import Run, Supervised, Sweep
 from ip_jax.training import checkpoint, loop
 from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary, write_json, write_whole
-from ip_jax.training.sft import SftOptions, compile_sft_step, decoder_states
-from ip_jax.training.sharding import (
-    base_shardings,
-    batch_sharding,
-    make_mesh,
-    mesh_for,
-    mesh_sizes,
-    replicated,
-    state_shardings,
-)
-from ip_jax.training.state import Batch, TrainState, full_weights, init_state
+from ip_jax.training.sft import decoder_states
+from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, mesh_for, mesh_sizes
+from ip_jax.training.state import Batch, TrainState
 
 __all__ = ["Supervised", "run_supervised"]
 
@@ -108,12 +97,8 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     plan.check_training(experiment, config)
     plan.check_evaluations(experiment, tokenizer)
     mesh = mesh_sizes(experiment.mesh, jax.devices(), config.n_heads)
-    wanted = [
-        RunSource(plan.run_name(arm, seed), experiment.training[arm.data], arm.transform, seed)
-        for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds
-    ]
     render = renderer(tokenizer)
-    sources, dropped = fitting_examples(wanted, render, experiment.sft.max_length, experiment.sft.drop_long)
+    sources, dropped = plan.training_sources(experiment, render)
     record = plan.folder_record(experiment, fingerprint, dropped)
     runs = plan.runs_of(experiment, record["identity"])
     claim_folder(folder, record, {run.name: run.key for run in runs})
@@ -163,40 +148,24 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
         _record_run(session, run, r, state, frozen)
 
 
-def _options(experiment: Supervised) -> SftOptions:
-    sft, model = experiment.sft, experiment.model
-    dropout = sft.lora.dropout if sft.train == "lora" else 0.0
-    return SftOptions(sft.schedule, dropout, sft.max_grad_norm, model.activations, sft.remat, sft.train, model.weights, sft.router_aux_loss_coef)
+def _program(session: Session) -> programs.Program:
+    return programs.Program(session.mesh, session.model.config, session.experiment.sft, session.experiment.model)
 
 
 def _initial(session: Session, seeds: Sequence[int]) -> tuple:
-    """(graphdef, state at step 0, frozen weights), all on the mesh: for each seed a fresh adapter over the session's weights, or, with
-    full training, these weights as the one run's own and nothing frozen.
-    """
-    sft, model, mesh, runs = session.experiment.sft, session.model, session.mesh, len(seeds)
-    full = sft.train == "full"
-    adapters = None if full else init_lora(jnp.array(seeds), model.config, sft.lora)
-    graphdef, adapters, weights = split_decoder(model.config, model.params, adapters, sft.lora)
-    weights = jax.device_put(weights, base_shardings(mesh, weights))
-
-    def start(trained) -> TrainState:
-        trained = full_weights(trained) if full else trained
-        return init_state(trained, jnp.full(runs, sft.learning_rate), jnp.full(runs, sft.weight_decay), jnp.array(seeds))
-
-    trained, frozen = (weights, adapters) if full else (adapters, weights)
-    places = state_shardings(mesh, jax.eval_shape(start, trained), sft.train)
-    return graphdef, jax.jit(start, out_shardings=places)(trained), frozen
+    """(graphdef, state at step 0, frozen weights) of a program's runs, all on the mesh (see `programs.initial_state`)."""
+    graphdef, state, frozen = programs.initial_state(_program(session), session.model.params, seeds)
+    return graphdef, state, jax.device_put(frozen, base_shardings(session.mesh, frozen))
 
 
 def _step_of(session: Session, group: Sequence[Run], graphdef, state: TrainState, frozen) -> loop.RunStep:
     """Reads a step's batch and runs the compiled step on it."""
     sft, mesh = session.experiment.sft, session.mesh
     sources, steps = [session.prepared.sources[run.name] for run in group], sft.schedule.last_active_step(sft.steps)
-    layout = {"row_multiple": mesh.shape["data"], "share_prefix": not sft.router_aux_loss_coef}  # the router's loss counts each example's tokens
-    reader = batch_reader(sources, session.prepared.render, sft.batch_size, steps, sft.tokens_per_micro_batch, **layout)
-    options = dataclasses.replace(_options(session.experiment), shared=reader.shared)
-    rows, places = batch_sharding(mesh), state_shardings(mesh, state, sft.train)
-    compiled = compile_sft_step(graphdef, options, places, base_shardings(mesh, frozen), rows, replicated(mesh))
+    rules = programs.row_rules(_program(session))
+    reader = batch_reader(sources, session.prepared.render, sft.batch_size, steps, sft.tokens_per_micro_batch, rules)
+    rows = batch_sharding(mesh)
+    compiled = programs.train_step(_program(session), graphdef, state, frozen, reader.shared)
 
     def run_step(state: TrainState, step: int):
         arrays, density = reader(step)
@@ -227,13 +196,9 @@ def _evaluate_untrained(session: Session, sweep: Sweep, runs: int) -> None:
 def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep, what: str) -> None:
     """Samples a sweep, judges it and writes its part files. `sample_queues`: `sample` with its decoder given."""
     experiment, tokenizer = session.experiment, session.model.tokenizer
-    evaluation = experiment.evaluation
-    decoding = Decoding(evaluation.max_new_tokens, evaluation.temperature, evaluation.top_p)
     room = plan.sampling_room(experiment, next(cell for cell in sweep if cell).eval_set, tokenizer)
-    options = SamplerOptions((end_of_turn_id(tokenizer),), evaluation.slots, room=room, dtype=experiment.model.activations, mesh=session.mesh)
-    queues = [
-        leak_grid.requests_for(cell, plan.examples_of(experiment, cell), tokenizer, stable_id, decoding) if cell else [] for cell in sweep
-    ]
+    options = programs.sampler_options(session.mesh, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room)
+    queues = [plan.requests_of(experiment, cell, tokenizer) if cell else [] for cell in sweep]
     cells = [cell for cell in sweep if cell]
     name = f"evaluating {what}, {cells[0].eval_set} under {' / '.join(dict.fromkeys(cell.eval_prompt for cell in cells))}"
     with session.display.phase(name, sum(map(len, queues)), "completions") as advance:
@@ -247,7 +212,7 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep, what: str
 
 def _sampled(session: Session, state: TrainState, frozen) -> tuple:
     """(adapters, weights) of the runs as they are sampled from, on the mesh."""
-    split = functools.partial(decoder_states, options=_options(session.experiment))
+    split = functools.partial(decoder_states, options=programs.step_options(_program(session)))
     return jax.jit(split)(state.trained, frozen)
 
 

@@ -12,17 +12,18 @@ import pyarrow as pa
 from etils import epath
 from jax.sharding import Mesh
 
+from ip_jax.data.pipeline import Render, RunSource, fitting_examples
 from ip_jax.data.sources import Example
 from ip_jax.evals import leak_grid
-from ip_jax.evals.leak_grid import Cell
+from ip_jax.evals.leak_grid import Cell, Decoding
 from ip_jax.models import hub
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import check_targets, projection_shapes
 from ip_jax.prompts import library
 from ip_jax.prompts.chat import render_prompt
 from ip_jax.prompts.transforms import Transform
-from ip_jax.sampling.sampler import SamplerOptions
-from ip_jax.settings.experiment import Arm, EvalConfig, ModelConfig, SftConfig
+from ip_jax.sampling.sampler import Request, SamplerOptions
+from ip_jax.settings.experiment import Arm, EvalConfig, ModelConfig, SftConfig, stable_id
 from ip_jax.training.results import digest, write_json
 from ip_jax.training.sharding import MeshConfig
 
@@ -95,6 +96,15 @@ def runs_of(experiment: Supervised, identity: str) -> list[Run]:
     return [Run(arm, seed, key(arm, seed)) for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds]
 
 
+def training_sources(experiment: Supervised, render: Render) -> tuple[list[RunSource], list[int]]:
+    """(what each run reads, indices of the dropped examples); raises as `fitting_examples`."""
+    wanted = [
+        RunSource(run_name(arm, seed), experiment.training[arm.data], arm.transform, seed)
+        for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds
+    ]
+    return fitting_examples(wanted, render, experiment.sft.max_length, experiment.sft.drop_long)
+
+
 def check_evaluations(experiment: Supervised, tokenizer) -> None:
     """Refuses steps that are never reached, and renders each prompt's longest example, so that refusals come before the model is loaded."""
     evaluation, steps = experiment.evaluation, experiment.sft.steps
@@ -126,18 +136,23 @@ def sampling_room(experiment: Supervised, eval_set: str, tokenizer) -> tuple[int
     return max(lengths), max(example.get("max_new_tokens", default) for example in experiment.eval_sets[eval_set])
 
 
+def untrained_cells(experiment: Supervised) -> list[list[Cell]]:
+    """The cells of the untrained model, those of one evaluation set together."""
+    seeds = experiment.seeds if experiment.evaluation.temperature > 0 else experiment.seeds[:1]
+    trained_under = _neutral() | {arm.train_prompt: arm.transform for arm in experiment.arms if arm.train_prompt}
+    return [
+        [Cell(arm.name, seed, 0, 0, eval_set, name, False, transform) for seed in seeds for name, transform in trained_under.items()]
+        for arm in experiment.arms if arm.train_prompt is None for eval_set in experiment.eval_sets
+    ]
+
+
 def untrained_sweeps(experiment: Supervised, folder: epath.Path) -> list[Sweep]:
     """The untrained model under the neutral prompt and every arm's training prompt; once for greedy decoding, else for every seed.
 
     All cells of an evaluation set are one sweep: all prompts decode side by side. What a later arm adds is a sweep of its own;
     transcripts/untrained.json remembers which cells belong together.
     """
-    seeds = experiment.seeds if experiment.evaluation.temperature > 0 else experiment.seeds[:1]
-    trained_under = _neutral() | {arm.train_prompt: arm.transform for arm in experiment.arms if arm.train_prompt}
-    cells = [
-        [Cell(arm.name, seed, 0, 0, eval_set, name, False, transform) for seed in seeds for name, transform in trained_under.items()]
-        for arm in experiment.arms if arm.train_prompt is None for eval_set in experiment.eval_sets
-    ]
+    cells = untrained_cells(experiment)
     by_part = {cell.part: cell for of_set in cells for cell in of_set}
     path = folder / "transcripts" / "untrained.json"
     together = json.loads(path.read_text()) if path.exists() else []
@@ -171,6 +186,13 @@ def examples_of(experiment: Supervised, cell: Cell) -> list[Example]:
     """What a cell is asked: its evaluation set, at steps other than 0 and `full_steps` without the examples marked `full_steps_only`."""
     full = cell.step in (0, *experiment.evaluation.full_steps)
     return [example for example in experiment.eval_sets[cell.eval_set] if full or not example.get("full_steps_only")]
+
+
+def requests_of(experiment: Supervised, cell: Cell, tokenizer) -> list[Request]:
+    """One sampling request for each example of a cell."""
+    evaluation = experiment.evaluation
+    decoding = Decoding(evaluation.max_new_tokens, evaluation.temperature, evaluation.top_p)
+    return leak_grid.requests_for(cell, examples_of(experiment, cell), tokenizer, stable_id, decoding)
 
 
 def incomplete(folder: epath.Path, sweeps: Sequence[Sweep]) -> list[Sweep]:
@@ -236,7 +258,8 @@ def runs_that_fit(sft: SftConfig, model: hub.Pretrained, mesh: Mesh) -> int:
     if sft.train == "full":
         return 1
     config, by_row = model.config, mesh.shape["run"] * mesh.shape["data"]
-    base = sum(a.nbytes / (2 if a.dtype == jnp.uint4 else 1) for a in jax.tree.leaves(model.params)) / mesh.size  # devices pack uint4
+    bytes_of = lambda a: a.size * (0.5 if a.dtype == jnp.uint4 else a.dtype.itemsize)  # noqa: E731  devices pack uint4
+    base = sum(map(bytes_of, jax.tree.leaves(model.params))) / mesh.size
     shapes = projection_shapes(config)
     adapter = 4 * sft.lora.rank * config.n_layers * sum(sum(shapes[target]) for target in sft.lora.targets)
     attention, products = 5 * config.d_model, 5 * config.d_model + 5 * config.d_ff

@@ -20,7 +20,7 @@ class SftOptions:
     `train`: "lora" trains adapters over a frozen base, "full" every weight of one run; it computes with the weights in `weights` and
     keeps them in float32. `dtype` is the activations'; `remat` names what the backward pass keeps (`models.remat`).
     `router_aux_loss_coef` of the load balancing loss of a mixture of experts is added to the loss; 0 leaves it out.
-    `shared` is the number of tokens with which all segments of a row begin (see data.packing).
+    `shared` is the number of tokens with which all segments of a row begin (see data.packing), `kernel` attention's (see models.kernels).
     """
 
     schedule: Schedule
@@ -32,6 +32,7 @@ class SftOptions:
     weights: str = "float32"
     router_aux_loss_coef: float = 0.0
     shared: int = 0
+    kernel: str = "xla"
 
 
 def decoder_states(trained, frozen, options: SftOptions) -> tuple:
@@ -53,7 +54,8 @@ def sft_step(state: TrainState, frozen, batch: Batch, *, graphdef, options: SftO
         decoder = nnx.merge(graphdef, *decoder_states(trained, frozen, options))
         keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(dropout_keys)
         hidden, emitted = decoder(
-            micro.tokens, micro.positions, packed_attend(micro.segment_ids, micro.positions, micro.segment_index, options.shared),
+            micro.tokens, micro.positions,
+            packed_attend(micro.segment_ids, micro.positions, micro.segment_index, options.shared, options.kernel),
             dtype=jnp.dtype(options.dtype), remat=options.remat,
             dropout=(options.dropout, keys) if options.dropout else None,
         )

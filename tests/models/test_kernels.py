@@ -13,7 +13,7 @@ from ip_jax.data.packing import segment_index
 from ip_jax.models import kernels
 from ip_jax.models.decoder import packed_attend
 from ip_jax.models.kernels import AttentionCase, PackedAttention, choose_attention, packing, refusal
-from ip_jax.models.products import KEPT
+from ip_jax.models.remat import ATTENTION
 from ip_jax.training.sharding import make_mesh
 
 LENGTH = 256
@@ -135,7 +135,7 @@ def test_a_layer_keeps_the_output_and_the_normaliser_for_its_backward_pass(capsy
         jax.ad_checkpoint.print_saved_residuals(layer, q)
         return [line.split()[0] for line in capsys.readouterr().out.splitlines() if "_splash_attention" in line]
 
-    assert kept(jax.checkpoint_policies.save_only_these_names(KEPT)) == ["f32[4,2,256,64]", "f32[4,2,256]"]
+    assert kept(jax.checkpoint_policies.save_only_these_names(ATTENTION)) == ["f32[4,2,256,64]", "f32[4,2,256]"]
     assert kept(None) == []
 
 

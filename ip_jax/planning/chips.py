@@ -1,0 +1,106 @@
+"""What the makers publish about accelerators, and the devices that a topology's name stands for.
+
+TPUs: the specification tables of docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e. GPUs: the data sheets of A100, H100 and H200 (SXM) on
+nvidia.com, dense bfloat16. Links: what a chip sends in one direction over all of its links, half of the published bidirectional figure.
+"""
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from ip_jax.training.sharding import AXES, make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator: memory in bytes, peak in bfloat16 FLOP/s, memory bandwidth and links in bytes/s."""
+
+    name: str
+    memory: float
+    peak: float
+    bandwidth: float
+    links: float
+
+
+GIB, T, G = 2**30, 1e12, 1e9
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", 16 * GIB, 197 * T, 819 * G, 200 * G),
+        Chip("v5p", 95 * GIB, 459 * T, 2765 * G, 600 * G),
+        Chip("v6e", 32 * GIB, 918 * T, 1638 * G, 400 * G),
+        Chip("a100", 80 * G, 312 * T, 2039 * G, 300 * G),
+        Chip("h100", 80 * G, 989 * T, 3350 * G, 450 * G),
+        Chip("h200", 141 * G, 989 * T, 4800 * G, 450 * G),
+    )
+}
+TPUS = ("v5e", "v5p", "v6e")
+KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "A100": "a100", "H100": "h100", "H200": "h200"}
+EXAMPLES = "v5e:4x4, v5p:2x2x1, v5p:4x4x4, v6e:2x4 (compiled), h200:1, h100:8, a100:8 (by formula alone), local (this machine's devices)"
+LIBTPU = 'compiling for a TPU needs libtpu, which is not installed here: pip install "jax[tpu]" (no TPU is needed)'
+# libtpu, asked for a compiler alone: no questions to the network about this machine (any type will do), no lock against other processes
+QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Accelerators to plan for. `devices` is None where this machine has no compiler for them; `chip` is None where nothing is published."""
+
+    name: str
+    count: int
+    chip: Chip | None
+    devices: Sequence | None
+
+    def mesh(self, run: int, data: int, tensor: int):
+        """The mesh over all devices: a real one to compile for, or an abstract one whose shardings tell the sizes of pieces."""
+        if run * data * tensor != self.count:
+            raise ValueError(f"a mesh of run={run}, data={data}, tensor={tensor} has {run * data * tensor} devices, and {self.name} has {self.count}: their product must be that")
+        if self.devices is not None:
+            return make_mesh(run, data, tensor, self.devices)
+        kind = AbstractDevice(self.chip.name, None, "gpu")
+        return AbstractMesh((run, data, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES), abstract_device=kind)
+
+
+def read_topology(name: str) -> Topology:
+    """The topology of a name like v5e:4x4, h200:1 or local. Raises ValueError with what is known, and without libtpu with how to install it."""
+    if name == "local":
+        devices = jax.devices()
+        known = next((CHIPS[short] for part, short in KINDS.items() if devices[0].device_kind.endswith(part)), None)
+        return Topology(name, len(devices), known, devices)
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+){0,2})", name)
+    if not found or found.group(1) not in CHIPS:
+        near = difflib.get_close_matches(name.partition(":")[0], CHIPS, n=1)
+        raise ValueError(f"no topology is called {name!r}: {f'did you mean {near[0]}:...? ' if near else ''}known are {EXAMPLES}")
+    chip, dims = CHIPS[found.group(1)], [int(n) for n in found.group(2).split("x")]
+    if chip.name not in TPUS:
+        if len(dims) > 1 or not dims[0]:
+            raise ValueError(f"the topology {name!r} must give the number of GPUs, like {chip.name}:8")
+        return Topology(name, dims[0], chip, None)
+    return Topology(name, math.prod(dims), chip, _tpu_devices(name, dims))
+
+
+def read_sizes(text: str) -> tuple[int, int, int]:
+    """(run, data, tensor) of a text like 1,16,1."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) for part in parts):
+        raise ValueError(f"--mesh is {text!r}: it must be three whole numbers from 1, the devices along run, data and tensor, like 1,16,1")
+    return tuple(map(int, parts))
+
+
+def _tpu_devices(name: str, dims: list[int]) -> Sequence:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(LIBTPU)
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    one_chip = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(dims) == 1 else {}
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **one_chip).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"libtpu knows no topology {name!r} ({str(error).splitlines()[0]}); known are {EXAMPLES}") from error

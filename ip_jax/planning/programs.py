@@ -1,0 +1,155 @@
+"""The programs of a run, lowered and compiled from shapes alone for devices that need not be there."""
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ip_jax.data.packing import PackedShape
+from ip_jax.planning.hlo import Cost, program_cost
+from ip_jax.planning.workload import Sampling, Workload, abstract_params
+from ip_jax.sampling import slots as sampling
+from ip_jax.sampling.plan import make_refill
+from ip_jax.settings import programs
+from ip_jax.training.sharding import batch_sharding, param_shardings, state_shardings
+from ip_jax.training.state import Batch, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device while a program runs, from its memory analysis. `kept`: of the results, those that are no argument's own memory."""
+
+    arguments: float
+    kept: float
+    temporaries: float
+
+    @property
+    def peak(self) -> float:
+        """All of it at once."""
+        return self.arguments + self.kept + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says about one program; `seconds`: what lowering and compiling took here."""
+
+    cost: Cost
+    memory: Memory
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TooLarge:
+    """A program that the compiler refused because it does not fit: bytes that it needs and may have, 0 where it does not say."""
+
+    needed: float
+    allowed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Initial:
+    """What a run has on its mesh before the first step, as jax.ShapeDtypeStruct with shardings."""
+
+    graphdef: object
+    state: TrainState
+    base: object
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """The sampling programs of one workload, lowered, and the arrays that lie on the devices meanwhile."""
+
+    prefill: jax.stages.Lowered
+    decode: jax.stages.Lowered
+    slots: sampling.Slots
+    layers: tuple
+
+
+def initial(workload: Workload, mesh: Mesh) -> Initial:
+    """The state and the weights of a program of `workload.runs` runs. The mesh may be abstract: then the shardings only tell sizes."""
+    params = abstract_params(workload.config, workload.model.weights, param_shardings(mesh, workload.config))
+    graphdef, state, base = programs.initial_state(_program(workload, mesh), params, range(workload.runs), jax.eval_shape)
+    return Initial(graphdef, _placed(state, state_shardings(mesh, state, workload.sft.train)), base)
+
+
+def _program(workload: Workload, mesh: Mesh) -> programs.Program:
+    return programs.Program(mesh, workload.config, workload.sft, workload.model)
+
+
+def batch_of(shape: PackedShape, runs: int, mesh: Mesh) -> Batch:
+    """One step's batch as `data.packing.pack_step` makes it."""
+    place = batch_sharding(mesh)
+
+    def array(*dims, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct((shape.micro_batches, runs, shape.micro_rows, *dims), dtype, sharding=place)
+
+    row, response = array(shape.length), array(shape.responses)
+    return Batch(
+        tokens=row, segment_ids=row, positions=row, segment_index=array(shape.segments, shape.segment_length),
+        response_index=response, response_target=response, response_weight=array(shape.responses, dtype=jnp.float32),
+    )
+
+
+def lower_step(workload: Workload, shape: PackedShape, mesh: Mesh) -> jax.stages.Lowered:
+    """The training step that `run` compiles for this shape."""
+    begun = initial(workload, mesh)
+    step = programs.train_step(_program(workload, mesh), begun.graphdef, begun.state, begun.base, shape.shared)
+    return step.lower(begun.state, begun.base, batch_of(shape, workload.runs, mesh))
+
+
+def lower_sampler(workload: Workload, work: Sampling, mesh: Mesh) -> Sampler:
+    """The prefill of the longest prompts and the decoding loop that `sampling.sampler.sample` calls, in the order in which it calls them."""
+    begun, dtype, options = initial(workload, mesh), work.options.dtype, work.options
+    decoder = begun.graphdef, begun.state.trained, begun.base
+    plan = work.plan
+    with jax.set_mesh(mesh) if options.mesh else contextlib.nullcontext():
+        layers = _outputs(sampling.separate_layers.lower(*decoder))
+        slots = _outputs(sampling.start_slots.lower(*decoder, plan.prefix, shape=plan.shape, dtype=dtype))
+        longest = [sorted(queue, key=lambda group: len(group.prompt))[-plan.prefill_prompts :] for queue in plan.queues]
+        refill = make_refill(plan, [list(enumerate(groups)) for groups in longest], work.requests)
+        prefill = sampling.prefill.lower(*decoder, slots, refill, prefix=len(plan.prefix), dtype=dtype)
+        wanted, stop_ids = np.zeros(len(plan.queues), np.int32), np.array(options.stop_ids, np.int32)
+        decode = sampling.decode.lower(*decoder, layers, slots, wanted, stop_ids, dtype=dtype, candidates=options.candidates)
+    return Sampler(prefill, decode, slots, layers)
+
+
+def compile_lowered(lower: Callable[[], jax.stages.Lowered]) -> Compiled | TooLarge:
+    """Compiles and reads what the compiler tells. A program that does not fit the devices is a result too."""
+    started = time.monotonic()
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _too_large(str(error))
+    found = compiled.memory_analysis()
+    memory = Memory(found.argument_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes, found.temp_size_in_bytes)
+    return Compiled(program_cost(compiled.as_text()), memory, time.monotonic() - started)
+
+
+def _too_large(message: str) -> TooLarge:
+    """XLA:TPU says: Used 18.51G of 15.75G hbm."""
+    found = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", message)
+    if not found:
+        return TooLarge(0.0, 0.0)
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return TooLarge(float(found.group(1)) * unit[found.group(2)], float(found.group(3)) * unit[found.group(4)])
+
+
+def per_device(tree) -> float:
+    """Bytes of a tree's arrays (jax.ShapeDtypeStruct with shardings) on one device."""
+    return float(sum(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def _outputs(lowered: jax.stages.Lowered):
+    """What a program returns, as shapes with the shardings that the compiler gives them."""
+    return _placed(lowered.out_info, lowered.compile().output_shardings)
+
+
+def _placed(tree, shardings):
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings)

@@ -1,0 +1,81 @@
+"""Candidates of `--search`: meshes, remat and micro-batches, cut to a dozen by formula before anything is compiled."""
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from ip_jax.data.packing import PackedShape
+from ip_jax.planning import estimate
+from ip_jax.planning.chips import Topology
+from ip_jax.planning.hlo import Cost
+from ip_jax.planning.programs import Compiled, TooLarge, initial
+from ip_jax.planning.workload import Workload
+
+MOST = 12  # candidates that are compiled
+MARGIN = 1.25  # formulas of activations are rough: what they put at up to this part of the memory is still tried
+REMAT = ("products", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to run the training step. `needed`: bytes on each device."""
+
+    sizes: tuple[int, int, int]  # run, data, tensor
+    workload: Workload
+    shape: PackedShape  # of the largest step
+    cost: Cost
+    needed: float
+    is_compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        run, data, tensor = self.sizes
+        return f"run={run} data={data} tensor={tensor}, remat {self.workload.sft.remat}, micro-batches of {self.shape.micro_rows} x {self.shape.length} tokens a run"
+
+    def seconds(self, topology: Topology) -> float:
+        """Of one step, estimated."""
+        return estimate.seconds(self.cost, topology.chip).total
+
+    def compiled(self, found: Compiled | TooLarge, topology: Topology) -> "Candidate":
+        """With what the compiler says in place of the formulas."""
+        if isinstance(found, TooLarge):
+            return dataclasses.replace(self, needed=max(found.needed, topology.chip.memory), is_compiled=True)
+        return dataclasses.replace(self, cost=found.cost, needed=found.memory.peak, is_compiled=True)
+
+    def record(self) -> dict:
+        """As JSON."""
+        return {"mesh": self.sizes, "remat": self.workload.sft.remat, "tokens_per_micro_batch": self.workload.sft.tokens_per_micro_batch,
+                "shape": dataclasses.asdict(self.shape), "cost": dataclasses.asdict(self.cost), "needed": self.needed, "compiled": self.is_compiled}  # fmt: skip
+
+
+def meshes(devices: int, runs: int, heads: int) -> list[tuple[int, int, int]]:
+    """All (run, data, tensor) over the devices of which run divides the runs and tensor, at most 8, the heads."""
+    return [
+        (run, devices // (run * tensor), tensor)
+        for run in range(1, devices + 1) if devices % run == 0 and runs % run == 0
+        for tensor in (1, 2, 4, 8) if devices % (run * tensor) == 0 and heads % tensor == 0
+    ]
+
+
+def candidates(work_on: Callable, topology: Topology) -> list[Candidate]:
+    """At most MOST candidates that may fit, the fastest by formula first, equal programs once."""
+    found: dict[tuple, Candidate] = {}
+    first = work_on(topology.mesh(1, topology.count, 1), None)
+    for sizes in meshes(topology.count, first.runs, first.config.n_heads):
+        mesh = topology.mesh(*sizes)
+        for tokens in (first.sft.tokens_per_micro_batch // 4, first.sft.tokens_per_micro_batch, 4 * first.sft.tokens_per_micro_batch):
+            packed = work_on(mesh, dataclasses.replace(first.sft, tokens_per_micro_batch=tokens))
+            for remat in REMAT:
+                workload = dataclasses.replace(packed, sft=dataclasses.replace(packed.sft, remat=remat))
+                shape = max(workload.steps, key=functools.partial(estimate.step_tokens, workload))
+                begun = initial(workload, mesh)
+                needed = sum(estimate.step_memory(workload, shape, begun, None, mesh).values())
+                candidate = Candidate(sizes, workload, shape, estimate.formula_cost(workload, shape, begun, mesh), needed)
+                found.setdefault((sizes, remat, shape), candidate)
+    fitting = [c for c in found.values() if c.needed <= MARGIN * topology.chip.memory] or [min(found.values(), key=lambda c: c.needed)]
+    return sorted(fitting, key=lambda c: c.seconds(topology))[:MOST]
+
+
+def ranked(found: list[Candidate], topology: Topology) -> list[Candidate]:
+    """Those that fit first, then by time."""
+    return sorted(found, key=lambda c: (c.needed > topology.chip.memory - estimate.RESERVED, c.seconds(topology)))

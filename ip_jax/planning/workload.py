@@ -1,0 +1,200 @@
+"""How much work an experiment is: the packed shapes of its steps and the sampling calls of its evaluations.
+
+Counted from the experiment itself where its tokenizer is at hand (`measured`), else from declared sizes (`declared`).
+"""
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ip_jax.data.packing import PackedShape
+from ip_jax.data.pipeline import batch_reader, renderer
+from ip_jax.models import hub
+from ip_jax.models.families import DecoderConfig, from_hf_config, param_shapes
+from ip_jax.prompts.chat import end_of_turn_id
+from ip_jax.sampling import plan as sampling_plan
+from ip_jax.sampling.plan import Request, SamplerOptions
+from ip_jax.settings import programs
+from ip_jax.settings import supervised_plan as plan
+from ip_jax.settings.experiment import EvalConfig, ModelConfig, SftConfig
+from ip_jax.settings.supervised_plan import Supervised
+
+
+@dataclasses.dataclass(frozen=True)
+class HfFields:
+    """What a config.json says about a model's shape, under the names that it has there."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    head_dim: int | None = None
+    tie_word_embeddings: bool | None = None
+    num_local_experts: int | None = None
+    num_experts_per_tok: int | None = None
+
+    def decoder_config(self) -> DecoderConfig:
+        """Raises ValueError for an architecture that is not supported."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return from_hf_config(fields | {"architectures": [fields.pop("architecture")]})
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The batch of one step and run: `rows` rows of `length` tokens, one example each, of which `responses` positions count."""
+
+    rows: int
+    length: int
+    responses: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """What each run answers in the whole experiment: `sweeps` times `prompts` prompts of `length` tokens (lengths and limits come from the evaluation)."""
+
+    prompts: int
+    length: int
+    sweeps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """An experiment without data: sizes alone. It can be planned, not run."""
+
+    hf: HfFields
+    sft: SftConfig
+    evaluation: EvalConfig
+    batches: Batches
+    questions: Questions
+    preset: str
+    model: ModelConfig
+    runs: int = 1
+    """Arms x seeds that train side by side in one program."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Sampling calls of equal sizes, `times` of them while one program's runs are evaluated. `requests`: a queue for each run, of one call."""
+
+    requests: Sequence[Sequence[Request]]
+    plan: sampling_plan.Plan
+    options: SamplerOptions
+    times: float
+
+    @property
+    def prefills(self) -> int:
+        """Prefills of one call."""
+        return -(-max(map(len, self.plan.queues)) // self.plan.prefill_prompts)
+
+    @property
+    def decode_steps(self) -> int:
+        """Tokens in a row that one call decodes, at most: every answer runs to the ring's length."""
+        return -(-max(map(len, self.plan.queues)) // self.plan.shape.groups) * self.plan.shape.ring
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """All that decides what an experiment costs. `steps`: how many steps of each shape one program of `runs` runs takes."""
+
+    config: DecoderConfig
+    model: ModelConfig
+    sft: SftConfig
+    runs: int
+    programs: float  # of `runs` runs each, a smaller last one counted as its share
+    steps: Mapping[PackedShape, int]
+    sampling: tuple[Sampling, ...]
+    source: str  # where the numbers come from
+
+
+def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh) -> Workload:
+    """The workload of declared sizes on a mesh, every row full. `config` is that of `shapes.hf` or of another model."""
+    sft, spread = shapes.sft, mesh.shape["data"]
+    length = shapes.batches.length
+    rows = _round_up(shapes.batches.rows, spread)
+    fitting = sft.tokens_per_micro_batch // (shapes.runs * length) // spread * spread
+    micro_rows = min(rows, max(spread, fitting))
+    shape = PackedShape(length, 1, length, shapes.batches.responses, -(-rows // micro_rows), micro_rows)
+    asked, evaluation = shapes.questions, shapes.evaluation
+    options = programs.sampler_options(mesh, shapes.model, evaluation, (0,), (1, 1))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, config.vocab_size, asked.length, np.int32) for _ in range(asked.prompts)]
+    queues = [[Request(prompt, i, max_new_tokens=evaluation.max_new_tokens) for i, prompt in enumerate(prompts)]] * shapes.runs
+    sampling = (Sampling(queues, sampling_plan.make_plan(queues, options), options, asked.sweeps),) if asked.sweeps else ()
+    steps = sft.schedule.last_active_step(sft.steps)
+    return Workload(config, shapes.model, sft, shapes.runs, 1.0, {shape: steps}, sampling, "declared sizes, every row full")
+
+
+def measured(experiment: Supervised, mesh: Mesh) -> Workload:
+    """The workload of an experiment whose tokenizer is at hand: its real packing plan and its real prompts, rendered.
+
+    Raises as `prepare` does for what can be checked without weights.
+    """
+    model, sft = experiment.model, experiment.sft
+    config, tokenizer = hub.load_config(model.name, model.revision), hub.load_tokenizer(model.name, model.revision)
+    plan.check_evaluations(experiment, tokenizer)
+    render = renderer(tokenizer)
+    sources, _ = plan.training_sources(experiment, render)
+    pretrained = hub.Pretrained(model.name, config, abstract_params(config, model.weights), tokenizer, "")
+    runs = max(1, min(len(sources), plan.runs_that_fit(sft, pretrained, mesh)))
+    active = sft.schedule.last_active_step(sft.steps)
+    rules = programs.row_rules(programs.Program(mesh, config, sft, model))
+    reader = batch_reader(sources[:runs], render, sft.batch_size, active, sft.tokens_per_micro_batch, rules)
+    return Workload(
+        config, model, sft, runs, len(sources) / runs, Counter(reader.shapes), _sampling(experiment, mesh, tokenizer, runs, len(sources) / runs),
+        f"the packing plan of the experiment's own data, {len(sources)} runs",
+    )
+
+
+def abstract_params(config: DecoderConfig, dtype: str, sharding=None) -> dict:
+    """The params of `config` as jax.ShapeDtypeStruct; `sharding`: see `training.sharding.param_shardings`."""
+    params: dict = {}
+    for path, shape in param_shapes(config).items():
+        branch = functools.reduce(lambda tree, key: tree.setdefault(key, {}), path[:-1], params)
+        branch[path[-1]] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding and sharding(path))
+    return params
+
+
+def _sampling(experiment: Supervised, mesh: Mesh, tokenizer, runs: int, programs_of_all: float) -> tuple[Sampling, ...]:
+    """The evaluation's sampling calls of one program of runs, and its share of those of the untrained model; equal calls are counted, not listed."""
+    group = [plan.Run(arm, seed, "") for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds][:runs]
+    looked_at = sorted({*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps} - {0})
+    sweeps = [sweep for step in looked_at for sweep in plan.sweeps_of_step(experiment, group, step)]
+    untrained = plan.untrained_cells(experiment)
+    cells = {_kind(experiment, cell): cell for sweep in [*sweeps, *untrained] for cell in sweep if cell}
+
+    @functools.cache
+    def requests(kind: tuple) -> Sequence[Request]:
+        return plan.requests_of(experiment, cells[kind], tokenizer)
+
+    def sampling(queues, eval_set: str, times: float) -> Sampling:
+        room = plan.sampling_room(experiment, eval_set, tokenizer)
+        options = programs.sampler_options(mesh, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room)
+        return Sampling(queues, sampling_plan.make_plan(queues, options), options, times)
+
+    times = Counter(tuple(_kind(experiment, cell) if cell else None for cell in sweep) for sweep in sweeps)
+    found = [
+        sampling([requests(kind) if kind else [] for kind in kinds], next(kind for kind in kinds if kind)[0], count) for kinds, count in times.items()
+    ]
+    for of_set in untrained:
+        asked = [request for cell in of_set for request in requests(_kind(experiment, cell))]
+        found.append(sampling([asked[run::runs] for run in range(runs)], of_set[0].eval_set, 1 / programs_of_all))
+    return tuple(found)
+
+
+def _kind(experiment: Supervised, cell) -> tuple[str, str, bool]:
+    """What decides the prompts of a cell, seeds aside."""
+    return cell.eval_set, cell.eval_prompt, cell.step in (0, *experiment.evaluation.full_steps)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

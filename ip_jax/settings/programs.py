@@ -1,0 +1,102 @@
+"""The programs of a supervised experiment: what `run` executes on arrays and `ip-jax plan` compiles from shapes alone.
+
+Both call these functions, so that what is planned is what runs.
+"""
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from ip_jax.data.packing import ROW_QUANTUM, RowRules
+from ip_jax.models import kernels
+from ip_jax.models.decoder import split_decoder
+from ip_jax.models.families import DecoderConfig
+from ip_jax.models.lora import init_lora
+from ip_jax.sampling.sampler import SamplerOptions
+from ip_jax.settings.experiment import EvalConfig, ModelConfig, SftConfig
+from ip_jax.training.sft import SftOptions, compile_sft_step
+from ip_jax.training.sharding import base_shardings, batch_sharding, replicated, state_shardings
+from ip_jax.training.state import TrainState, full_weights, init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the code of a training program depends on, its runs and its data aside."""
+
+    mesh: Mesh
+    config: DecoderConfig
+    sft: SftConfig
+    model: ModelConfig
+
+
+def call(function: Callable, *arguments):
+    """function(*arguments): computes. `jax.eval_shape` in its place gives the shapes alone."""
+    return function(*arguments)
+
+
+def initial_state(program: Program, params: dict, seeds: Sequence[int], evaluate: Callable = call) -> tuple:
+    """(graphdef, TrainState at step 0 on the mesh, frozen weights): for each seed a fresh adapter over `params`, or, with full training,
+    these weights as the one run's own and nothing frozen. The leaves of `params` may be jax.ShapeDtypeStruct.
+    """
+    sft, runs, numbers, full = program.sft, len(seeds), jnp.array(seeds), program.sft.train == "full"
+    adapters = None if full else evaluate(functools.partial(init_lora, config=program.config, lora=sft.lora), numbers)
+    graphdef, adapters, weights = split_decoder(program.config, params, adapters, sft.lora)
+
+    def start(trained) -> TrainState:
+        trained = full_weights(trained) if full else trained
+        return init_state(trained, jnp.full(runs, sft.learning_rate), jnp.full(runs, sft.weight_decay), numbers)
+
+    trained, frozen = (weights, adapters) if full else (adapters, weights)
+    places = state_shardings(program.mesh, jax.eval_shape(start, trained), sft.train)
+    return graphdef, evaluate(jax.jit(start, out_shardings=places), trained), frozen
+
+
+def attention_kernel(program: Program) -> str:
+    """The kernel of `models.kernels` that training's attention runs on, or "xla": one for all layers.
+
+    Raises ValueError where the config names one that the devices or the model's layers do not allow.
+    """
+    config, device = program.config, _device(program.mesh)
+    heads = config.n_kv_heads, config.n_heads // config.n_kv_heads, config.head_dim
+    cases = [
+        kernels.AttentionCase(program.model.weights, kernels.ROW_QUANTUM, *heads, kind.window, kind.softcap, program.mesh.shape["tensor"])
+        for kind in config.attention
+    ]
+    chosen = {kernels.choose_attention(program.model.attention, device, case) for case in cases}
+    return chosen.pop() if len(chosen) == 1 else "xla"
+
+
+def _device(mesh: Mesh | AbstractMesh):
+    """One of the mesh's devices, or what an abstract mesh is made of."""
+    return mesh.abstract_device if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]
+
+
+def row_rules(program: Program) -> RowRules:
+    """How rows are to be packed for the kernel of attention. A shared prefix is XLA's alone, and the router's loss counts each example's own tokens."""
+    kernel = attention_kernel(program)
+    quantum = kernels.ROW_QUANTUM if _device(program.mesh).platform == "tpu" or kernel in ("splash", "pallas") else ROW_QUANTUM
+    return RowRules(program.mesh.shape["data"], quantum, share_prefix=kernel == "xla" and not program.sft.router_aux_loss_coef)
+
+
+def step_options(program: Program, shared: int = 0, kernel: str = "xla") -> SftOptions:
+    """The options of the step; `shared` tokens begin all segments of a row."""
+    sft, model = program.sft, program.model
+    return SftOptions(
+        sft.schedule, sft.lora.dropout if sft.train == "lora" else 0.0, sft.max_grad_norm, model.activations, sft.remat, sft.train, model.weights,
+        sft.router_aux_loss_coef, shared, kernel,
+    )  # fmt: skip
+
+
+def train_step(program: Program, graphdef, state: TrainState, frozen, shared: int):
+    """The jitted step (state, frozen, batch) -> (state, metrics), its shardings pinned to the mesh."""
+    mesh, options = program.mesh, step_options(program, shared, attention_kernel(program))
+    places = state_shardings(mesh, state, program.sft.train), base_shardings(mesh, frozen), batch_sharding(mesh), replicated(mesh)
+    return compile_sft_step(graphdef, options, *places)
+
+
+def sampler_options(mesh: Mesh, model: ModelConfig, evaluation: EvalConfig, stop_ids: tuple[int, ...], room: tuple[int, int]) -> SamplerOptions:
+    """How an evaluation samples; `room`: (prompt tokens, new tokens) that every sweep of its set has at least."""
+    return SamplerOptions(stop_ids, evaluation.slots, room=room, dtype=model.activations, mesh=mesh)

@@ -1,0 +1,105 @@
+"""`ip-jax plan` as a user sees it."""
+import importlib.util
+import json
+
+import pytest
+
+from configs.sft_shapes import PRESETS
+from ip_jax import cli
+from ip_jax.planning import chips, search, workload
+from ip_jax.planning.command import workload_on
+
+TINY = "--hf.num-hidden-layers 2 --hf.hidden-size 64 --hf.intermediate-size 96 --hf.num-attention-heads 4 --hf.num-key-value-heads 2 --hf.vocab-size 256".split()
+SHORT = "--batches.rows 4 --batches.length 64 --batches.responses 32 --questions.prompts 5 --questions.length 16 --evaluation.max-new-tokens 8 --evaluation.slots 8".split()
+
+
+def planned(capsys, tmp_path, *arguments):
+    """(what is printed, the JSON)."""
+    cli.main(["plan", *arguments, "--json", str(tmp_path / "plan.json")])
+    return capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+
+
+def failure(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", *arguments])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset, billions", [("qwen2-7b", 7.615616512), ("llama-3-8b", 8.030261248), ("gcd-gemma-2b", 2.506172416)])
+def test_presets_have_the_published_number_of_parameters(preset, billions):
+    config = PRESETS[preset].hf.decoder_config()
+    params = workload.abstract_params(config, "bfloat16")
+    assert sum(a.size for a in [*params["layers"].values(), *(a for name, a in params.items() if name != "layers")]) == round(billions * 1e9)
+
+
+def test_one_h200_by_formula(capsys, tmp_path):
+    said, record = planned(capsys, tmp_path, "sft_shapes", "--preset", "qwen2-7b", "--topology", "h200:1")
+    assert record["memory"]["training"]["weights"] == 2 * 7_615_616_512
+    assert record["memory"]["sampling"]["caches"] == 2 * 2 * 28 * 4 * 128 * 2 * 128 * (320 + 512)  # keys and values, bfloat16, two runs of 128 slots
+    assert record["fits"] and "fits" in said and "14.19" in said and "estimates" in said
+    hours = sum(phase["times"] * max(phase["seconds"].values()) for phase in record["phases"]) / 3600
+    assert sum(record["hours"].values()) == pytest.approx(hours)
+
+
+def test_what_does_not_fit_says_what_to_change(capsys, tmp_path):
+    said, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "a100:1", "--runs", "64", "--evaluation.slots", "1024")
+    assert not record["fits"] and "does not fit" in said and "--evaluation.slots 512" in said
+
+
+@pytest.mark.slow
+def test_a_plan_for_this_machine_is_compiled(capsys, tmp_path):
+    said, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "local", *TINY, *SHORT)
+    assert record["mesh"] == {"run": 1, "data": 8, "tensor": 1} and record["fits"] is None
+    assert [phase["name"] for phase in record["phases"]] == ["step", "prefill", "decoding a token"]
+    assert all(phase["cost"]["flops"] > 0 and phase["compile_seconds"] > 0 for phase in record["phases"])
+    assert "all-gather" in said and "is not known" in said
+
+
+def test_a_smaller_mesh_is_refused_and_another_one_taken(capsys, tmp_path):
+    said = failure(capsys, "sft_shapes", "--topology", "h100:8", "--mesh", "1,4,1")
+    assert "has 4 devices, and h100:8 has 8" in said
+    assert "three whole numbers" in failure(capsys, "sft_shapes", "--topology", "h100:8", "--mesh", "8")
+    _, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:8", "--mesh", "2,2,2")
+    assert record["mesh"] == {"run": 2, "data": 2, "tensor": 2}
+
+
+def test_search_by_formula_ranks_what_fits_first(capsys, tmp_path):
+    said, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:8", "--search")
+    assert 1 < len(record) <= search.MOST and "by formula" in said
+    topology = chips.read_topology("h100:8")
+    on = workload_on(PRESETS["qwen2-7b"], None, None)
+    found = search.ranked(search.candidates(on, topology), topology)
+    fitting = [c.needed <= topology.chip.memory for c in found]
+    assert fitting == sorted(fitting, reverse=True)
+    times = [c.seconds(topology) for c, fits in zip(found, fitting, strict=True) if fits]
+    assert times == sorted(times) and len({(c.sizes, c.workload.sft.remat, c.shape) for c in found}) == len(found)
+
+
+def test_meshes_divide_devices_runs_and_heads():
+    found = search.meshes(16, runs=2, heads=28)
+    assert (1, 16, 1) in found and (2, 4, 2) in found and (1, 4, 4) in found and (4, 4, 1) not in found
+    assert all(run * data * tensor == 16 and 28 % tensor == 0 for run, data, tensor in found)
+
+
+@pytest.mark.parametrize("topology, message", [
+    ("v5e", "no topology is called 'v5e': did you mean v5e:...? known are v5e:4x4"), ("h20:1", "did you mean h200:..."), ("h200:2x2", "number of GPUs, like h200:8"),
+], ids=["no size", "unknown", "GPUs have no shape"])  # fmt: skip
+def test_unknown_topologies(capsys, topology, message):
+    assert message in failure(capsys, "sft_shapes", "--topology", topology)
+
+
+def test_no_topology_is_one_sentence(capsys):
+    assert "plan needs --topology: known are" in failure(capsys, "sft_shapes")
+
+
+def test_without_libtpu_one_sentence_says_how_to_install_it(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    said = failure(capsys, "sft_shapes", "--topology", "v5e:4x4")
+    assert 'pip install "jax[tpu]"' in said and said.count("\n") == 1
+
+
+def test_shapes_cannot_be_run(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", "sft_shapes"])
+    assert "it can only be planned" in capsys.readouterr().err

@@ -1,0 +1,157 @@
+"""What is planned is what runs: lowered texts, shapes, bytes and FLOPs against a real run and hand computations."""
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from rich.console import Console
+from tiny_experiment import make_experiment, write_model
+
+from ip_jax.data.packing import PackedShape
+from ip_jax.data.pipeline import batch_reader
+from ip_jax.models.families import DecoderConfig, param_shapes
+from ip_jax.models.lora import LoraConfig
+from ip_jax.planning import estimate, programs, workload
+from ip_jax.planning.chips import CHIPS, Topology
+from ip_jax.planning.hlo import program_cost
+from ip_jax.planning.workload import Workload
+from ip_jax.sampling import sampler
+from ip_jax.settings import supervised
+from ip_jax.settings.display import Display
+from ip_jax.settings.experiment import ModelConfig, SftConfig
+from ip_jax.training.schedules import Schedule
+from ip_jax.training.sharding import make_mesh
+from ip_jax.training.state import Batch
+
+CONFIG = DecoderConfig("llama", 512, 128, 384, 4, 8, 2, 16, 10000.0, 1e-5, 1024, False)
+SFT = SftConfig(steps=3, batch_size=8, learning_rate=1e-3, schedule=Schedule("constant"), lora=LoraConfig(rank=4), tokens_per_micro_batch=4096)
+SHAPE = PackedShape(length=64, segments=1, segment_length=64, responses=32, micro_batches=2, micro_rows=8)
+
+LAYER, DOWN = 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 384, 128 * 384  # elements of a layer's matrices, and of its last one
+
+
+def work(config: DecoderConfig = CONFIG, runs: int = 2, **changes) -> Workload:
+    return Workload(config, ModelConfig("x", activations="bfloat16"), dataclasses.replace(SFT, **changes), runs, 1.0, {SHAPE: 3}, (), "test")
+
+
+@pytest.fixture(scope="module")
+def lowered_by_run(tmp_path_factory):
+    """(experiment, {function: texts of what a whole run lowered}): two runs on the eight devices, trained and sampled."""
+    folder, texts = tmp_path_factory.mktemp("run"), {}
+    experiment = make_experiment(write_model(folder / "model"), arms=("neutral", "ip"), evaluation=dict(full_steps=(2,), neutral_steps=()), sft=dict(steps=2))
+
+    def recorded(name, function):
+        def call(*arguments, **options):
+            texts.setdefault(name, set()).add(function.lower(*arguments, **options).as_text())
+            return function(*arguments, **options)
+
+        return call
+
+    make_step = supervised.programs.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervised.programs, "train_step", lambda *arguments: recorded("step", make_step(*arguments)))
+        for name in ("prefill", "decode"):
+            patch.setattr(sampler, name, recorded(name, getattr(sampler, name)))
+        supervised.run_supervised(experiment, epath.Path(folder / "out"), Display(Console(quiet=True)))
+    return experiment, texts
+
+
+def test_the_step_and_the_sampler_lower_to_the_text_of_a_run(lowered_by_run):
+    experiment, texts = lowered_by_run
+    mesh = make_mesh(data=8)
+    planned = workload.measured(experiment, mesh)
+    assert sum(planned.steps.values()) == 2 and planned.runs == 2
+    assert {programs.lower_step(planned, shape, mesh).as_text() for shape in planned.steps} == texts["step"]
+    samplers = [programs.lower_sampler(planned, work, mesh) for work in planned.sampling]
+    assert {s.decode.as_text() for s in samplers} == texts["decode"]
+    assert texts["prefill"] >= {s.prefill.as_text() for s in samplers}, "of the prefills of a call the longest"
+
+
+def test_the_evaluation_is_counted_as_it_is_run(lowered_by_run):
+    experiment, _ = lowered_by_run
+    planned = workload.measured(experiment, make_mesh(data=8))
+    sweeps = supervised.plan.sweeps_of_step(experiment, [supervised.Run(arm, 0, "") for arm in experiment.arms], 2)
+    assert sum(s.times for s in planned.sampling) == len(sweeps)
+    assert all(len(queue) == 5 for s in planned.sampling for queue in s.requests if queue), "five examples a cell"
+
+
+def test_the_abstract_batch_has_the_shapes_of_a_packed_one(lowered_by_run):
+    experiment, _ = lowered_by_run
+    mesh, render = make_mesh(data=8), supervised.renderer(supervised.hub.load_tokenizer(experiment.model.name))
+    sources, _ = supervised.plan.training_sources(experiment, render)
+    reader = batch_reader(sources, render, 4, 2, 512, row_multiple=8)
+    real = Batch(**reader(0)[0])
+    made = programs.batch_of(reader.shapes[0], len(sources), mesh)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), real) == jax.tree.map(lambda a: (a.shape, a.dtype), made)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 1)], ids=str)
+def test_bytes_are_parameters_times_item_size_over_shards(sizes):
+    mesh = make_mesh(*sizes)
+    kinds = estimate.resident(programs.initial(work(), mesh))
+    cut = sum(math.prod(shape) for path, shape in param_shapes(CONFIG).items() if "norm" not in path[-1])
+    whole = sum(math.prod(shape) for path, shape in param_shapes(CONFIG).items() if "norm" in path[-1])
+    assert kinds["weights"] == 2 * cut / math.prod(sizes) + 2 * whole
+    a_and_b = sum(i + o for i, o in [(128, 128), (128, 32), (128, 32), (128, 128), (128, 384), (128, 384), (384, 128)])
+    adapters = 4 * 2 * 4 * CONFIG.n_layers * a_and_b  # float32, two runs, rank 4
+    assert kinds["adapters"] == adapters / sizes[0]
+    assert kinds["optimizer"] == pytest.approx(2 * adapters / sizes[0], abs=16), "both moments and a count for each run"
+
+
+@pytest.fixture(scope="module")
+def costs():
+    """The compiled step on one device, the same with full remat, and on eight. LLVM's own optimisations change no HLO and are left out."""
+    quick = {"xla_backend_optimization_level": 0}
+    steps = {"one": (work(), 1), "remat": (work(remat=True), 1), "eight": (work(), 8)}
+    lowered = {name: programs.lower_step(planned, SHAPE, make_mesh(data=n)) for name, (planned, n) in steps.items()}
+    compiled = {name: program.compile(quick) for name, program in lowered.items()}
+    return {name: (program_cost(program.as_text()), program.memory_analysis()) for name, program in compiled.items()}
+
+
+def test_the_compiled_step_does_four_products_a_weight_and_token(costs):
+    """4 FLOPs for each token and frozen weight, 6 for the adapters, the vocabulary at response positions, and attention.
+
+    At this length attention is seven whole products a segment and layer (two forward, five backward, which makes the scores again), where
+    the model's FLOPs count three passes of two halves. The rest, below 2 %, are rope and sums, which are products on a CPU.
+    """
+    tokens, segments = 2 * 2 * 8 * 64, 32
+    adapters = 4 * (2 * 256 + 2 * 160 + 3 * 512)
+    without_attention = 4 * 4 * LAYER * tokens + 6 * 4 * adapters * tokens + 4 * 512 * 128 * segments * 32
+    product = 2 * 64 * 64 * 128 * 4 * segments
+    assert estimate.step_flops(work(), SHAPE) == without_attention + 3 * product
+    assert 1 <= costs["one"][0].flops / (without_attention + 7 * product) < 1.02
+
+
+def test_remat_computes_the_forward_pass_again_but_for_its_last_product(costs):
+    once = 2 * 4 * LAYER * 2048
+    assert once - 2 * 4 * DOWN * 2048 < costs["remat"][0].flops - costs["one"][0].flops < once
+    assert costs["remat"][1].temp_size_in_bytes < costs["one"][1].temp_size_in_bytes
+
+
+def test_sharded_over_data_each_device_does_its_part(costs):
+    one, eight = costs["one"][0], costs["eight"][0]
+    assert eight.flops == pytest.approx(one.flops / 8, rel=0.1)
+    assert not one.collectives and eight.collectives["all-gather"].count >= CONFIG.n_layers
+    assert costs["eight"][1].argument_size_in_bytes < costs["one"][1].argument_size_in_bytes
+
+
+def test_what_the_tpu_compiler_says_about_too_large_programs():
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm. Exceeded hbm capacity by 2.75G."
+    assert programs._too_large(said) == programs.TooLarge(18.5 * 2**30, 15.75 * 2**30)
+
+
+def test_a_plan_that_the_compiler_refused_does_not_fit_and_says_what_to_change():
+    mesh, planned = make_mesh(data=8), work()
+    begun = programs.initial(planned, mesh)
+    memory = {"training": estimate.step_memory(planned, SHAPE, begun, None, mesh)}
+    topology = Topology("v5e:2x4", 8, CHIPS["v5e"], jax.devices())
+    cost = estimate.formula_cost(planned, SHAPE, begun, mesh)
+    phases = [estimate.Phase("step", 3.0, cost, estimate.seconds(cost, topology.chip), None)]
+    good = estimate.summary(planned, topology, mesh, phases, memory, {})
+    bad = estimate.summary(planned, topology, mesh, phases, memory, {"training": programs.TooLarge(20 * 2**30, 15.75 * 2**30)})
+    assert good.fits and not good.advice
+    assert not bad.fits and bad.needed["training"] == 20 * 2**30 and any("--sft.remat" in line for line in bad.advice)
+    assert good.hours["training"] == pytest.approx(3 * phases[0].seconds.total * 8 / 3600)
+    assert np.isfinite(good.mfu)
