@@ -104,7 +104,7 @@ def test_bytes_are_parameters_times_item_size_over_shards(sizes):
 def costs():
     """The compiled step on one device, the same with full remat, and on eight. LLVM's own optimisations change no HLO and are left out."""
     quick = {"xla_backend_optimization_level": 0}
-    steps = {"one": (work(), 1), "remat": (work(remat=True), 1), "eight": (work(), 8)}
+    steps = {"one": (work(), 1), "remat": (work(remat="full"), 1), "eight": (work(), 8)}
     lowered = {name: programs.lower_step(planned, SHAPE, make_mesh(data=n)) for name, (planned, n) in steps.items()}
     compiled = {name: program.compile(quick) for name, program in lowered.items()}
     return {name: (program_cost(program.as_text()), program.memory_analysis()) for name, program in compiled.items()}
