@@ -92,6 +92,7 @@ def test_all_weights_are_trained_resumed_recorded_and_talked_to(model, tmp_path)
     np.testing.assert_array_equal(base["layers"]["up"]["kernel"].get_value(), trained["layers.up"])
 
 
+@pytest.mark.slow
 def test_a_quantised_base_on_a_mesh(model, tmp_path):
     """Three runs on a mesh that has two places for runs: the losses of one device, and neither those of dense weights."""
     pytest.importorskip("qwix")
