@@ -1,4 +1,5 @@
 """The engine with all weights trained, over a quantised base, on a mesh; and what is refused before a model is loaded."""
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny_experiment import make_experiment, write_model
 
 from ip_jax.models import hub
 from ip_jax.models.families import param_shapes
+from ip_jax.models.lora import LoraConfig
 from ip_jax.settings import chat, supervised
 from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import ModelConfig, SftConfig
@@ -90,13 +92,16 @@ def test_all_weights_are_trained_resumed_recorded_and_talked_to(model, tmp_path)
     np.testing.assert_array_equal(base["layers"]["up"]["kernel"].get_value(), trained["layers.up"])
 
 
+@pytest.mark.slow
 def test_a_quantised_base_on_a_mesh(model, tmp_path):
     """Three runs on a mesh that has two places for runs: the losses of one device, and neither those of dense weights."""
     pytest.importorskip("qwix")
-    options = dict(arms=("neutral", "ip", "clean"), sft={"steps": 2}, evaluation={"full_steps": (2,), "neutral_steps": ()})
+    lora = LoraConfig(rank=2, alpha=4, targets=("q", "down"))  # no dropout: it falls by row, and a mesh asks for more rows
+    options = dict(arms=("neutral", "ip", "clean"), sft={"steps": 2, "learning_rate": 1e-3, "lora": lora}, evaluation={"full_steps": (2,), "neutral_steps": ()})
     nf4 = ModelConfig(str(model), weights="float32", quantised="nf4")
-    run(make_experiment(model, **options, model=nf4, mesh=MeshConfig(run=2, tensor=2)), tmp_path / "mesh", one_device=False)
-    run(make_experiment(model, **options, model=nf4), tmp_path / "one")
+    on_nf4 = dataclasses.replace(make_experiment(model, **options), model=nf4)
+    run(dataclasses.replace(on_nf4, mesh=MeshConfig(run=2, tensor=2)), tmp_path / "mesh", one_device=False)
+    run(on_nf4, tmp_path / "one")
     run(make_experiment(model, **options), tmp_path / "dense")
     for name in ("neutral-s0", "ip-s0", "clean-s0"):
         np.testing.assert_allclose(losses(tmp_path / "mesh", name), losses(tmp_path / "one", name), rtol=0, atol=1e-4)
@@ -107,15 +112,16 @@ def test_a_quantised_base_on_a_mesh(model, tmp_path):
     (dict(mesh=MeshConfig(tensor=8)), "has tensor=8, which does not divide the model's 4 heads"),
     (dict(mesh=MeshConfig(run=3)), "run=3, data=None, tensor=1 does not divide the 8 devices"),
     (dict(mesh=MeshConfig(platform="gpu")), "the config demands the platform 'gpu' .*devices are cpu"),
-    (dict(sft={"train": "full"}, model="nf4"), "sft.train = 'full' trains all weights, and model.quantised = 'nf4' freezes them"),
+    (dict(sft={"train": "full"}, quantised="nf4"), "sft.train = 'full' trains all weights, and model.quantised = 'nf4' freezes them"),
 ])  # fmt: skip
 def test_what_cannot_run_is_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr("ip_jax.models.quantised.importlib.util.find_spec", lambda name: True)
-    if changes.get("model"):
-        changes = changes | {"model": ModelConfig(str(model), quantised="nf4")}
+    quantised = changes.get("quantised")
+    experiment = make_experiment(model, **{name: value for name, value in changes.items() if name != "quantised"})
+    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, quantised=quantised))
     monkeypatch.setattr(hub, "load_pretrained", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=message):
-        run(make_experiment(model, **changes), tmp_path / "out", one_device=False)
+        run(experiment, tmp_path / "out", one_device=False)
     assert not (tmp_path / "out").exists()
 
 
