@@ -56,7 +56,7 @@ class Doings:
 
     def __init__(self, patch: pytest.MonkeyPatch, disturb=None, devices: int = 1):
         self.disturb, self.count, self.runs, self.sampled, self.sampling_programs = disturb or {}, {}, [], [], []
-        compile_step, sample, write, record = supervised.compile_sft_step, supervised.sample, supervised.write_binary, supervised._record_run
+        compile_step, sample, write, record = supervised.programs.compile_sft_step, supervised.sample, supervised.write_binary, supervised._record_run
 
         def counting_compile(*arguments):
             compiled = compile_step(*arguments)
@@ -76,7 +76,7 @@ class Doings:
             return answers
 
         patch.setattr(supervised, "make_mesh", lambda **_: make_mesh(data=devices))
-        patch.setattr(supervised, "compile_sft_step", counting_compile)
+        patch.setattr(supervised.programs, "compile_sft_step", counting_compile)
         patch.setattr(supervised, "sample", counting_sample)
         patch.setattr(supervised, "write_binary", lambda *arguments: (self.did("write"), write(*arguments)))
         patch.setattr(supervised, "_record_run", lambda *arguments: (self.did("record"), record(*arguments)))
@@ -333,8 +333,8 @@ def test_a_disk_that_is_too_small_is_one_sentence_and_with_space_the_run_ends_al
 
 
 def test_a_diverging_run_does_not_stop_the_others(tmp_path, finished, model, monkeypatch):
-    init_state = supervised.init_state
-    monkeypatch.setattr(supervised, "init_state", lambda lora, rates, *rest: init_state(lora, rates.at[0].set(1e38), *rest))
+    init_state = supervised.programs.init_state
+    monkeypatch.setattr(supervised.programs, "init_state", lambda lora, rates, *rest: init_state(lora, rates.at[0].set(1e38), *rest))
     run(make_experiment(model), tmp_path / "out")
     folder = tmp_path / "out"
     assert [json.loads((folder / "runs" / name / "run.json").read_text())["finished_finite"] for name in ("neutral-s0", "ip-s0")] == [False, True]
