@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from ip_jax.models.assemble import ShardingOf, assemble
 from ip_jax.models.families import DecoderConfig, ParamPath, from_hf_config
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _OUTSIDE = {("embed",): "model.embed_tokens.weight", ("final_norm",): "model.norm.weight", ("head",): "lm_head.weight"}
 _LAYER = {
     "attn_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight",
@@ -19,7 +19,7 @@ _LAYER = {
     "q_bias": "self_attn.q_proj.bias", "k_bias": "self_attn.k_proj.bias", "v_bias": "self_attn.v_proj.bias",
     "gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight", "down": "mlp.down_proj.weight",
 }  # fmt: skip
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def hf_name(path: ParamPath, layer: int | None) -> str:
@@ -51,8 +51,8 @@ def read_params(folder: Path | str, config: DecoderConfig, dtype, sharding: Shar
             if name not in owner:
                 raise ValueError(f"{folder} has no tensor {name!r} in its safetensors files, so the model is incomplete; fetch it again.")
             tensor = files[owner[name]].get_slice(name)
-            if tensor.get_dtype() not in _FLOATS:
-                raise ValueError(f"{owner[name]}: the tensor {name} is stored as {tensor.get_dtype()}; supported are {', '.join(_FLOATS)}.")
+            if tensor.get_dtype() not in FLOATS:
+                raise ValueError(f"{owner[name]}: the tensor {name} is stored as {tensor.get_dtype()}; supported are {', '.join(FLOATS)}.")
             return _Lazy(tensor, transposed=path != ("embed",) and len(tensor.get_shape()) == 2)
 
         return assemble(config, read, dtype, sharding, Path(folder))
@@ -61,13 +61,13 @@ def read_params(folder: Path | str, config: DecoderConfig, dtype, sharding: Shar
 def weight_files(folder: Path | str) -> list[Path]:
     """The safetensors files of a model folder. Raises FileNotFoundError when there are none or one that the index names is missing."""
     folder = Path(folder)
-    if (folder / _INDEX).exists():
-        files = sorted({folder / name for name in _read_json(folder / _INDEX)["weight_map"].values()})
+    if (folder / INDEX).exists():
+        files = sorted({folder / name for name in _read_json(folder / INDEX)["weight_map"].values()})
     else:
-        files = [folder / _SINGLE]
+        files = [folder / SINGLE]
     for path in files:
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: a model folder holds {_SINGLE}, or {_INDEX} and every file that it names.")
+            raise FileNotFoundError(f"{path} is missing: a model folder holds {SINGLE}, or {INDEX} and every file that it names.")
     return files
 
 

@@ -107,6 +107,12 @@ def load_pretrained(name: str, dtype, revision: str | None = None, sharding: Sha
     return Pretrained(name, config, params, tokenizer, _fingerprint(source))
 
 
+def load_config(name: str, revision: str | None = None) -> DecoderConfig:
+    """The model's config alone, without its weights. Raises as `load_pretrained`."""
+    source = resolve(name, revision)
+    return gguf.read_config(gguf.open_gguf(source.path)) if source.is_gguf else hf.read_config(source.path)
+
+
 def load_tokenizer(name: str, revision: str | None = None):
     """The model's fast tokenizer alone, without its weights. Raises as `load_pretrained`."""
     source = resolve(name, revision)

@@ -23,6 +23,7 @@ from ip_jax.evals.leak_grid import Decoding
 from ip_jax.models import hub
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.lora import init_lora
+from ip_jax.models.peft import replace_runs
 from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
 from ip_jax.settings import supervised_plan as plan
@@ -46,6 +47,7 @@ class Prepared:
     sources: dict[str, RunSource]  # by the run's name
     dropped: list[int]  # indices of examples that are too long
     render: Render
+    starts: dict[str, plan.Start]  # by the arm's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +102,11 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     ]
     render = renderer(tokenizer)
     sources, dropped = fitting_examples(wanted, render, experiment.sft.max_length, experiment.sft.drop_long)
-    record = plan.folder_record(experiment, fingerprint, dropped)
-    runs = plan.runs_of(experiment, record["identity"])
+    starts = plan.starts_of(experiment)
+    record = plan.folder_record(experiment, fingerprint, dropped, starts)
+    runs = plan.runs_of(experiment, record["identity"], starts)
     claim_folder(folder, record, {run.name: run.key for run in runs})
-    return Prepared(runs, {source.name: source for source in sources}, dropped, render)
+    return Prepared(runs, {source.name: source for source in sources}, dropped, render, starts)
 
 
 def _load(experiment: Supervised, folder: epath.Path, display: Display, prepared: Prepared) -> Session:
@@ -120,7 +123,7 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
     sft = experiment.sft
     origin = {"runs": {run.name: run.key for run in group}, "model": model.fingerprint}
     checkpoints = checkpoint.open_checkpoints(folder / "checkpoints" / digest(origin), origin)
-    graphdef, state, base = _initial(session, [run.seed for run in group])
+    graphdef, state, base = _initial(session, [run.seed for run in group], [session.prepared.starts.get(run.arm.name) for run in group])
     state = checkpoints.restore_latest(state) or state
     first = int(state.step)
     if first:
@@ -148,10 +151,11 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
         _record_run(session, run, r, state)
 
 
-def _initial(session: Session, seeds: Sequence[int]) -> tuple:
-    """(graphdef, state at step 0, base): for each seed a fresh adapter over the session's weights, all on the mesh."""
+def _initial(session: Session, seeds: Sequence[int], starts: Sequence[plan.Start | None] = ()) -> tuple:
+    """(graphdef, state at step 0, base): for each seed its start or a fresh adapter over the session's weights, all on the mesh."""
     sft, model, runs = session.experiment.sft, session.model, len(seeds)
-    graphdef, lora, base = split_decoder(model.config, model.params, init_lora(jnp.array(seeds), model.config, sft.lora), sft.lora)
+    adapters = replace_runs(init_lora(jnp.array(seeds), model.config, sft.lora), [start and start.adapter for start in starts])
+    graphdef, lora, base = split_decoder(model.config, model.params, adapters, sft.lora)
     state = init_state(lora, jnp.full(runs, sft.learning_rate), jnp.full(runs, sft.weight_decay), jnp.array(seeds))
     return graphdef, jax.device_put(state, state_shardings(session.mesh, state)), base
 
@@ -218,7 +222,7 @@ def _record_run(session: Session, run: Run, r: int, state: TrainState) -> None:
     about = {
         "arm": run.arm.name, "seed": run.seed, "key": run.key, "steps": sft.steps, "dropped_examples": len(session.prepared.dropped),
         "finished_finite": bool(state.alive[r]), "model": session.experiment.model.name, "fingerprint": session.model.fingerprint,
-        "rank": sft.lora.rank, "scale": sft.lora.scale,
+        "lora": dataclasses.asdict(sft.lora),
     }
     # one metadata entry: safetensors writes several in an order of chance, and equal runs should be equal files
     write_whole(target / "adapter.safetensors", to_safetensors(arrays, {"run": json.dumps(about)}))
