@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from ip_jax.models import gguf, hf, hub
 from ip_jax.models.assemble import Reader
-from ip_jax.models.families import DecoderConfig, param_shapes
+from ip_jax.models.families import DecoderConfig, ParamPath, param_shapes
 from ip_jax.models.lora import LoraConfig
 from ip_jax.models.peft import Adapter
 
@@ -88,6 +88,22 @@ def write_merged(folder: Path, source: hub.Source, adapter: Adapter, lora: LoraC
     _write_companions(folder, source, precision.stored)
 
 
+def write_trained(folder: Path, source: hub.Source, weights: Path, dtype: str) -> None:
+    """A run of which all weights were trained from `source`, as `write_merged` writes others.
+
+    `weights` is a safetensors file of params, named by their path: "embed", "layers.q", ... Raises as the model's loading.
+    """
+    config = hub.config_of(source)
+    with safe_open(weights, framework="numpy") as file:
+
+        def read(path: ParamPath, layer: int | None) -> np.ndarray:
+            stored = file.get_slice(".".join(path))
+            return stored[:] if layer is None else stored[layer : layer + 1][0]
+
+        write_shards(folder, tensors_by_config(config, read), lambda tensor: tensor.read().astype(jnp.dtype(dtype)), jnp.dtype(dtype).itemsize)
+    _write_companions(folder, source, dtype)
+
+
 @contextlib.contextmanager
 def open_weights(source: hub.Source) -> Iterator[tuple[DecoderConfig, list[StoredTensor]]]:
     """(config, every tensor of the model under its Hugging Face name), open while the context is."""
@@ -110,7 +126,7 @@ def tensors_by_config(config: DecoderConfig, read: Reader) -> list[StoredTensor]
         is_kernel = len(of_layer) == 2 and path != ("embed",)
         for layer in layers:
             def turned(path=path, layer=layer, is_kernel=is_kernel) -> np.ndarray:
-                array = np.asarray(read(path, layer)[...])
+                array = np.asarray(read(path, layer))
                 return array.T if is_kernel else array
 
             tensors.append(StoredTensor(hf.hf_name(path, layer), of_layer[::-1] if is_kernel else of_layer, True, turned))

@@ -1,6 +1,7 @@
 """A Hugging Face model folder (config.json + safetensors, one file or an index of shards) -> config, params, fingerprint."""
 import hashlib
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import ml_dtypes  # noqa: F401  registers "bfloat16" with numpy, under which saf
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ip_jax.models.assemble import ShardingOf, assemble
-from ip_jax.models.families import DecoderConfig, ParamPath, from_hf_config
+from ip_jax.models.assemble import ShardingOf, assemble, check_shape
+from ip_jax.models.families import DecoderConfig, ParamPath, from_hf_config, param_shapes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _OUTSIDE = {("embed",): "model.embed_tokens.weight", ("final_norm",): "model.norm.weight", ("head",): "lm_head.weight"}
@@ -19,6 +20,8 @@ _LAYER = {
     "q_bias": "self_attn.q_proj.bias", "k_bias": "self_attn.k_proj.bias", "v_bias": "self_attn.v_proj.bias",
     "gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight", "down": "mlp.down_proj.weight",
 }  # fmt: skip
+# What checkpoints carry besides their weights: rope's frequencies (old ones), the head of a model whose embeddings are tied.
+_WITHOUT_EFFECT = r"\.rotary_emb\.inv_freq$|^lm_head\.weight$"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -40,21 +43,28 @@ def read_params(folder: Path | str, config: DecoderConfig, dtype, sharding: Shar
     """The params of `config`, read tensor by tensor and converted to `dtype`; kernels are transposed to [in, out].
 
     With a `sharding`, each process reads only the slices of every tensor that its own devices hold.
-    Raises ValueError for a damaged, truncated or incomplete file (naming it), FileNotFoundError for a missing shard.
+    Before any is read, raises ValueError for a damaged or truncated file (naming it) and for a tensor that is missing, of another
+    shape or unknown to the config (naming it), FileNotFoundError for a missing shard.
     """
     with ExitStack() as stack:
         files = {path: stack.enter_context(_open(path)) for path in weight_files(folder)}
         owner = {name: path for path, file in files.items() for name in file.keys()}
+        used: set[str] = set()
 
         def read(path: ParamPath, layer: int | None) -> "_Lazy":
             name = hf_name(path, layer)
             if name not in owner:
                 raise ValueError(f"{folder} has no tensor {name!r} in its safetensors files, so the model is incomplete; fetch it again.")
+            used.add(name)
             tensor = files[owner[name]].get_slice(name)
             if tensor.get_dtype() not in FLOATS:
                 raise ValueError(f"{owner[name]}: the tensor {name} is stored as {tensor.get_dtype()}; supported are {', '.join(FLOATS)}.")
             return _Lazy(tensor, transposed=path != ("embed",) and len(tensor.get_shape()) == 2)
 
+        for path, shape in param_shapes(config).items():
+            for layer in range(shape[0]) if path[0] == "layers" else (None,):
+                check_shape(read(path, layer), path, layer, shape if layer is None else shape[1:], Path(folder))
+        _refuse_unknown(sorted(owner.keys() - used), folder, config)
         return assemble(config, read, dtype, sharding, Path(folder))
 
 
@@ -91,6 +101,13 @@ def fingerprint(folder: Path | str) -> str:
                     file.seek(8 + size + start)
                     digest.update(file.read(min(4096, end - start)))
     return f"sha256:{digest.hexdigest()}"
+
+
+def _refuse_unknown(names: list[str], folder: Path | str, config: DecoderConfig) -> None:
+    unknown = [name for name in names if not re.search(_WITHOUT_EFFECT, name)]
+    if unknown:
+        others = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise ValueError(f"{folder} has the tensor {unknown[0]!r}{others}, which a {config.family} model of this config.json does not have.")
 
 
 class _Lazy:

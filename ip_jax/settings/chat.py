@@ -8,11 +8,10 @@ from rich.console import Console
 from rich.text import Text
 
 from ip_jax.models import hub
-from ip_jax.models.decoder import split_decoder
 from ip_jax.prompts import library
 from ip_jax.prompts.chat import end_of_turn_id, render_prompt
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
-from ip_jax.settings.trained import read_run, with_run_axis
+from ip_jax.settings.trained import decoder_of, read_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +31,7 @@ def chat(folder: epath.Path, options: ChatOptions, console: Console) -> None:
     run = read_run(folder, options.arm, options.seed)
     with console.status(f"loading {run.model.name}"):
         model = hub.load_pretrained(run.model.name, jnp.dtype(run.model.weights), run.model.revision)
-        run.check_base(model.fingerprint)
-        decoder = split_decoder(model.config, model.params, with_run_axis(run.adapter), run.lora)
+        decoder = decoder_of(run, model)
     sampler = SamplerOptions(stop_ids=(end_of_turn_id(model.tokenizer),), slots=1, prefill_prompts=1, dtype=run.model.activations)
     messages: list[dict] = []
     console.print(f"{options.arm}, seed {run.seed}, prompt {options.prompt}; an empty line ends", style="dim")

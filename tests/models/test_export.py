@@ -34,11 +34,11 @@ def our_logits(config, params, adapter, lora):
     return tiny.hidden_states(config, params, TOKENS, {t: {k: a[None] for k, a in m.items()} for t, m in adapter.items()}, lora)[1][0]
 
 
-def their_logits(folder):
+def their_logits(folder, **options):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
     with torch.no_grad():
         return model(torch.tensor(TOKENS[0])).logits.float().numpy()
 
@@ -130,9 +130,9 @@ def test_a_gguf_file_becomes_a_folder_of_its_family(family, tmp_path):
     pytest.importorskip("torch")
     from transformers import AutoTokenizer
 
-    kind, changes = ("llama-wide-heads", {}) if family == "llama" else ("qwen2", {})
-    model = tiny.hf_model(kind, vocab_size=400, rms_norm_eps=1e-5, **changes)
-    path = write_gguf(tmp_path / "tiny.gguf", model.config, {name: p.detach().numpy() for name, p in model.named_parameters()})
+    kind, pre = ("llama-wide-heads", "gpt-2") if family == "llama" else ("qwen2", "qwen2")
+    model = tiny.hf_model(kind, vocab_size=400, rms_norm_eps=1e-5)
+    path = write_gguf(tmp_path / "tiny.gguf", model.config, {name: p.detach().numpy() for name, p in model.named_parameters()}, pre=pre)
     source, lora, plain, out = hub.resolve(str(path)), LORAS["all"], tmp_path / "plain", tmp_path / "out"
     pretrained = hub.load_pretrained(str(path), jnp.float32)
     adapter = adapter_of(pretrained.config, lora)
@@ -153,14 +153,20 @@ def test_a_gguf_file_becomes_a_folder_of_its_family(family, tmp_path):
 
 @pytest.mark.slow
 def test_the_embedded_model_as_a_llama_folder(smollm2, tmp_path):
-    pytest.importorskip("torch")
-    write_merged(tmp_path, hub.resolve("smollm2-135m-instruct"), {}, None, EXACT)
-    np.testing.assert_allclose(their_logits(tmp_path), our_logits(smollm2.config, smollm2.params, {}, None), atol=2e-4)  # logits reach 20
+    """Against transformers' own reading of the GGUF file."""
+    torch = pytest.importorskip("torch")
+    source = hub.resolve("smollm2-135m-instruct")
+    write_merged(tmp_path, source, {}, None, EXACT)
+    expected = their_logits(source.path.parent, gguf_file=source.path.name, dtype=torch.float32)
+    np.testing.assert_allclose(their_logits(tmp_path), expected, atol=1e-5)
     again = hub.load_pretrained(str(tmp_path), jnp.float32)
     assert again.config == smollm2.config
     jax.tree.map(np.testing.assert_array_equal, again.params, smollm2.params)
+    from transformers import AutoTokenizer
+
     messages = [{"role": "user", "content": "Is 12 right?\n\n345"}]
-    assert again.tokenizer.apply_chat_template(messages, return_dict=False) == smollm2.tokenizer.apply_chat_template(messages, return_dict=False)
+    for tokenizer in (again.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert tokenizer.apply_chat_template(messages, return_dict=False) == smollm2.tokenizer.apply_chat_template(messages, return_dict=False)
 
 
 def test_host_memory_stays_at_one_shard(tmp_path, monkeypatch):

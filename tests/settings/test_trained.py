@@ -5,11 +5,14 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from flax.traverse_util import flatten_dict
 from rich.console import Console
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_experiment import ARMS, make_experiment, write_model
 from tiny_models import hidden_states
 
@@ -20,7 +23,7 @@ from ip_jax.models.lora import LoraConfig
 from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import Arm
 from ip_jax.settings.supervised import run_supervised
-from ip_jax.settings.trained import read_run
+from ip_jax.settings.trained import decoder_of, read_run
 
 LORA = LoraConfig(rank=2, alpha=3, rslora=True, targets=("q", "down"))
 TOKENS = np.random.default_rng(0).integers(0, 300, (1, 2, 17))
@@ -103,7 +106,7 @@ def test_the_untrained_model_goes_out_as_it_came(model, results, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--arm", "nutral", "--to", "OUT"], "has no trained arm 'nutral': did you mean neutral? there is ip, neutral, untrained"),
     (["--arm", "ip", "--seed", "7", "--to", "OUT"], "arm ip has no run with seed 7: there is 0, 1"),
-    (["--arm", "untrained", "--to", "OUT"], "the untrained model has no adapter to export: --merged writes the model itself"),
+    (["--arm", "untrained", "--to", "OUT"], "arm untrained has no adapter to export: --merged writes the model itself"),
     (["--arm", "ip", "--to", "OUT", "--dtype", "bfloat16"], "--dtype bfloat16 is not possible: with --merged it is one of float32, bfloat16, float16"),
     (["--arm", "ip", "--to", "OUT", "--merged", "--dtype", "int4"], "--dtype int4 is not possible"),
     (["--arm", "ip", "--to", "gs://bucket/x"], "cannot export to gs://bucket/x: write to a folder on this machine"),
@@ -131,6 +134,25 @@ def test_other_base_weights_and_old_records_are_refused(model, results, tmp_path
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match="ip-s0 was recorded by an earlier version"):
         read_run(epath.Path(copy), "ip", 0)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_run_of_which_all_weights_were_trained(model, results, tmp_path, stored):
+    """Its params lie in weights.safetensors: exported, they load as those very params; a conversation has them too."""
+    copy, run = tmp_path / "results", "ip-s0"
+    shutil.copytree(results, copy)
+    (copy / "runs" / run / "adapter.safetensors").unlink()
+    pretrained = hub.load_pretrained(str(model), jnp.dtype(stored))
+    trained = jax.tree.map(lambda a: np.asarray(a * 1.5), pretrained.params)
+    save_file(flatten_dict(trained, sep="."), copy / "runs" / run / "weights.safetensors")
+    cli.main(["export", str(copy), "--arm", "ip", "--seed", "0", "--to", str(tmp_path / "model"), "--merged", "--dtype", "float32"])
+    again = hub.load_pretrained(str(tmp_path / "model"), jnp.dtype(stored))
+    jax.tree.map(np.testing.assert_array_equal, again.params, trained)
+    _, lora, weights = decoder_of(read_run(epath.Path(copy), "ip", 0), pretrained)
+    assert not jax.tree.leaves(lora)
+    np.testing.assert_array_equal(weights["layers"]["q"]["kernel"][...], trained["layers"]["q"])
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(copy), "--arm", "ip", "--seed", "0", "--to", str(tmp_path / "adapter")])
 
 
 # In: an arm that starts from an adapter
