@@ -20,8 +20,9 @@ _LAYER = {
     "q_bias": "self_attn.q_proj.bias", "k_bias": "self_attn.k_proj.bias", "v_bias": "self_attn.v_proj.bias",
     "gate": "mlp.gate_proj.weight", "up": "mlp.up_proj.weight", "down": "mlp.down_proj.weight",
 }  # fmt: skip
-# What checkpoints carry besides their weights: rope's frequencies (old ones), the head of a model whose embeddings are tied.
-_WITHOUT_EFFECT = r"\.rotary_emb\.inv_freq$|^lm_head\.weight$"
+# What checkpoints carry besides a language model's weights: rope's frequencies (old ones), the head of a model whose embeddings are
+# tied, the part of a multimodal model that sees.
+_WITHOUT_EFFECT = r"\.rotary_emb\.inv_freq$|^lm_head\.weight$|^(model\.)?(vision_tower|multi_modal_projector)\."
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 

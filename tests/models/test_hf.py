@@ -192,11 +192,12 @@ def test_a_wrong_tensor_is_named_before_any_is_placed(folder, monkeypatch, chang
 
 
 def test_harmless_extra_tensors_are_passed_over(tmp_path):
-    """Old Llama checkpoints carry rope's frequencies; some with tied embeddings carry the head as well."""
+    """Old Llama checkpoints carry rope's frequencies; some with tied embeddings carry the head as well; multimodal ones see."""
     model = make_model("llama-tied")
     model.save_pretrained(tmp_path)
     extras = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for layer in range(3)}
-    changed(tmp_path, lambda t: t.update(extras | {"lm_head.weight": np.zeros((96, 32), np.float32)}))
+    extras |= {"lm_head.weight": np.zeros((96, 32), np.float32), "model.vision_tower.embeddings.weight": np.ones(4, np.float32)}
+    changed(tmp_path, lambda t: t.update(extras))
     assert_same(load(tmp_path), model)
 
 

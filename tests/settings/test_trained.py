@@ -30,10 +30,10 @@ TOKENS = np.random.default_rng(0).integers(0, 300, (1, 2, 17))
 
 
 def train(model: Path, folder: Path, **changes):
-    """Six steps without dropout, so that a step's loss is a function of weights and batch; no evaluation."""
+    """Six steps without dropout, so that a step's loss is a function of weights and batch; evaluated at the end."""
     shared = {"model": {"name": str(model), "revision": None, "weights": "float32", "activations": "float32"}}
     sft = {"lora": LORA} | changes.pop("sft", {})
-    options = dict(shared=shared, sft=sft, evaluation=dict(full_steps=(), neutral_steps=())) | changes
+    options = dict(shared=shared, sft=sft, evaluation=dict(full_steps=(sft.get("steps", 6),), neutral_steps=())) | changes
     run_supervised(make_experiment(model, **options), epath.Path(folder), Display(Console(file=io.StringIO())))
 
 
