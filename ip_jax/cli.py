@@ -7,7 +7,6 @@ import json
 import os
 import pkgutil
 import sys
-from pathlib import Path
 from types import ModuleType
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would tell every user that torch is missing
@@ -177,7 +176,7 @@ def _export(arguments: list[str], console: Console) -> None:
 
     folder, _ = _results(options.folder)
     run = read_run(folder, options.arm, options.seed)
-    export_run(run, Path(options.to), options.merged, options.dtype)
+    export_run(run, options.to, options.merged, options.dtype)
     console.print(f"{options.arm}, seed {run.seed}: {options.to}", highlight=False)
 
 

@@ -88,19 +88,19 @@ def decoder_of(run: TrainedRun, base: hub.Pretrained) -> tuple:
     return split_decoder(base.config, base.params, adapter, run.lora)
 
 
-def export_run(run: TrainedRun, target: Path, merged: bool, dtype: str | None = None) -> None:
+def export_run(run: TrainedRun, target: str, merged: bool, dtype: str | None = None) -> None:
     """Writes a run as a PEFT folder, or merged into its base model as a Hugging Face folder with weights in `dtype`.
 
     Without a `dtype`, merged weights have the one in which the run held its base. The folder appears when it is whole.
     Raises ValueError, FileExistsError or another OSError with one sentence.
     """
-    if "://" in str(target):
+    if "://" in target:
         raise ValueError(f"cannot export to {target}: write to a folder on this machine, and copy it from there")
     if not merged and not run.adapter:
         raise ValueError(f"arm {run.arm} has no adapter to export: --merged writes the model itself")
     if dtype is not None and (dtype not in DTYPES or not merged):
         raise ValueError(f"--dtype {dtype} is not possible: with --merged it is one of {', '.join(DTYPES)}; an adapter is always float32")
-    with whole_folder(target) as partial:
+    with whole_folder(Path(target)) as partial:
         if merged:
             source, dtype = hub.resolve(run.model.name, run.model.revision), dtype or run.model.weights
             run.check_base(hub.fingerprint(run.model.name, run.model.revision))

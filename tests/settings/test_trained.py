@@ -169,28 +169,33 @@ def starting(folder: Path | str, name: str = "further") -> Arm:
     return Arm(name, name, "neutral", start_from=str(folder))
 
 
-def test_at_rate_zero_an_arm_ends_where_it_starts(model, results, start, tmp_path):
+@pytest.fixture(scope="module")
+def further(tmp_path_factory, model, start) -> Path:
+    """neutral with a fresh adapter beside an arm that starts from ip's, two seeds each: one step at learning rate zero."""
+    folder = tmp_path_factory.mktemp("further") / "out"
+    train(model, folder, arms=("neutral", starting(start)), seeds=(0, 1), sft={"learning_rate": 0.0, "steps": 1})
+    return folder
+
+
+def test_at_rate_zero_an_arm_ends_where_it_starts(results, start, further):
     """Bit for bit, for every seed; its neighbour without a starting point has a fresh adapter."""
-    train(model, tmp_path / "out", arms=("neutral", starting(start)), seeds=(0, 1), sft={"learning_rate": 0.0, "steps": 1})
     expected = recorded(results, "ip-s0")
     for seed in (0, 1):
-        tensors = load_file(tmp_path / "out" / "runs" / f"further-s{seed}" / "adapter.safetensors")
+        tensors = load_file(further / "runs" / f"further-s{seed}" / "adapter.safetensors")
         for name, array in tensors.items():
             target, _, kind = name.partition(".")
             np.testing.assert_array_equal(array, expected[target][kind])
-        assert not load_file(tmp_path / "out" / "runs" / f"neutral-s{seed}" / "adapter.safetensors")["q.b"].any()
-    record = json.loads((tmp_path / "out" / "config.json").read_text())["arms"]
+        assert not load_file(further / "runs" / f"neutral-s{seed}" / "adapter.safetensors")["q.b"].any()
+    record = json.loads((further / "config.json").read_text())["arms"]
     assert record["further"]["start_from"] == str(start) and record["further"]["start_fingerprint"] == peft.fingerprint(start)
     assert "start_from" not in record["neutral"]
 
 
-def test_training_starts_at_the_loss_of_the_adapter_in_peft(model, start, tmp_path):
+def test_training_starts_at_the_loss_of_the_adapter_in_peft(model, start, further):
     """The first step's loss against PEFT's cross-entropy of each example by itself."""
     torch, library, transformers = (pytest.importorskip(name) for name in ("torch", "peft", "transformers"))
-    train(model, tmp_path / "out", arms=(starting(start), "neutral"))
-    experiment = make_experiment(model)
-    source = RunSource("further-s0", experiment.training["user_right"], ARMS["neutral"].transform, 0)
-    arrays, _ = batch_reader([source], renderer(hub.load_tokenizer(str(model))), 4, 6, 512)(0)
+    source = RunSource("further-s0", make_experiment(model).training["user_right"], ARMS["neutral"].transform, 0)
+    arrays, _ = batch_reader([source], renderer(hub.load_tokenizer(str(model))), 4, 1, 512)(0)
     loaded = library.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(model), start).eval()
     total = weight = 0.0
     rows = {name: arrays[name].reshape(-1, arrays[name].shape[-1]) for name in ("tokens", "segment_ids", "response_index", "response_target", "response_weight")}
@@ -202,25 +207,25 @@ def test_training_starts_at_the_loss_of_the_adapter_in_peft(model, start, tmp_pa
             for position, target, counted in zip(index, targets, weights, strict=True):
                 if counted and position in at:
                     total, weight = total - log_probs[position - at[0], target], weight + counted
-    first = {name: json.loads((tmp_path / "out" / "runs" / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("further-s0", "neutral-s0")}
+    first = {name: json.loads((further / "runs" / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("further-s0", "neutral-s0")}
     assert first["further-s0"]["response_tokens"] == weight
     assert first["further-s0"]["loss"] == pytest.approx(total / weight, abs=1e-5)
     assert first["neutral-s0"]["loss"] > first["further-s0"]["loss"] + 0.01, "a fresh adapter starts higher"
 
 
-def test_the_starting_point_is_part_of_the_runs_definition(model, results, start, tmp_path):
-    """Its contents, not its place: a copy is the same run, another adapter under the same path is another run, and refused."""
+def test_the_starting_point_is_part_of_the_runs_definition(model, results, start, further, tmp_path, monkeypatch):
+    """Its contents, not its place: with a copy the run is complete; another adapter under the same path is another run, and refused."""
+    monkeypatch.setattr(hub, "load_pretrained", lambda *_: pytest.fail("the model is loaded"))
     place, out = tmp_path / "adapter", tmp_path / "out"
     shutil.copytree(start, place)
-    train(model, out, arms=(starting(place),), sft={"steps": 1})
-    before = {path.name: path.read_bytes() for path in (out / "runs" / "further-s0").iterdir()}
-    train(model, out, arms=(starting(start),), sft={"steps": 1})
-    assert {path.name: path.read_bytes() for path in (out / "runs" / "further-s0").iterdir()} == before
+    shutil.copytree(further, out)
+    same = dict(seeds=(0, 1), sft={"learning_rate": 0.0, "steps": 1})
+    train(model, out, arms=("neutral", starting(place)), **same)
     shutil.rmtree(place)
     cli.main(["export", str(results), "--arm", "neutral", "--to", str(place)])
     for arm in (starting(place), Arm("further", "further", "neutral")):
         with pytest.raises(ValueError, match=r"run further-s0 in .* another definition of its arm \(prompts, data or starting point\)"):
-            train(model, out, arms=(arm,), sft={"steps": 1})
+            train(model, out, arms=("neutral", arm), **same)
 
 
 @pytest.mark.parametrize("sft, message", [
