@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ip_jax.models import gguf, hf, hub
@@ -134,12 +134,18 @@ def tensors_by_config(config: DecoderConfig, read: Reader) -> list[StoredTensor]
 
 
 def write_shards(folder: Path, tensors: Sequence[StoredTensor], convert: Callable[[StoredTensor], np.ndarray], itemsize: int) -> None:
-    """Each tensor as `convert` gives it, in files of at most SHARD_BYTES (or one tensor), with an index where there are several."""
+    """Each tensor as `convert` gives it, in files of at most SHARD_BYTES (or one tensor), with an index where there are several.
+
+    Raises OSError for a disk that is full.
+    """
     shards, total, weight_map = _cut(tensors, itemsize), 0, {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else hf.SINGLE
         arrays = {tensor.name: np.ascontiguousarray(convert(tensor)) for tensor in shard}
-        save_file(arrays, folder / file, {"format": "pt"})  # transformers asks for the format
+        try:
+            save_file(arrays, folder / file, {"format": "pt"})  # transformers asks for the format
+        except SafetensorError as error:
+            raise OSError(f"cannot write {folder / file} ({error}).") from error
         total += sum(array.nbytes for array in arrays.values())
         weight_map |= dict.fromkeys(arrays, file)
     if len(shards) > 1:

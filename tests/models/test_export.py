@@ -231,6 +231,20 @@ def test_a_failed_export_leaves_nothing_and_an_existing_folder_is_kept(tmp_path)
             pytest.fail("it is written to")
 
 
+def test_a_full_disk_is_one_sentence(tmp_path):
+    base, disk = write_model(tmp_path / "base"), tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "none", disk], capture_output=True).returncode:
+        pytest.skip("needs the permission to mount a tmpfs")
+    try:
+        with pytest.raises(OSError, match=r"^cannot write .*model\.safetensors \(.*No space left on device.*\)\.$"):
+            with whole_folder(disk / "out") as folder:
+                write_merged(folder, hub.resolve(str(base)), {}, None, EXACT)
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
 def test_an_adapter_for_another_model_is_refused(tmp_path):
     base, lora = write_model(tmp_path / "base"), LORAS["all"]
     tensors = load_file(base / "model.safetensors")
