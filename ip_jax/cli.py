@@ -1,4 +1,4 @@
-"""The command line: run an experiment, draw its figure again, talk to what it trained, see which models there are."""
+"""The command line: run an experiment, draw its figure again, talk to what it trained or export it, see which models there are."""
 import argparse
 import difflib
 import importlib
@@ -25,6 +25,7 @@ ip-jax: inoculation prompting, one command a figure.
   ip-jax plan CONFIG --topology v5e:4x4 [--preset NAME] [--model NAME] [--mesh RUN,DATA,TENSOR] [--search] [--json FILE] [--field value ...]
   ip-jax figure DIR [--judge strict|published]
   ip-jax chat DIR --arm NAME [--seed N] [--prompt NAME]
+  ip-jax export DIR --arm NAME [--seed N] --to FOLDER [--merged] [--dtype NAME]
   ip-jax models
 
 CONFIG is a name in configs/ or the path of a Python file like them. Examples:
@@ -36,13 +37,15 @@ CONFIG is a name in configs/ or the path of a Python file like them. Examples:
   ip-jax plan sft_shapes --preset qwen2-7b --topology v5e:4x4   what a pod slice would need and cost; no TPU needed
   ip-jax figure results/gcd_sycophancy/demo-1a2b3c           draw again, without a model
   ip-jax chat results/gcd_sycophancy/demo-1a2b3c --arm ip_behave
+  ip-jax export results/gcd_sycophancy/demo-1a2b3c --arm ip_behave --to my_adapter      for PEFT
+  ip-jax export results/gcd_sycophancy/demo-1a2b3c --arm ip_behave --to my_model --merged      for transformers
 """
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; an expected mistake ends with one sentence on stderr and exit code 2, SIGTERM with 143."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "plan": _plan, "figure": _figure, "chat": _chat, "models": _models}
+    commands = {"run": _run, "plan": _plan, "figure": _figure, "chat": _chat, "export": _export, "models": _models}
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return
@@ -187,6 +190,23 @@ def _chat(arguments: list[str], console: Console) -> None:
 
     folder, _ = _results(options.folder)
     chat(folder, ChatOptions(options.arm, options.seed, options.prompt, options.temperature), console)
+
+
+def _export(arguments: list[str], console: Console) -> None:
+    parser = argparse.ArgumentParser(prog="ip-jax export", description="Writes what an arm trained for other programs: as a PEFT folder, or merged into its model.")
+    parser.add_argument("folder")
+    parser.add_argument("--arm", required=True)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--to", required=True, help="the folder to write, which must not exist yet")
+    parser.add_argument("--merged", action="store_true", help="a Hugging Face model folder instead of an adapter")
+    parser.add_argument("--dtype", help="of the merged weights: float32, bfloat16 or float16; by default as the run held its base")
+    options = parser.parse_args(arguments)
+    from ip_jax.settings.trained import export_run, read_run
+
+    folder, _ = _results(options.folder)
+    run = read_run(folder, options.arm, options.seed)
+    export_run(run, options.to, options.merged, options.dtype)
+    console.print(f"{options.arm}, seed {run.seed}: {options.to}", highlight=False)
 
 
 def _models(arguments: list[str], console: Console) -> None:

@@ -41,7 +41,7 @@ def failure(capsys, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["rnu"], "no command is called 'rnu': did you mean run? there is run, plan, figure, chat, models"),
+    (["rnu"], "no command is called 'rnu': did you mean run? there is run, plan, figure, chat, export, models"),
     (["run"], "run needs a config: gcd_sycophancy, sft_shapes, or the path of a Python file"),
     (["run", "gcd_sycophany"], "no config is called 'gcd_sycophany': did you mean gcd_sycophancy?"),
     (["run", "nowhere/mine.py"], "there is no config file nowhere/mine.py"),

@@ -47,7 +47,7 @@ def write_model(folder: Path, seed: int = 0, tokenizer: PreTrainedTokenizerFast 
     tokenizer.save_pretrained(folder)
     config = DecoderConfig("llama", len(tokenizer), 32, 64, 1, 4, 2, 8, uniform_attention(8, 10000.0), 1e-5, 1024, True)
     hf_config = dict(
-        architectures=["LlamaForCausalLM"], vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
+        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
         num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
         rope_theta=config.attention[0].rope.theta, rms_norm_eps=config.norm_eps, max_position_embeddings=config.max_positions, tie_word_embeddings=True,
     )  # fmt: skip

@@ -36,9 +36,7 @@ def assemble(config: DecoderConfig, read: Reader, dtype, sharding: ShardingOf | 
 
     def checked(path: ParamPath, layer: int | None, shape: tuple[int, ...]) -> Tensor:
         tensor = read(path, layer)
-        if tensor.shape != shape:
-            where = path[-1] if layer is None else f"{path[-1]} of layer {layer}"
-            raise ValueError(f"{origin}: the weights {where} have the shape {tensor.shape} where the model's config asks for {shape}.")
+        check_shape(tensor, path, layer, shape, origin)
         return tensor
 
     params: dict = {}
@@ -52,6 +50,13 @@ def assemble(config: DecoderConfig, read: Reader, dtype, sharding: ShardingOf | 
         else:
             branch[path[-1]] = _put(checked(path, None, shape), dtype, place, {})
     return params
+
+
+def check_shape(tensor: Tensor, path: ParamPath, layer: int | None, shape: tuple[int, ...], origin: Path) -> None:
+    """Raises ValueError, which names the tensor, if it has not this shape."""
+    if tensor.shape != shape:
+        where = path[-1] if layer is None else f"{path[-1]} of layer {layer}"
+        raise ValueError(f"{origin}: the weights {where} have the shape {tensor.shape} where the model's config asks for {shape}.")
 
 
 def _stack(read_layer: Callable[[int], Tensor], shape: tuple[int, ...], dtype, place: NamedSharding | None) -> jax.Array:

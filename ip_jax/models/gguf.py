@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from ip_jax.models.assemble import ShardingOf, assemble
-from ip_jax.models.families import DecoderConfig, ParamPath, uniform_attention
+from ip_jax.models.assemble import Reader, ShardingOf, assemble
+from ip_jax.models.families import DecoderConfig, ParamPath, from_hf_config
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# in the metadata -> in config.json
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 _OUTSIDE = {("embed",): "token_embd.weight", ("final_norm",): "output_norm.weight", ("head",): "output.weight"}
 _LAYER = {
@@ -71,6 +72,11 @@ def open_gguf(path: Path | str) -> GgufFile:
 
 def read_config(file: GgufFile) -> DecoderConfig:
     """The model's shape from the metadata. Raises ValueError for an architecture or option that is not supported."""
+    return from_hf_config(hf_config(file))
+
+
+def hf_config(file: GgufFile) -> dict:
+    """The metadata as the fields of a Hugging Face config.json. Raises as `read_config`."""
     family = _required(file, "general.architecture")
     if family not in ARCHITECTURES:
         raise ValueError(f"{file.path} holds the architecture {family!r}, which is not supported; supported in GGUF files are {', '.join(ARCHITECTURES)}.")
@@ -79,23 +85,21 @@ def read_config(file: GgufFile) -> DecoderConfig:
         raise ValueError(f"{file.path} uses scaled rope or experts, which are not read from GGUF files; load the model's safetensors folder instead.")
     d_model = _required(file, f"{family}.embedding_length")
     n_heads = _required(file, f"{family}.attention.head_count")
-    head_dim = file.metadata.get(f"{family}.attention.key_length", d_model // n_heads)
-    return DecoderConfig(
-        family=family,
-        vocab_size=len(_required(file, "tokenizer.ggml.tokens")),
-        d_model=d_model,
-        d_ff=_required(file, f"{family}.feed_forward_length"),
-        n_layers=_required(file, f"{family}.block_count"),
-        n_heads=n_heads,
-        n_kv_heads=file.metadata.get(f"{family}.attention.head_count_kv", n_heads),
-        head_dim=head_dim,
-        attention=uniform_attention(head_dim, file.metadata.get(f"{family}.rope.freq_base", 10000.0)),
-        norm_eps=_required(file, f"{family}.attention.layer_norm_rms_epsilon"),
-        max_positions=_required(file, f"{family}.context_length"),
-        tied_embeddings="output.weight" not in file.tensors,
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-    )
+    return {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": len(_required(file, "tokenizer.ggml.tokens")),
+        "hidden_size": d_model,
+        "intermediate_size": _required(file, f"{family}.feed_forward_length"),
+        "num_hidden_layers": _required(file, f"{family}.block_count"),
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": file.metadata.get(f"{family}.attention.head_count_kv", n_heads),
+        "head_dim": file.metadata.get(f"{family}.attention.key_length", d_model // n_heads),
+        "rope_theta": file.metadata.get(f"{family}.rope.freq_base", 10000.0),
+        "rms_norm_eps": _required(file, f"{family}.attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": _required(file, f"{family}.context_length"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
 
 
 def read_params(file: GgufFile, config: DecoderConfig, dtype, sharding: ShardingOf | None = None) -> dict:
@@ -103,6 +107,11 @@ def read_params(file: GgufFile, config: DecoderConfig, dtype, sharding: Sharding
 
     Raises ValueError for a missing tensor, a tensor of another shape, or a quantisation that the gguf library cannot read.
     """
+    return assemble(config, reader(file, config), dtype, sharding, file.path)
+
+
+def reader(file: GgufFile, config: DecoderConfig) -> Reader:
+    """Reads one array of params (of one layer) at a time as float32. It raises as `read_params`."""
 
     def read(path: ParamPath, layer: int | None) -> np.ndarray:
         name = _OUTSIDE[path] if layer is None else f"blk.{layer}.{_LAYER[path[-1]]}"
@@ -111,7 +120,7 @@ def read_params(file: GgufFile, config: DecoderConfig, dtype, sharding: Sharding
             array = _undo_rope_permutation(array, config.head_dim)
         return array if path == ("embed",) or array.ndim == 1 else array.T
 
-    return assemble(config, read, dtype, sharding, file.path)
+    return read
 
 
 def read_tokenizer(file: GgufFile):

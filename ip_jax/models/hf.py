@@ -1,6 +1,7 @@
 """A Hugging Face model folder (config.json + safetensors, one file or an index of shards) -> config, params, fingerprint."""
 import hashlib
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -8,10 +9,10 @@ import ml_dtypes  # noqa: F401  registers "bfloat16" with numpy, under which saf
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ip_jax.models.assemble import ShardingOf, Tensor, assemble
-from ip_jax.models.families import DecoderConfig, ParamPath, from_hf_config
+from ip_jax.models.assemble import ShardingOf, Tensor, assemble, check_shape
+from ip_jax.models.families import DecoderConfig, ParamPath, from_hf_config, param_shapes
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _OUTSIDE = {("embed",): "model.embed_tokens.weight", ("final_norm",): "model.norm.weight", ("head",): "lm_head.weight"}
 _LAYER = {
     "attn_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight",
@@ -31,7 +32,10 @@ _FUSED = {
     "router": "mlp.gate.weight", "expert_gate": "mlp.experts.gate_up_proj", "expert_up": "mlp.experts.gate_up_proj",
     "expert_down": "mlp.experts.down_proj",
 }  # fmt: skip
-_FLOATS = ("F64", "F32", "F16", "BF16")
+# What checkpoints carry besides a language model's weights: rope's frequencies (old ones), the head of a model whose embeddings are
+# tied, the part of a multimodal model that sees.
+_WITHOUT_EFFECT = r"\.rotary_emb\.inv_freq$|^lm_head\.weight$|^(model\.)?(vision_tower|multi_modal_projector)\."
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def hf_name(path: ParamPath, layer: int | None, expert: int | None = None) -> str:
@@ -59,11 +63,13 @@ def read_params(folder: Path | str, config: DecoderConfig, dtype, sharding: Shar
     """The params of `config`, read tensor by tensor and converted to `dtype`; kernels are transposed to [in, out].
 
     With a `sharding`, each process reads only the slices of every tensor that its own devices hold.
-    Raises ValueError for a damaged, truncated or incomplete file (naming it), FileNotFoundError for a missing shard.
+    Before any is read, raises ValueError for a damaged or truncated file (naming it) and for a tensor that is missing, of another
+    shape or unknown to the config (naming it), FileNotFoundError for a missing shard.
     """
     with ExitStack() as stack:
         files = {path: stack.enter_context(_open(path)) for path in weight_files(folder)}
         owner = {_in_language_model(name): (path, name) for path, file in files.items() for name in file.keys()}
+        used: set[str] = set()
 
         def read(path: ParamPath, layer: int | None) -> Tensor:
             if path[-1].startswith("expert_"):
@@ -82,12 +88,17 @@ def read_params(folder: Path | str, config: DecoderConfig, dtype, sharding: Shar
         def stored(name: str):
             if name not in owner:
                 raise ValueError(f"{folder} has no tensor {name!r} in its safetensors files, so the model is incomplete; fetch it again.")
+            used.add(name)
             path_of_file, stored_name = owner[name]
             tensor = files[path_of_file].get_slice(stored_name)
-            if tensor.get_dtype() not in _FLOATS:
-                raise ValueError(f"{path_of_file}: the tensor {name} is stored as {tensor.get_dtype()}; supported are {', '.join(_FLOATS)}.")
+            if tensor.get_dtype() not in FLOATS:
+                raise ValueError(f"{path_of_file}: the tensor {name} is stored as {tensor.get_dtype()}; supported are {', '.join(FLOATS)}.")
             return tensor
 
+        for path, shape in param_shapes(config).items():
+            for layer in range(shape[0]) if path[0] == "layers" else (None,):
+                check_shape(read(path, layer), path, layer, shape if layer is None else shape[1:], Path(folder))
+        _refuse_unknown(sorted(owner.keys() - used), folder, config)
         return assemble(config, read, dtype, sharding, Path(folder))
 
 
@@ -100,13 +111,13 @@ def _in_language_model(name: str) -> str:
 def weight_files(folder: Path | str) -> list[Path]:
     """The safetensors files of a model folder. Raises FileNotFoundError when there are none or one that the index names is missing."""
     folder = Path(folder)
-    if (folder / _INDEX).exists():
-        files = sorted({folder / name for name in _read_json(folder / _INDEX)["weight_map"].values()})
+    if (folder / INDEX).exists():
+        files = sorted({folder / name for name in _read_json(folder / INDEX)["weight_map"].values()})
     else:
-        files = [folder / _SINGLE]
+        files = [folder / SINGLE]
     for path in files:
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: a model folder holds {_SINGLE}, or {_INDEX} and every file that it names.")
+            raise FileNotFoundError(f"{path} is missing: a model folder holds {SINGLE}, or {INDEX} and every file that it names.")
     return files
 
 
@@ -130,6 +141,13 @@ def fingerprint(folder: Path | str) -> str:
                     file.seek(8 + size + start)
                     digest.update(file.read(min(4096, end - start)))
     return f"sha256:{digest.hexdigest()}"
+
+
+def _refuse_unknown(names: list[str], folder: Path | str, config: DecoderConfig) -> None:
+    unknown = [name for name in names if not re.search(_WITHOUT_EFFECT, name)]
+    if unknown:
+        others = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise ValueError(f"{folder} has the tensor {unknown[0]!r}{others}, which a {config.family} model of this config.json does not have.")
 
 
 class _Lazy:

@@ -41,7 +41,8 @@ EMBEDDED = {
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
-_HF_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+# Some repos hold all weights a second time, under names like consolidated.safetensors.
+_HF_PATTERNS = ["*.json", "model*.safetensors", "adapter_model.safetensors", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,18 @@ def load_pretrained(name: str, dtype, revision: str | None = None, sharding: Cal
 
 def load_config(name: str, revision: str | None = None) -> DecoderConfig:
     """The model's config alone, without its weights. Raises as `load_pretrained`."""
-    source = resolve(name, revision)
+    return config_of(resolve(name, revision))
+
+
+def config_of(source: Source) -> DecoderConfig:
+    """The config in a model's local files. Raises ValueError for a damaged or unsupported one."""
     return gguf.read_config(gguf.open_gguf(source.path)) if source.is_gguf else hf.read_config(source.path)
+
+
+def load_tokenizer(name: str, revision: str | None = None):
+    """The model's fast tokenizer alone, without its weights. Raises as `load_pretrained`."""
+    source = resolve(name, revision)
+    return gguf.read_tokenizer(gguf.open_gguf(source.path)) if source.is_gguf else _folder_tokenizer(source.path)
 
 
 def fingerprint(name: str, revision: str | None = None) -> str:

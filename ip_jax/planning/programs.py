@@ -73,7 +73,7 @@ class Sampler:
 def initial(workload: Workload, mesh: Mesh) -> Initial:
     """The state and the weights of a program of `workload.runs` runs. The mesh may be abstract: then the shardings only tell sizes."""
     params = abstract_params(workload.config, workload.model.weights, param_shardings(mesh, workload.config))
-    graphdef, state, base = programs.initial_state(_program(workload, mesh), params, range(workload.runs), jax.eval_shape)
+    graphdef, state, base = programs.initial_state(_program(workload, mesh), params, range(workload.runs), evaluate=jax.eval_shape)
     return Initial(graphdef, _placed(state, state_shardings(mesh, state, workload.sft.train)), base)
 
 

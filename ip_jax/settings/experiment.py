@@ -20,7 +20,8 @@ class Arm:
     """A named condition. `train_prompt` names a prompt of the library, or is None for the model as it comes.
 
     `text`, where given, is a prompt of the user's own, appended to the user turn like the published suffixes; `train_prompt`
-    is then only its name. `also_evaluated_under` names further prompts, besides neutral and the arm's own.
+    is then only its name. `also_evaluated_under` names further prompts, besides neutral and the arm's own. `start_from` is a PEFT
+    folder (local, or a hub repository) whose adapter the training starts with, instead of a fresh one.
     """
 
     name: str
@@ -29,6 +30,11 @@ class Arm:
     data: str = "user_right"
     text: str | None = None
     also_evaluated_under: tuple[str, ...] = ()
+    start_from: str | None = None
+
+    def __post_init__(self):
+        if self.start_from and not self.train_prompt:
+            raise ValueError(f"the arm {self.name} is not trained (it has no train_prompt), so it cannot start from {self.start_from}")
 
     @property
     def transform(self):

@@ -15,6 +15,7 @@ from ip_jax.models import kernels
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import init_lora
+from ip_jax.models.peft import Adapter, replace_runs
 from ip_jax.sampling.sampler import SamplerOptions
 from ip_jax.settings.experiment import EvalConfig, ModelConfig, SftConfig
 from ip_jax.training.sft import SftOptions, compile_sft_step
@@ -37,13 +38,15 @@ def call(function: Callable, *arguments):
     return function(*arguments)
 
 
-def initial_state(program: Program, params: dict, seeds: Sequence[int], evaluate: Callable = call) -> tuple:
-    """(graphdef, TrainState at step 0 on the mesh, frozen weights): for each seed a fresh adapter over `params`, or, with full training,
-    these weights as the one run's own and nothing frozen. The leaves of `params` may be jax.ShapeDtypeStruct.
+def initial_state(
+    program: Program, params: dict, seeds: Sequence[int], starts: Sequence[Adapter | None] = (), evaluate: Callable = call
+) -> tuple:
+    """(graphdef, TrainState at step 0 on the mesh, frozen weights): for each seed its start or a fresh adapter over `params`, or, with
+    full training, these weights as the one run's own and nothing frozen. The leaves of `params` may be jax.ShapeDtypeStruct.
     """
     sft, runs, numbers, full = program.sft, len(seeds), jnp.array(seeds), program.sft.train == "full"
     adapters = None if full else evaluate(functools.partial(init_lora, config=program.config, lora=sft.lora), numbers)
-    graphdef, adapters, weights = split_decoder(program.config, params, adapters, sft.lora)
+    graphdef, adapters, weights = split_decoder(program.config, params, adapters and replace_runs(adapters, starts), sft.lora)
 
     def start(trained) -> TrainState:
         trained = full_weights(trained) if full else trained

@@ -46,6 +46,7 @@ class Prepared:
     dropped: list[int]  # indices of examples that are too long
     render: Render
     mesh: dict[str, int]  # devices of each axis
+    starts: dict[str, plan.Start]  # by the arm's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +100,11 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     mesh = mesh_sizes(experiment.mesh, jax.devices(), config.n_heads)
     render = renderer(tokenizer)
     sources, dropped = plan.training_sources(experiment, render)
-    record = plan.folder_record(experiment, fingerprint, dropped)
-    runs = plan.runs_of(experiment, record["identity"])
+    starts = plan.starts_of(experiment)
+    record = plan.folder_record(experiment, fingerprint, dropped, starts)
+    runs = plan.runs_of(experiment, record["identity"], starts)
     claim_folder(folder, record, {run.name: run.key for run in runs})
-    return Prepared(runs, {source.name: source for source in sources}, dropped, render, mesh)
+    return Prepared(runs, {source.name: source for source in sources}, dropped, render, mesh, starts)
 
 
 def _load(experiment: Supervised, folder: epath.Path, display: Display, prepared: Prepared) -> Session:
@@ -118,7 +120,7 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
     sft = experiment.sft
     origin = {"runs": {run.name: run.key for run in group}, "model": model.fingerprint}
     checkpoints = checkpoint.open_checkpoints(folder / "checkpoints" / digest(origin), origin)
-    graphdef, state, frozen = _initial(session, [run.seed for run in group])
+    graphdef, state, frozen = _initial(session, [run.seed for run in group], [session.prepared.starts.get(run.arm.name) for run in group])
     state = checkpoints.restore_latest(state) or state
     first = int(state.step)
     if first:
@@ -152,9 +154,10 @@ def _program(session: Session) -> programs.Program:
     return programs.Program(session.mesh, session.model.config, session.experiment.sft, session.experiment.model)
 
 
-def _initial(session: Session, seeds: Sequence[int]) -> tuple:
+def _initial(session: Session, seeds: Sequence[int], starts: Sequence[plan.Start | None] = ()) -> tuple:
     """(graphdef, state at step 0, frozen weights) of a program's runs, all on the mesh (see `programs.initial_state`)."""
-    graphdef, state, frozen = programs.initial_state(_program(session), session.model.params, seeds)
+    adapters = [start and start.adapter for start in starts]
+    graphdef, state, frozen = programs.initial_state(_program(session), session.model.params, seeds, adapters)
     return graphdef, state, jax.device_put(frozen, base_shardings(session.mesh, frozen))
 
 
@@ -228,7 +231,7 @@ def _record_run(session: Session, run: Run, r: int, state: TrainState, frozen) -
     else:
         layers = nnx.to_pure_dict(state.trained)["layers"]
         file, arrays = "adapter", {f"{name}.{kind}": np.asarray(layers[name][f"lora_{kind}"][r]) for name in layers for kind in ("a", "b")}
-        about |= {"rank": sft.lora.rank, "scale": sft.lora.scale}
+        about |= {"lora": dataclasses.asdict(sft.lora)}
     # one metadata entry: safetensors writes several in an order of chance, and equal runs should be equal files
     write_whole(target / f"{file}.safetensors", to_safetensors(arrays, {"run": json.dumps(about)}))
     write_json(target / "run.json", about)

@@ -16,7 +16,7 @@ from ip_jax.data.pipeline import Render, RunSource, fitting_examples
 from ip_jax.data.sources import Example
 from ip_jax.evals import leak_grid
 from ip_jax.evals.leak_grid import Cell, Decoding
-from ip_jax.models import hub
+from ip_jax.models import hub, peft
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import check_targets, projection_shapes
 from ip_jax.prompts import library
@@ -74,7 +74,26 @@ def run_name(arm: Arm, seed: int) -> str:
     return f"{arm.name}-s{seed}"
 
 
-def folder_record(experiment: Supervised, fingerprint: str, dropped: Sequence[int]) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The adapter that an arm's training starts with, and the hash of its contents."""
+
+    fingerprint: str
+    adapter: peft.Adapter
+
+
+def starts_of(experiment: Supervised) -> dict[str, Start]:
+    """The starting points of the arms that have one, by the arm's name. Raises as `hub.resolve` and `peft.read_matching`."""
+    model, starts = experiment.model, {}
+    for arm in experiment.arms:
+        if arm.start_from:
+            folder = hub.resolve(arm.start_from).path
+            adapter = peft.read_matching(folder, hub.load_config(model.name, model.revision), experiment.sft.lora)
+            starts[arm.name] = Start(peft.fingerprint(folder), adapter)
+    return starts
+
+
+def folder_record(experiment: Supervised, fingerprint: str, dropped: Sequence[int], starts: Mapping[str, Start] = {}) -> dict:
     """config.json of the results folder. Its identity covers the shared config, the model's weights, the data and the dropped examples."""
     config = experiment.shared | {"dropped_examples": list(dropped)}
     data = [{name: digest([dict(row) for row in rows]) for name, rows in sets.items()} for sets in (experiment.training, experiment.eval_sets)]
@@ -82,16 +101,21 @@ def folder_record(experiment: Supervised, fingerprint: str, dropped: Sequence[in
         "experiment": experiment.name, "preset": experiment.preset,
         "identity": digest({"config": config, "fingerprint": fingerprint, "data": data}),
         "config": config, "fingerprint": fingerprint, "provenance": experiment.provenance, "seeds": list(experiment.seeds),
-        "arms": {arm.name: {"label": arm.label, "train_prompt": arm.train_prompt, "data": arm.data} for arm in experiment.arms},
+        "arms": {arm.name: {"label": arm.label, "train_prompt": arm.train_prompt, "data": arm.data, **_start_record(arm, starts)} for arm in experiment.arms},
     }
 
 
-def runs_of(experiment: Supervised, identity: str) -> list[Run]:
+def _start_record(arm: Arm, starts: Mapping[str, Start]) -> dict:
+    return {"start_from": arm.start_from, "start_fingerprint": starts[arm.name].fingerprint} if arm.name in starts else {}
+
+
+def runs_of(experiment: Supervised, identity: str, starts: Mapping[str, Start] = {}) -> list[Run]:
     """The runs to train, arm by arm. Their keys cover the folder's identity and all that the arm adds to it."""
 
     def key(arm: Arm, seed: int) -> str:
         prompts = {name: repr(transform) for name, transform in _eval_prompts(arm).items()}
-        return digest({"identity": identity, "train": repr(arm.transform), "data": arm.data, "seed": seed, "evaluated_under": prompts})
+        definition = {"identity": identity, "train": repr(arm.transform), "data": arm.data, "seed": seed, "evaluated_under": prompts}
+        return digest(definition | ({"start": starts[arm.name].fingerprint} if arm.name in starts else {}))
 
     return [Run(arm, seed, key(arm, seed)) for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds]
 
@@ -237,6 +261,9 @@ def check_training(experiment: Supervised, config: DecoderConfig) -> None:
     """Refuses combinations that no program has, and settings that the model has no use for."""
     sft, quantised = experiment.sft, experiment.model.quantised
     check_targets(config, sft.lora)
+    started = [arm.name for arm in experiment.arms if arm.start_from]
+    if sft.train == "full" and started:
+        raise ValueError(f"sft.train = 'full' has no adapters, and the arm {started[0]} starts from one: merge it into a model (ip-jax export --merged) and train that")
     if sft.train == "full" and quantised:
         raise ValueError(f"sft.train = 'full' trains all weights, and model.quantised = {quantised!r} freezes them: change one of the two")
     if quantised and config.n_experts:

@@ -69,7 +69,7 @@ def claim_folder(folder: epath.Path, record: dict, runs: Mapping[str, str]) -> N
     for name in runs.keys() - new.keys():
         if json.loads(_key_path(folder, name).read_text())["key"] != runs[name]:
             raise ValueError(
-                f"run {name} in {folder} was made with another definition of its arm (prompts or data): give the arm another name, or choose another folder with --out"
+                f"run {name} in {folder} was made with another definition of its arm (prompts, data or starting point): give the arm another name, or choose another folder with --out"
             )
     write_json(path, record)
     for name, key in new.items():

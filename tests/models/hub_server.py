@@ -11,8 +11,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextlib.contextmanager
-def hub_server(repos: dict[str, Path], gated: set[str]):
-    """Serves `repos` (id -> folder, each with one commit on `main`); the files of `gated` ones are refused. Yields (address, requests)."""
+def hub_server(repos: dict[str, Path], gated: set[str], members: tuple[str, ...] = ()):
+    """Serves `repos` (id -> folder, each with one commit on `main`); the files of `gated` ones go only to the tokens of `members`.
+
+    Yields (address, requests).
+    """
     requests: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -20,7 +23,8 @@ def hub_server(repos: dict[str, Path], gated: set[str]):
 
         def do_GET(self):
             requests.append(self.path)
-            self.answer(*route(repos, gated, urlparse(self.path).path))
+            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            self.answer(*route(repos, set() if token in members else gated, urlparse(self.path).path))
 
         do_HEAD = do_GET
 

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ip_jax.models import hf
+from ip_jax.training.sharding import make_mesh, param_shardings
 
 torch = pytest.importorskip("torch")
 
@@ -126,16 +127,29 @@ def test_placed_on_a_mesh(folder):
         load(folder, sharding=lambda path: NamedSharding(mesh, PartitionSpec("data")))
 
 
-def test_host_memory_stays_at_one_tensor(tmp_path):
-    """Python's own allocations (numpy and safetensors buffers; jax's target arrays are not among them) while 12 layers load."""
-    make_model("llama", num_hidden_layers=12, hidden_size=256, intermediate_size=2048).to(torch.bfloat16).save_pretrained(tmp_path)
-    load(tmp_path)  # compiles
+@pytest.mark.parametrize("stored, wanted", [("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)], ids=["one device", "eight devices"])
+def test_host_memory_stays_at_one_tensor_of_one_layer(tmp_path, mesh, stored, wanted):
+    """Python's own allocations (numpy and safetensors buffers; jax's target arrays are not among them) while 12 layers load from shards.
+
+    On the mesh every array lies where the rules for training say, cut over all eight devices.
+    """
+    model = make_model("llama", num_hidden_layers=12, hidden_size=256, intermediate_size=2048).to(getattr(torch, stored))
+    model.save_pretrained(tmp_path, max_shard_size="5MB")
+    assert len(hf.weight_files(tmp_path)) > 2
+    sharding = mesh and param_shardings(make_mesh(*mesh), hf.read_config(tmp_path))
+    load(tmp_path, jnp.dtype(wanted), sharding)  # compiles
     largest = 256 * 2048 * (2 + 4)  # one kernel as stored and as asked for
     tracemalloc.start()
-    load(tmp_path)
+    params = load(tmp_path, jnp.dtype(wanted), sharding)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1.2 * largest  # one stacked kernel alone would be 8 times that
+    assert peak < 1.2 * largest  # one stacked kernel alone would be 4 or 8 times that
+    assert_same(params, model.to(getattr(torch, wanted)))
+    if mesh:
+        assert {shard.data.shape for shard in params["layers"]["gate"].addressable_shards} == {(12, 64, 1024)}
+        assert {shard.data.shape for shard in params["embed"].addressable_shards} == {(12, 256)}
+        assert len({shard.device for shard in params["layers"]["down"].addressable_shards}) == 8
 
 
 def test_truncated_file(folder):
@@ -181,6 +195,38 @@ def test_config_of_another_model(folder):
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
     with pytest.raises(ValueError, match="MambaForCausalLM is not supported; supported are LlamaForCausalLM"):
         hf.read_config(folder)
+
+
+def changed(folder, change):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("model.layers.2.mlp.down_proj.weight"), r"has no tensor 'model\.layers\.2\.mlp\.down_proj\.weight'"),
+    (lambda t: t.update({"model.layers.2.mlp.down_proj.weight": t["model.layers.2.mlp.down_proj.weight"].T.copy()}), r"down of layer 2 have the shape \(32, 48\) .* asks for \(48, 32\)"),
+    (lambda t: t.update({"model.layers.3.mlp.down_proj.weight": t["model.norm.weight"]}), r"has the tensor 'model\.layers\.3\.mlp\.down_proj\.weight', which a llama model of this config\.json does not have"),
+    (lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": t["model.norm.weight"], "model.layers.1.self_attn.q_norm.weight": t["model.norm.weight"]}), r"q_norm\.weight' \(and 1 more\), which a llama"),
+], ids=["missing", "shape", "another layer", "another kind"])  # fmt: skip
+def test_a_wrong_tensor_is_named_before_any_is_placed(folder, monkeypatch, change, message):
+    changed(folder, change)
+    monkeypatch.setattr(hf, "assemble", lambda *_: pytest.fail("weights are placed"))
+    with pytest.raises(ValueError, match=message) as error:
+        load(folder)
+    assert str(error.value).startswith(str(folder)) and "\n" not in str(error.value)
+
+
+def test_harmless_extra_tensors_are_passed_over(tmp_path):
+    """Old Llama checkpoints carry rope's frequencies; some with tied embeddings carry the head as well; multimodal ones see."""
+    model = make_model("llama-tied")
+    model.save_pretrained(tmp_path)
+    extras = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for layer in range(3)}
+    extras |= {"lm_head.weight": np.zeros((96, 32), np.float32), "model.vision_tower.embeddings.weight": np.ones(4, np.float32)}
+    changed(tmp_path, lambda t: t.update(extras))
+    assert_same(load(tmp_path), model)
 
 
 def test_integer_weights_are_refused(folder):

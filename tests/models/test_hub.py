@@ -239,9 +239,9 @@ print(json.dumps(out))
 """
 
 
-def ask_hub(endpoint: str, home: Path, *names) -> dict:
-    """In a fresh process, whose environment alone says where the hub is and where HF_HOME lies."""
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "JAX_PLATFORMS": "cpu"}
+def ask_hub(endpoint: str, home: Path, *names, **more) -> dict:
+    """In a fresh process, whose environment alone says where the hub is, where HF_HOME lies and what else `more` names."""
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "JAX_PLATFORMS": "cpu"} | more
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     root = str(Path(hub.__file__).parents[2])
     command = [sys.executable, "-c", HUB_SCRIPT, json.dumps(names)]
@@ -251,7 +251,8 @@ def ask_hub(endpoint: str, home: Path, *names) -> dict:
 
 def test_hugging_face(model_folder, tmp_path):
     """Downloaded (only the wanted files), refused in five ways, and found again without a network."""
-    (model_folder / "pytorch_model.bin").write_bytes(b"not wanted")
+    for unwanted in ("pytorch_model.bin", "consolidated.safetensors"):
+        (model_folder / unwanted).write_bytes(b"not wanted")
     repos = {"tiny/llama": model_folder, "meta-llama/gated": model_folder}
     with hub_server(repos, gated={"meta-llama/gated"}) as (address, requests):
         names = [("tiny/llama", None), ("tiny/llama", "main"), ("tiny/llama", "v9"), ("meta-llama/gated", None), ("no/such-repo", None)]
@@ -259,8 +260,8 @@ def test_hugging_face(model_folder, tmp_path):
     kind, path = answers["tiny/llama@None"]
     assert kind == "path" and path == str(tmp_path / "hub" / "models--tiny--llama" / "snapshots" / COMMIT)
     assert answers["tiny/llama@main"] == [kind, path] and "tiny/llama" in answers["cached"]
-    assert {file.name for file in Path(path).iterdir()} == {file.name for file in model_folder.iterdir()} - {"pytorch_model.bin"}
-    assert not any("pytorch_model" in request for request in requests)
+    assert {file.name for file in Path(path).iterdir()} == {file.name for file in model_folder.iterdir()} - {"pytorch_model.bin", "consolidated.safetensors"}
+    assert not any("pytorch_model" in request or "consolidated" in request for request in requests)
     assert answers["tiny/llama@v9"] == ["FileNotFoundError", "tiny/llama has no revision 'v9' on Hugging Face."]
     assert answers["meta-llama/gated@None"] == [
         "PermissionError",
@@ -275,3 +276,13 @@ def test_hugging_face(model_folder, tmp_path):
     gone = ask_hub("http://127.0.0.1:9", tmp_path, ("tiny/llama", None), ("tiny/other", None))
     assert gone["tiny/llama@None"] == ["path", path]
     assert gone["tiny/other@None"][0] == "ConnectionError" and "not complete in the Hugging Face cache" in gone["tiny/other@None"][1]
+
+
+def test_a_token_of_a_member_opens_a_gated_repo_and_another_does_not(model_folder, tmp_path):
+    with hub_server({"meta-llama/gated": model_folder}, {"meta-llama/gated"}, members=("hf_member",)) as (address, _):
+        at_commit = ask_hub(address, tmp_path / "member", ("meta-llama/gated", COMMIT), HF_TOKEN="hf_member")
+        stranger = ask_hub(address, tmp_path / "stranger", ("meta-llama/gated", None), HF_TOKEN="hf_stranger")
+    expected = tmp_path / "member" / "hub" / "models--meta-llama--gated" / "snapshots" / COMMIT
+    assert at_commit[f"meta-llama/gated@{COMMIT}"] == ["path", str(expected)]
+    kind, message = stranger["meta-llama/gated@None"]
+    assert kind == "PermissionError" and "https://huggingface.co/meta-llama/gated" in message and "HF_TOKEN" in message

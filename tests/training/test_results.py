@@ -70,7 +70,7 @@ def test_a_run_belongs_to_one_definition_of_its_arm(folder):
     claim_folder(folder, record(rate=1) | {"arms": ["a"]}, {"a-s0": "k1"})
     claim_folder(folder, record(rate=1) | {"arms": ["a", "b"]}, {"a-s0": "k1", "b-s0": "k2"})
     before = (folder / "config.json").read_text()
-    with pytest.raises(ValueError, match=r"^run b-s0 in .*/out was made with another definition of its arm \(prompts or data\): give the arm another name, or choose another folder with --out$"):
+    with pytest.raises(ValueError, match=r"^run b-s0 in .*/out was made with another definition of its arm \(prompts, data or starting point\): give the arm another name, or choose another folder with --out$"):
         claim_folder(folder, record(rate=1) | {"arms": ["b", "c"]}, {"c-s0": "k3", "b-s0": "changed"})
     assert (folder / "config.json").read_text() == before and not (folder / "runs" / "c-s0").exists()
 

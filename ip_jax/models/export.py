@@ -1,0 +1,188 @@
+"""A model with one run's adapter merged into it, written as a Hugging Face folder, one shard at a time.
+
+Weights come from the base model's own files, never from a loaded model: beyond one shard, the host holds one tensor.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ip_jax.models import gguf, hf, hub
+from ip_jax.models.assemble import Reader
+from ip_jax.models.families import DecoderConfig, ParamPath, param_shapes
+from ip_jax.models.lora import LoraConfig
+from ip_jax.models.peft import Adapter
+
+SHARD_BYTES = 10**9
+_COPIED = ("*.json", "*.model", "*.jinja", "*.txt")  # of the base model's folder: tokenizer, chat template, generation config
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint that is read when it is asked for: `shape` as in the file, [out, in] for kernels."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_float: bool
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """`held`: the dtype in which the run had its base weights; `stored`: the dtype of the exported ones. Sums are in float32."""
+
+    held: str
+    stored: str
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when everything is there. What a killed export left, the next one clears away.
+
+    Raises FileExistsError if something is there already.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists already: choose another folder, or delete it first.")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_merged(folder: Path, source: hub.Source, adapter: Adapter, lora: LoraConfig | None, precision: Precision) -> None:
+    """`source` with scale * A B added to the projections that `adapter` has, as config.json, safetensors, tokenizer and generation config.
+
+    A .gguf file becomes a folder of its family. An empty `adapter` writes the model as it is. The config is written last.
+    Raises ValueError if the model has no tensor for a matrix of the adapter, and as the model's loading.
+    """
+    with open_weights(source) as (config, tensors):
+        updates = {hf.hf_name(("layers", target), layer): (target, layer) for target in adapter for layer in range(config.n_layers)}
+        missing = sorted(updates.keys() - {tensor.name for tensor in tensors})
+        if missing:
+            raise ValueError(f"{source.path} has no tensor {missing[0]!r}, which the adapter changes.")
+
+        def merged(tensor: StoredTensor) -> np.ndarray:
+            array = tensor.read()
+            if not tensor.is_float:
+                return array
+            array = array.astype(jnp.dtype(precision.held))
+            if tensor.name in updates:
+                target, layer = updates[tensor.name]
+                a, b = (adapter[target][kind][layer].astype(np.float32) for kind in ("a", "b"))
+                array = array.astype(np.float32) + (lora.scale * (a @ b)).T
+            return array.astype(jnp.dtype(precision.stored))
+
+        write_shards(folder, tensors, merged, jnp.dtype(precision.stored).itemsize)
+    _write_companions(folder, source, precision.stored)
+
+
+def write_trained(folder: Path, source: hub.Source, weights: Path, dtype: str) -> None:
+    """A run of which all weights were trained from `source`, as `write_merged` writes others.
+
+    `weights` is a safetensors file of params, named by their path: "embed", "layers.q", ... Raises as the model's loading.
+    """
+    config = hub.config_of(source)
+    with safe_open(weights, framework="numpy") as file:
+
+        def read(path: ParamPath, layer: int | None) -> np.ndarray:
+            stored = file.get_slice(".".join(path))
+            return stored[:] if layer is None else stored[layer : layer + 1][0]
+
+        write_shards(folder, tensors_by_config(config, read), lambda tensor: tensor.read().astype(jnp.dtype(dtype)), jnp.dtype(dtype).itemsize)
+    _write_companions(folder, source, dtype)
+
+
+@contextlib.contextmanager
+def open_weights(source: hub.Source) -> Iterator[tuple[DecoderConfig, list[StoredTensor]]]:
+    """(config, every tensor of the model under its Hugging Face name), open while the context is."""
+    if source.is_gguf:
+        file = gguf.open_gguf(source.path)
+        config = gguf.read_config(file)
+        yield config, tensors_by_config(config, gguf.reader(file, config))
+        return
+    config = hf.read_config(source.path)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="numpy")) for path in hf.weight_files(source.path)]
+        yield config, [_stored(file, name) for file in files for name in file.keys()]  # noqa: SIM118  it is no dict
+
+
+def tensors_by_config(config: DecoderConfig, read: Reader) -> list[StoredTensor]:
+    """The tensors of a model whose params `read` gives (see `assemble`), named and laid out as Hugging Face has them."""
+    tensors = []
+    for path, shape in param_shapes(config).items():
+        of_layer, layers = (shape[1:], range(shape[0])) if path[0] == "layers" else (shape, (None,))
+        is_kernel = len(of_layer) == 2 and path != ("embed",)
+        for layer in layers:
+            def turned(path=path, layer=layer, is_kernel=is_kernel) -> np.ndarray:
+                array = np.asarray(read(path, layer))
+                return array.T if is_kernel else array
+
+            tensors.append(StoredTensor(hf.hf_name(path, layer), of_layer[::-1] if is_kernel else of_layer, True, turned))
+    return tensors
+
+
+def write_shards(folder: Path, tensors: Sequence[StoredTensor], convert: Callable[[StoredTensor], np.ndarray], itemsize: int) -> None:
+    """Each tensor as `convert` gives it, in files of at most SHARD_BYTES (or one tensor), with an index where there are several.
+
+    Raises OSError for a disk that is full.
+    """
+    shards, total, weight_map = _cut(tensors, itemsize), 0, {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else hf.SINGLE
+        arrays = {tensor.name: np.ascontiguousarray(convert(tensor)) for tensor in shard}
+        try:
+            save_file(arrays, folder / file, {"format": "pt"})  # transformers asks for the format
+        except SafetensorError as error:
+            raise OSError(f"cannot write {folder / file} ({error}).") from error
+        total += sum(array.nbytes for array in arrays.values())
+        weight_map |= dict.fromkeys(arrays, file)
+    if len(shards) > 1:
+        (folder / hf.INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+
+
+def _stored(file, name: str) -> StoredTensor:
+    tensor = file.get_slice(name)
+    return StoredTensor(name, tuple(tensor.get_shape()), tensor.get_dtype() in hf.FLOATS, lambda: file.get_tensor(name))
+
+
+def _cut(tensors: Sequence[StoredTensor], itemsize: int) -> list[list[StoredTensor]]:
+    shards, room = [], 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * (itemsize if tensor.is_float else 8)  # integers are few, and at most this wide
+        if not shards or size > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(tensor)
+        room -= size
+    return shards
+
+
+def _write_companions(folder: Path, source: hub.Source, dtype: str) -> None:
+    """Tokenizer, chat template and generation config of the base model; config.json with the dtype of the new weights, last."""
+    if source.is_gguf:
+        file = gguf.open_gguf(source.path)
+        config, tokenizer = gguf.hf_config(file), gguf.read_tokenizer(file)
+        tokenizer.save_pretrained(folder)
+        ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+        config |= {name: value for name, value in ids.items() if value is not None}
+        generation = {name: config[name] for name in ids if name in config}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    else:
+        config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+        for path in sorted(path for pattern in _COPIED for path in source.path.glob(pattern)):
+            if path.name not in ("config.json", hf.INDEX):
+                (folder / path.name).write_bytes(path.read_bytes())
+    config.pop("dtype", None)  # transformers 5; the older name is read by every version
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=2) + "\n")
