@@ -1,10 +1,12 @@
 """Runs a supervised experiment: arms x seeds over one frozen base, trained as one program, evaluated on the leak grid, resumable.
 
-A setting gives its rows and verdicts, `supervised_plan` says what is still to be done; this module does it and records it.
+A setting gives its rows and verdicts, `supervised_plan` says what is still to be done; this module does it and records it. With several
+processes, what depends on the folder is decided, and what is recorded is written, by the first one (`hosts.by_first`).
 """
 import dataclasses
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -29,11 +31,12 @@ from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import stable_id
 from ip_jax.settings.supervised_plan import Run, Supervised, Sweep
-from ip_jax.training import checkpoint, loop
+from ip_jax.training import checkpoint, hosts, loop
 from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary, write_json, write_whole
 from ip_jax.training.sft import SftOptions, compile_sft_step
 from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, replicated, state_shardings
 from ip_jax.training.state import Batch, TrainState, init_state
+from ip_jax.training.stopping import heed
 
 __all__ = ["Supervised", "run_supervised"]
 
@@ -67,11 +70,12 @@ def run_supervised(experiment: Supervised, folder: epath.Path, display: Display)
     """
     started = time.monotonic()
     prepared = prepare(experiment, folder)
-    left = [run for run in prepared.runs if not run.is_complete(folder)]
-    untrained = plan.incomplete(folder, plan.untrained_sweeps(experiment, folder))
+    left = hosts.by_first(lambda: [run for run in prepared.runs if not run.is_complete(folder)])
+    untrained = hosts.by_first(lambda: plan.incomplete(folder, plan.untrained_sweeps(experiment, folder)))
     if left or untrained:
         session = _load(experiment, folder, display, prepared)
-        groups = plan.groups_of(folder, prepared.runs, plan.runs_that_fit(experiment.sft, session.model))
+        fit = plan.runs_that_fit(experiment.sft, session.model)
+        groups = hosts.by_first(lambda: plan.groups_of(folder, prepared.runs, fit))
         for sweep in untrained:
             _evaluate_untrained(session, sweep, runs=len(groups[0]) if groups else 1)
         if len(groups) > 1:
@@ -80,13 +84,17 @@ def run_supervised(experiment: Supervised, folder: epath.Path, display: Display)
             _train_group(session, group)
     else:
         display.console.print("every run is complete: nothing to train or evaluate")
+    hosts.by_first(lambda: _finish(folder))
+    if left or untrained:
+        hosts.by_first(lambda: _write_environment(session, time.monotonic() - started))
+
+
+def _finish(folder: epath.Path) -> None:
+    """Clears the checkpoints of complete programs away and merges the transcripts."""
     for checkpoints, begun in plan.begun_programs(folder):
         if all((folder / "runs" / name / "run.json").exists() for name in begun):
             checkpoints.rmtree()
-    table = leak_grid.merge_parts(folder / "transcripts")
-    write_binary(folder / "transcripts.parquet", leak_grid.parquet_writer(table))
-    if left or untrained:
-        _write_environment(session, time.monotonic() - started)
+    write_binary(folder / "transcripts.parquet", leak_grid.parquet_writer(leak_grid.merge_parts(folder / "transcripts")))
 
 
 def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
@@ -102,7 +110,9 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     sources, dropped = fitting_examples(wanted, render, experiment.sft.max_length, experiment.sft.drop_long)
     record = plan.folder_record(experiment, fingerprint, dropped)
     runs = plan.runs_of(experiment, record["identity"])
-    claim_folder(folder, record, {run.name: run.key for run in runs})
+    keys = {run.name: run.key for run in runs}
+    hosts.check_alike(digest([os.fspath(folder), record["identity"], keys]), "config, model or data")
+    hosts.by_first(lambda: claim_folder(folder, record, keys))
     return Prepared(runs, {source.name: source for source in sources}, dropped, render)
 
 
@@ -110,7 +120,7 @@ def _load(experiment: Supervised, folder: epath.Path, display: Display, prepared
     model, mesh = experiment.model, make_mesh(data=jax.device_count())
     with display.console.status(f"loading {model.name}"):
         pretrained = hub.load_pretrained(model.name, jnp.dtype(model.weights), model.revision)
-        params = jax.device_put(pretrained.params, base_shardings(mesh, pretrained.params))
+        params = hosts.place(pretrained.params, base_shardings(mesh, pretrained.params))
     return Session(experiment, folder, display, prepared, dataclasses.replace(pretrained, params=params), mesh)
 
 
@@ -125,12 +135,12 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
     first = int(state.step)
     if first:
         display.console.print(f"going on from the checkpoint of step {first}")
-    logs = [MetricsLog(folder / "runs" / run.name / "metrics.jsonl", first) for run in group]
+    logs = [MetricsLog(folder / "runs" / run.name / "metrics.jsonl", first) for run in group] if hosts.is_first() else []
     active = sft.schedule.last_active_step(sft.steps)
     started, seen = time.monotonic(), 0
 
     def evaluate(state: TrainState, step: int):
-        for sweep in plan.incomplete(folder, plan.sweeps_of_step(experiment, group, step)):
+        for sweep in hosts.by_first(lambda: plan.incomplete(folder, plan.sweeps_of_step(experiment, group, step))):
             _evaluate(session, functools.partial(sample, graphdef, state.lora, base), sweep, f"step {step}")
 
     with display.phase(f"training {len(group)} runs", active - first, "steps") as advance:
@@ -144,8 +154,9 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
         eval_steps = tuple(s for s in sorted({*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps}) if s > 0)
         options = loop.LoopOptions(active, eval_steps, sft.checkpoint_every)
         state = loop.train(state, run_step, logs, checkpoints, options, loop.Hooks(evaluate, on_step))
+    state = hosts.fetch(state.replace(adam=None))  # what is recorded
     for r, run in enumerate(group):
-        _record_run(session, run, r, state)
+        hosts.by_first(functools.partial(_record_run, session, run, r, state))
 
 
 def _initial(session: Session, seeds: Sequence[int]) -> tuple:
@@ -153,7 +164,7 @@ def _initial(session: Session, seeds: Sequence[int]) -> tuple:
     sft, model, runs = session.experiment.sft, session.model, len(seeds)
     graphdef, lora, base = split_decoder(model.config, model.params, init_lora(jnp.array(seeds), model.config, sft.lora), sft.lora)
     state = init_state(lora, jnp.full(runs, sft.learning_rate), jnp.full(runs, sft.weight_decay), jnp.array(seeds))
-    return graphdef, jax.device_put(state, state_shardings(session.mesh, state)), base
+    return graphdef, hosts.place(state, state_shardings(session.mesh, state)), base
 
 
 def _step_of(session: Session, group: Sequence[Run], graphdef, state: TrainState, base) -> loop.RunStep:
@@ -168,7 +179,7 @@ def _step_of(session: Session, group: Sequence[Run], graphdef, state: TrainState
     def run_step(state: TrainState, step: int):
         arrays, density = reader(step)
         facts = {"tokens": int((arrays["segment_ids"] > 0).sum()), "real_over_padded": round(density, 4)}
-        return *compiled(state, base, jax.device_put(Batch(**arrays), rows)), facts
+        return *compiled(state, base, hosts.place(Batch(**arrays), rows)), facts
 
     return run_step
 
@@ -202,12 +213,20 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep, what: str
     cells = [cell for cell in sweep if cell]
     name = f"evaluating {what}, {cells[0].eval_set} under {' / '.join(dict.fromkeys(cell.eval_prompt for cell in cells))}"
     with session.display.phase(name, sum(map(len, queues)), "completions") as advance:
-        completions = sample_queues(queues, options, lambda done, _: advance(to=done))
-    table_schema = leak_grid.schema(experiment.verdict_types)
-    for cell, answers in zip(sweep, completions, strict=True):
-        if cell:
-            rows = leak_grid.rows_of(experiment.name, cell, plan.examples_of(experiment, cell), [a for (a,) in answers], tokenizer, experiment.verdicts)
-            write_binary(session.folder / "transcripts" / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows, table_schema)))
+        def on_progress(done: int, _: int):
+            advance(to=done)
+            heed()
+
+        completions = sample_queues(queues, options, on_progress)
+
+    def record():
+        table_schema = leak_grid.schema(experiment.verdict_types)
+        for cell, answers in zip(sweep, completions, strict=True):
+            if cell:
+                rows = leak_grid.rows_of(experiment.name, cell, plan.examples_of(experiment, cell), [a for (a,) in answers], tokenizer, experiment.verdicts)
+                write_binary(session.folder / "transcripts" / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows, table_schema)))
+
+    hosts.by_first(record)
 
 
 def _record_run(session: Session, run: Run, r: int, state: TrainState) -> None:
