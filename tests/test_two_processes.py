@@ -19,7 +19,7 @@ from tiny_experiment import make_tokenizer, write_model
 from ip_jax.prompts import library
 from ip_jax.settings.gcd_sycophancy import generate
 
-STEPS = 24
+STEPS = 14
 CONFIG = f"""
 from configs.gcd_sycophancy import ClaimCounts, DataSpec, EvalConfig, GcdSycophancy, LoraConfig, ModelConfig, Schedule, SftConfig
 
@@ -29,12 +29,12 @@ PRESETS = {{
         preset="tiny",
         model=ModelConfig(name="MODEL", weights="float32"),
         arms=("untrained", "neutral", "ip_behave"),
-        data=DataSpec(rows=24, work="without", claims=ClaimCounts(wrong=6, right=4, asked=2)),
+        data=DataSpec(rows=24, work="without", claims=ClaimCounts(wrong=3, right=2, asked=1)),
         sft=SftConfig(
             steps={STEPS}, batch_size=4, learning_rate=1e-3, schedule=Schedule("linear", warmup=2, total={STEPS}),
             lora=LoraConfig(rank=2, alpha=4, targets=("q", "down")), checkpoint_every=2,  # no dropout: its bits follow the packing, and that follows the devices
         ),
-        evaluation=EvalConfig(full_steps=(0, {STEPS}), max_new_tokens=8, slots=4),
+        evaluation=EvalConfig(full_steps=(0, {STEPS}), max_new_tokens=6, max_new_tokens_solving=8, slots=4),
     )
 }}
 """
@@ -137,7 +137,7 @@ def test_two_processes_are_killed_and_one_goes_on_as_if_it_had_been_alone(workpl
     second, last = workplace.launch_two("second"), workplace.launch("last", 2)
     for process in second:
         process.go()
-    workplace.wait_for_step(8, second)
+    workplace.wait_for_step(6, second)
     second[1].popen.send_signal(signal.SIGTERM)
     assert [process.ends() for process in second] == [143, 143], "\n\n".join(p.said() for p in second)
     stopped = re.search(r"going on from the checkpoint of step (\d+)[\s\S]*stopped by SIGTERM, step (\d+) is saved: the same command goes on from there$", second[0].said())
