@@ -103,7 +103,8 @@ def _join(options: argparse.Namespace, console: Console) -> None:
     given = hosts.Cluster(options.coordinator, options.processes, options.process)
     cluster = hosts.find_cluster(given, options.distributed, os.environ)
     if cluster:
-        hosts.start(cluster)
+        with console.status(f"looking for the other processes{f' at {cluster.coordinator}' if cluster.coordinator else ''}"):
+            hosts.start(cluster)
         console.quiet = not hosts.is_first()
 
 

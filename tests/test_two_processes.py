@@ -186,6 +186,8 @@ tree = hosts.place({"a": whole, "b": whole[..., :2]}, batch_sharding(mesh := mak
 print(tree["a"].sharding.is_equivalent_to(batch_sharding(mesh), 4), {s.data.shape for s in tree["a"].addressable_shards}, tree["a"].is_fully_addressable)
 print(all(np.array_equal(hosts.fetch(tree)[name], whole[..., :size]) for name, size in (("a", 8), ("b", 2))))
 print(hosts.fetch(hosts.place(np.arange(3), replicated(mesh))).tolist())
+moved = hosts.place(tree, batch_sharding(make_mesh(tensor=8)))
+print(moved["a"].sharding.is_fully_replicated, np.array_equal(hosts.fetch(moved)["a"], whole))
 with stopping.Sigterm() as stop:
     answers = []
     for step in range(4):
@@ -229,6 +231,7 @@ def test_processes_agree_share_and_place_their_parts(tmp_path):
             "True {(1, 1, 3, 8)} False",
             "True",
             "[0, 1, 2]",
+            "True True",
             "[False, False, True, True]",
             "at once",
             "True",

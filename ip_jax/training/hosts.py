@@ -191,11 +191,20 @@ def _vote() -> tuple[Mesh, Callable]:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """`tree`, the same in every process, as arrays of these shardings (one for each leaf, or one for all); a process places its own part alone."""
+    """`tree` as arrays of these shardings (one for each leaf, or one for all).
+
+    Of what is the same in every process, each places its own part; what is spread over them already is moved.
+    """
     if not several():
         return jax.device_put(tree, shardings)
     each = jax.tree.map(lambda _: shardings, tree) if isinstance(shardings, Sharding) else shardings
-    return jax.tree.map(lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__), tree, each)
+    return jax.tree.map(_place_array, tree, each)
+
+
+def _place_array(x: np.ndarray | jax.Array, sharding: Sharding) -> jax.Array:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
 
 
 def fetch(tree: Any) -> Any:

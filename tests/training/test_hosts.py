@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from ip_jax import cli
 from ip_jax.training import hosts
 from ip_jax.training.hosts import Cluster, find_cluster
 from ip_jax.training.sharding import batch_sharding, make_mesh
@@ -42,6 +43,13 @@ def test_the_command_line_goes_before_the_environment(given, automatic, environm
 def test_a_cluster_that_cannot_be_is_refused(given, environment, message):
     with pytest.raises(ValueError, match=message):
         find_cluster(given, False, environment)
+
+
+def test_the_command_line_refuses_it_with_one_sentence(capsys, no_jax, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["run", "gcd_sycophancy", "--out", str(tmp_path / "out"), "--coordinator", "host:1", "--processes", "2", "--process", "5"])
+    assert capsys.readouterr() == ("", "ip-jax: process 5 of 2 does not exist: processes are numbered 0 to 1\n")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
