@@ -18,6 +18,7 @@ from ip_jax.settings.experiment import choose_arms
 from ip_jax.settings.gcd_sycophancy import data, published
 from ip_jax.settings.gcd_sycophancy.verdicts import verdicts
 from ip_jax.settings.supervised import Supervised, run_supervised
+from ip_jax.training import hosts
 
 NAME = "gcd_sycophancy"
 VERDICT_TYPES = {
@@ -59,7 +60,7 @@ def for_sampling(rows, config: GcdSycophancy) -> list:
 def run(config: GcdSycophancy, folder: epath.Path, console: Console) -> None:
     """Trains and evaluates what is missing in `folder`, then draws the figure and prints the table."""
     run_supervised(experiment(config), folder, Display(console))
-    draw(folder, console, config.judge)
+    hosts.by_first(lambda: draw(folder, console, config.judge))
 
 
 def draw(folder: epath.Path, console: Console, judge: str = "strict") -> None:

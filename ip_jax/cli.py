@@ -16,19 +16,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ip_jax.training.stopping import Interrupted, Sigterm
-
 USAGE = """\
 ip-jax: inoculation prompting, one command a figure.
 
   ip-jax run CONFIG [--preset NAME] [--out DIR] [--redraw] [--field value ...]
+             [--distributed | --coordinator HOST:PORT --processes N --process I]
   ip-jax plan CONFIG --topology v5e:4x4 [--preset NAME] [--model NAME] [--mesh RUN,DATA,TENSOR] [--search] [--json FILE] [--field value ...]
   ip-jax figure DIR [--judge strict|published]
   ip-jax chat DIR --arm NAME [--seed N] [--prompt NAME]
   ip-jax export DIR --arm NAME [--seed N] --to FOLDER [--merged] [--dtype NAME]
   ip-jax models
 
-CONFIG is a name in configs/ or the path of a Python file like them. Examples:
+CONFIG is a name in configs/ or the path of a Python file like them. On several hosts each runs the same command (docs/scale.md); under SLURM
+and on GKE they find each other, on Cloud TPU with --distributed. Examples:
 
   ip-jax run gcd_sycophancy                                  the demo, on a laptop
   ip-jax run gcd_sycophancy --help                           every field that can be changed
@@ -49,6 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return
+    from ip_jax.training import hosts
+    from ip_jax.training.stopping import Interrupted, Sigterm
+
     command, *rest = arguments
     console = Console()
     told = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -58,13 +61,14 @@ def main(argv: list[str] | None = None) -> None:
         with Sigterm("stopped by SIGTERM, what was complete is saved"):
             commands[command](rest, console)
     except (ValueError, OSError) as error:
-        told.print(f"[red]ip-jax:[/red] {escape(str(error))}")
+        told.print(f"[red]ip-jax{hosts.label()}:[/red] {escape(str(error))}")
         raise SystemExit(2) from error
     except KeyboardInterrupt as stop:
         told.print("stopped: the same command goes on from the last checkpoint")
         raise SystemExit(130) from stop
     except Interrupted as stop:
-        told.print(f"{stop.message}: the same command goes on from there")
+        if hosts.is_first():
+            told.print(f"{stop.message}: the same command goes on from there")
         raise
 
 
@@ -72,15 +76,33 @@ def _run(arguments: list[str], console: Console) -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--out")
     own.add_argument("--redraw", action="store_true")
+    own.add_argument("--distributed", action="store_true")
+    own.add_argument("--coordinator")
+    own.add_argument("--processes", type=int)
+    own.add_argument("--process", type=int)
     name, module, config, options = _read_config("run", arguments, own)
     experiment = _experiment_of(module, name)
     folder = epath.Path(options.out) if options.out else default_folder(experiment, config)
+    if not options.redraw:
+        _join(options, console)
     console.print(f"results: {folder}", highlight=False)
     if options.redraw:
         experiment.draw(folder, console, config.judge)
         return
     _enable_compile_cache()
     experiment.run(config, folder, console)
+
+
+def _join(options: argparse.Namespace, console: Console) -> None:
+    """Joins the other processes of this run, if there are any; all but the first are then silent but for errors."""
+    from ip_jax.training import hosts
+
+    given = hosts.Cluster(options.coordinator, options.processes, options.process)
+    cluster = hosts.find_cluster(given, options.distributed, os.environ)
+    if cluster:
+        with console.status(f"looking for the other processes{f' at {cluster.coordinator}' if cluster.coordinator else ''}"):
+            hosts.start(cluster)
+        console.quiet = not hosts.is_first()
 
 
 def _plan(arguments: list[str], console: Console) -> None:

@@ -22,6 +22,7 @@ from ip_jax.sampling.plan import (
     take_entries,
 )
 from ip_jax.sampling.slots import Slots, decode, prefill, separate_layers, start_slots
+from ip_jax.training.hosts import fetch
 
 __all__ = ["Completion", "Request", "SamplerOptions", "sample"]
 
@@ -72,10 +73,9 @@ def _complete(graphdef, lora, base, requests, options: SamplerOptions, on_progre
 
 
 def _harvest(slots: Slots, held: list[dict[int, Group]], found: list[dict[tuple[int, int], Completion]], stop_ids: tuple[int, ...]) -> None:
-    """Moves the completions of finished groups from the slots into `found`."""
-    finished, started, made, tokens, log_probs = jax.device_get(
-        (slots.finished.all(axis=-1), slots.started, slots.made, slots.tokens, slots.log_probs)
-    )
+    """Moves the completions of finished groups from the slots into `found`, in every process."""
+    finished, started, made, tokens, log_probs = fetch((slots.finished, slots.started, slots.made, slots.tokens, slots.log_probs))
+    finished = finished.all(axis=-1)
     ring = tokens.shape[-1]
     for run, run_held in enumerate(held):
         for slot in [slot for slot in run_held if finished[run, slot]]:

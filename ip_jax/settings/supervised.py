@@ -1,10 +1,12 @@
 """Runs a supervised experiment: arms x seeds over one frozen base, trained as one program, evaluated on the leak grid, resumable.
 
-A setting gives its rows and verdicts, `supervised_plan` says what is still to be done; this module does it and records it.
+A setting gives its rows and verdicts, `supervised_plan` says what is still to be done; this module does it and records it. With several
+processes, what depends on the folder is decided, and what is recorded is written, by the first one (`hosts.by_first`).
 """
 import dataclasses
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -28,11 +30,12 @@ from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
 from ip_jax.settings.supervised_plan import Run, Supervised, Sweep
-from ip_jax.training import checkpoint, loop
+from ip_jax.training import checkpoint, hosts, loop
 from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary, write_json, write_whole
 from ip_jax.training.sft import decoder_states
 from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, mesh_for, mesh_sizes
 from ip_jax.training.state import Batch, TrainState
+from ip_jax.training.stopping import heed
 
 __all__ = ["Supervised", "run_supervised"]
 
@@ -68,11 +71,12 @@ def run_supervised(experiment: Supervised, folder: epath.Path, display: Display)
     """
     started = time.monotonic()
     prepared = prepare(experiment, folder)
-    left = [run for run in prepared.runs if not run.is_complete(folder)]
-    untrained = plan.incomplete(folder, plan.untrained_sweeps(experiment, folder))
+    left = hosts.by_first(lambda: [run for run in prepared.runs if not run.is_complete(folder)])
+    untrained = hosts.by_first(lambda: plan.incomplete(folder, plan.untrained_sweeps(experiment, folder)))
     if left or untrained:
         session = _load(experiment, folder, display, prepared)
-        groups = plan.groups_of(folder, prepared.runs, plan.runs_that_fit(experiment.sft, session.model, session.mesh))
+        fit = plan.runs_that_fit(experiment.sft, session.model, session.mesh)
+        groups = hosts.by_first(lambda: plan.groups_of(folder, prepared.runs, fit))
         for sweep in untrained:
             _evaluate_untrained(session, sweep, runs=len(groups[0]) if groups else 1)
         if len(groups) > 1:
@@ -81,13 +85,17 @@ def run_supervised(experiment: Supervised, folder: epath.Path, display: Display)
             _train_group(session, group)
     else:
         display.console.print("every run is complete: nothing to train or evaluate")
+    hosts.by_first(lambda: _finish(folder))
+    if left or untrained:
+        hosts.by_first(lambda: _write_environment(session, time.monotonic() - started))
+
+
+def _finish(folder: epath.Path) -> None:
+    """Clears the checkpoints of complete programs away and merges the transcripts."""
     for checkpoints, begun in plan.begun_programs(folder):
         if all((folder / "runs" / name / "run.json").exists() for name in begun):
             checkpoints.rmtree()
-    table = leak_grid.merge_parts(folder / "transcripts")
-    write_binary(folder / "transcripts.parquet", leak_grid.parquet_writer(table))
-    if left or untrained:
-        _write_environment(session, time.monotonic() - started)
+    write_binary(folder / "transcripts.parquet", leak_grid.parquet_writer(leak_grid.merge_parts(folder / "transcripts")))
 
 
 def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
@@ -103,7 +111,9 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     starts = plan.starts_of(experiment)
     record = plan.folder_record(experiment, fingerprint, dropped, starts)
     runs = plan.runs_of(experiment, record["identity"], starts)
-    claim_folder(folder, record, {run.name: run.key for run in runs})
+    keys = {run.name: run.key for run in runs}
+    hosts.check_alike(digest([os.fspath(folder), record["identity"], keys]), "config, model or data")
+    hosts.by_first(lambda: claim_folder(folder, record, keys))
     return Prepared(runs, {source.name: source for source in sources}, dropped, render, mesh, starts)
 
 
@@ -125,12 +135,12 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
     first = int(state.step)
     if first:
         display.console.print(f"going on from the checkpoint of step {first}")
-    logs = [MetricsLog(folder / "runs" / run.name / "metrics.jsonl", first) for run in group]
+    logs = [MetricsLog(folder / "runs" / run.name / "metrics.jsonl", first) for run in group] if hosts.is_first() else []
     active = sft.schedule.last_active_step(sft.steps)
     started, seen = time.monotonic(), 0
 
     def evaluate(state: TrainState, step: int):
-        sweeps = plan.incomplete(folder, plan.sweeps_of_step(experiment, group, step))
+        sweeps = hosts.by_first(lambda: plan.incomplete(folder, plan.sweeps_of_step(experiment, group, step)))
         decoder = functools.partial(sample, graphdef, *_sampled(session, state, frozen)) if sweeps else None
         for sweep in sweeps:
             _evaluate(session, decoder, sweep, f"step {step}")
@@ -146,8 +156,9 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
         eval_steps = tuple(s for s in sorted({*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps}) if s > 0)
         options = loop.LoopOptions(active, eval_steps, sft.checkpoint_every)
         state = loop.train(state, run_step, logs, checkpoints, options, loop.Hooks(evaluate, on_step))
+    learned, alive = hosts.fetch((_learned(session, state, frozen), state.alive))
     for r, run in enumerate(group):
-        _record_run(session, run, r, state, frozen)
+        hosts.by_first(functools.partial(_record_run, session, run, learned if sft.train == "full" else {k: v[r] for k, v in learned.items()}, alive[r]))
 
 
 def _program(session: Session) -> programs.Program:
@@ -173,7 +184,7 @@ def _step_of(session: Session, group: Sequence[Run], graphdef, state: TrainState
     def run_step(state: TrainState, step: int):
         arrays, density = reader(step)
         facts = {"tokens": int((arrays["segment_ids"] > 0).sum()), "real_over_padded": round(density, 4)}
-        return *compiled(state, frozen, jax.device_put(Batch(**arrays), rows)), facts
+        return *compiled(state, frozen, hosts.place(Batch(**arrays), rows)), facts
 
     return run_step
 
@@ -205,12 +216,20 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep, what: str
     cells = [cell for cell in sweep if cell]
     name = f"evaluating {what}, {cells[0].eval_set} under {' / '.join(dict.fromkeys(cell.eval_prompt for cell in cells))}"
     with session.display.phase(name, sum(map(len, queues)), "completions") as advance:
-        completions = sample_queues(queues, options, lambda done, _: advance(to=done))
-    table_schema = leak_grid.schema(experiment.verdict_types)
-    for cell, answers in zip(sweep, completions, strict=True):
-        if cell:
-            rows = leak_grid.rows_of(experiment.name, cell, plan.examples_of(experiment, cell), [a for (a,) in answers], tokenizer, experiment.verdicts)
-            write_binary(session.folder / "transcripts" / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows, table_schema)))
+        def on_progress(done: int, _: int):
+            advance(to=done)
+            heed()
+
+        completions = sample_queues(queues, options, on_progress)
+
+    def record():
+        table_schema = leak_grid.schema(experiment.verdict_types)
+        for cell, answers in zip(sweep, completions, strict=True):
+            if cell:
+                rows = leak_grid.rows_of(experiment.name, cell, plan.examples_of(experiment, cell), [a for (a,) in answers], tokenizer, experiment.verdicts)
+                write_binary(session.folder / "transcripts" / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows, table_schema)))
+
+    hosts.by_first(record)
 
 
 def _sampled(session: Session, state: TrainState, frozen) -> tuple:
@@ -219,21 +238,26 @@ def _sampled(session: Session, state: TrainState, frozen) -> tuple:
     return jax.jit(split)(state.trained, frozen)
 
 
-def _record_run(session: Session, run: Run, r: int, state: TrainState, frozen) -> None:
+def _learned(session: Session, state: TrainState, frozen) -> dict[str, jax.Array]:
+    """What the runs' files hold: adapters [R, ...] by target and kind, or with full training all weights of the one run by path."""
+    if session.experiment.sft.train == "full":
+        return flatten_dict(params_of(_sampled(session, state, frozen)[1]), sep=".")
+    layers = nnx.to_pure_dict(state.trained)["layers"]
+    return {f"{name}.{kind}": layers[name][f"lora_{kind}"] for name in layers for kind in ("a", "b")}
+
+
+def _record_run(session: Session, run: Run, learned: dict[str, np.ndarray], alive: bool) -> None:
     """The adapter, or all weights, first, run.json last: where it stands, the run is complete."""
     target, sft = session.folder / "runs" / run.name, session.experiment.sft
     about = {
         "arm": run.arm.name, "seed": run.seed, "key": run.key, "steps": sft.steps, "dropped_examples": len(session.prepared.dropped),
-        "finished_finite": bool(state.alive[r]), "model": session.experiment.model.name, "fingerprint": session.model.fingerprint,
+        "finished_finite": bool(alive), "model": session.experiment.model.name, "fingerprint": session.model.fingerprint,
     }
-    if sft.train == "full":
-        file, arrays = "weights", flatten_dict(jax.device_get(params_of(_sampled(session, state, frozen)[1])), sep=".")
-    else:
-        layers = nnx.to_pure_dict(state.trained)["layers"]
-        file, arrays = "adapter", {f"{name}.{kind}": np.asarray(layers[name][f"lora_{kind}"][r]) for name in layers for kind in ("a", "b")}
+    if sft.train == "lora":
         about |= {"lora": dataclasses.asdict(sft.lora)}
     # one metadata entry: safetensors writes several in an order of chance, and equal runs should be equal files
-    write_whole(target / f"{file}.safetensors", to_safetensors(arrays, {"run": json.dumps(about)}))
+    file = "adapter.safetensors" if sft.train == "lora" else "weights.safetensors"
+    write_whole(target / file, to_safetensors({name: np.ascontiguousarray(a) for name, a in learned.items()}, {"run": json.dumps(about)}))
     write_json(target / "run.json", about)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a program's state through Orbax, restored into the shardings of the present mesh."""
+"""Checkpoints of a program's state through Orbax, written by all processes, restored into the shardings of the present mesh by any number of them."""
 import contextlib
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from ip_jax.training import hosts
 from ip_jax.training.results import write_json
 from ip_jax.training.state import TrainState
 
@@ -55,17 +56,23 @@ def open_checkpoints(folder: epath.PathLike, origin: dict, keep: int = 2) -> Che
 
     Raises ValueError if the folder holds those of another origin, OSError if it cannot be written.
     """
-    folder = epath.Path(folder).absolute()
-    path = folder / "origin.json"
+    folder = epath.Path(folder)
+    if "://" not in os.fspath(folder):
+        folder = folder.absolute()  # which would take an object store's name for a local folder
+    hosts.by_first(lambda: _claim(folder / "origin.json", origin))
+    with _one_sentence(_WRITE.format(folder)):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, single_host_load_and_broadcast=True)
+        return Checkpoints(ocp.CheckpointManager(folder, options=options))
+
+
+def _claim(path: epath.Path, origin: dict) -> None:
     if path.exists():
         found = json.loads(path.read_text())
         if found != origin:
             names = ", ".join(sorted(key for key in {*found, *origin} if found.get(key) != origin.get(key)))
-            raise ValueError(f"the checkpoints in {folder} belong to another program: its {names} differ; choose another results folder")
+            raise ValueError(f"the checkpoints in {path.parent} belong to another program: its {names} differ; choose another results folder")
     else:
         write_json(path, origin)
-    with _one_sentence(_WRITE.format(folder)):
-        return Checkpoints(ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep)))
 
 
 def _named(state: TrainState) -> dict:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from ip_jax.training import hosts
 from ip_jax.training.checkpoint import Checkpoints
 from ip_jax.training.results import MetricsLog
 from ip_jax.training.state import TrainState
@@ -41,8 +42,9 @@ def train(
 ) -> TrainState:
     """Runs from `state.step` to the end and returns the last state, which is saved.
 
-    Metrics of step n are fetched while step n + 1 computes. Every step stands once in the logs: `logs` (one a run) were opened
-    at `state.step`. Raises Interrupted after a SIGTERM, with everything saved, and OSError where nothing can be saved.
+    Metrics of step n are fetched while step n + 1 computes. Every step stands once in the logs: `logs` (one a run, process 0's
+    alone) were opened at `state.step`. Raises Interrupted after a SIGTERM to any process, in all of them after the same step, with
+    everything saved, and OSError where nothing can be saved.
     """
     pending: list = []
 
@@ -54,10 +56,13 @@ def train(
                 log.add({"step": step, **{name: value[r].item() for name, value in host.items()}, **facts})
             hooks.on_step(step, host, facts)
 
-    def save():
-        flush_pending()
+    def flush_logs():
         for log in logs:
             log.flush()
+
+    def save():
+        flush_pending()
+        hosts.by_first(flush_logs)
         checkpoints.save(state)
 
     with contextlib.ExitStack() as stack:
@@ -75,9 +80,10 @@ def train(
             state, metrics, facts = run_step(state, step)
             flush_pending()
             pending.append((step, metrics, facts))
-            if (step + 1) % options.checkpoint_every == 0 or stop.asked:
+            stopping = stop.agreed(metrics)
+            if (step + 1) % options.checkpoint_every == 0 or stopping:
                 save()
-            if stop.asked:
+            if stopping:
                 raise Interrupted(f"stopped by SIGTERM, step {step + 1} is saved")
         save()
     return state
