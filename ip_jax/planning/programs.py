@@ -133,8 +133,8 @@ def compile_lowered(lower: Callable[[], jax.stages.Lowered]) -> Compiled | TooLa
 
 
 def _too_large(message: str) -> TooLarge:
-    """XLA:TPU says: Used 18.51G of 15.75G hbm."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", message)
+    """XLA:TPU says "Used 18.51G of 15.75G hbm" or "... required for HLO temporaries (37.29G) exceeds available HBM (15.75G)"; its G is 2^30."""
+    found = re.search(r"(?:Used |\()([\d.]+)([KMG])\)?(?: of | exceeds available HBM \()([\d.]+)([KMG])", message)
     if not found:
         return TooLarge(0.0, 0.0)
     unit = {"K": 2**10, "M": 2**20, "G": 2**30}

@@ -137,8 +137,11 @@ def test_sharded_over_data_each_device_does_its_part(costs):
     assert costs["eight"][1].argument_size_in_bytes < costs["one"][1].argument_size_in_bytes
 
 
-def test_what_the_tpu_compiler_says_about_too_large_programs():
-    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm. Exceeded hbm capacity by 2.75G."
+@pytest.mark.parametrize("said", [
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm. Exceeded hbm capacity by 2.75G.",
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.50G) exceeds available HBM (15.75G).",
+], ids=["used", "temporaries"])  # fmt: skip
+def test_what_the_tpu_compiler_says_about_too_large_programs(said):
     assert programs._too_large(said) == programs.TooLarge(18.5 * 2**30, 15.75 * 2**30)
 
 
