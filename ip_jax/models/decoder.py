@@ -148,6 +148,8 @@ def _run_layers(layer, kinds: tuple[AttentionKind, ...], x, stacks, remat: str):
     """
     lora, base, cache, index = stacks
     count, period = len(index), len(kinds)
+    if period == 1:
+        return jax.lax.scan(rematerialised(functools.partial(layer, kinds[0]), remat, prevent_cse=False), x, stacks)
     scanned = count - count % period if count > period else 0  # XLA unrolls a loop of one pass
 
     def in_turn(kinds, prevent_cse, x, stacks):
@@ -155,9 +157,8 @@ def _run_layers(layer, kinds: tuple[AttentionKind, ...], x, stacks, remat: str):
         for i, kind in enumerate(kinds):
 
             def one(x, stacks, i=i, kind=kind):
-                lora, own_base, cache, index = jax.tree.map(operator.itemgetter(i), stacks)
-                if own_base is None:
-                    own_base = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), base)
+                lora, cache, index = jax.tree.map(operator.itemgetter(i), stacks)
+                own_base = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), base)
                 return layer(kind, x, (lora, own_base, cache, index))
 
             x, emitted = rematerialised(one, remat, prevent_cse)(x, stacks)
@@ -165,11 +166,11 @@ def _run_layers(layer, kinds: tuple[AttentionKind, ...], x, stacks, remat: str):
         return x, jax.tree.map(lambda *layers: jnp.stack(layers), *emissions)
 
     by_period = lambda tree: jax.tree.map(lambda a: a[:scanned].reshape(scanned // period, period, *a.shape[1:]), tree)  # noqa: E731
-    periods = by_period((lora, base if period == 1 else None, cache, index))
+    periods = by_period((lora, cache, index))
     x, emitted = jax.lax.scan(functools.partial(in_turn, kinds, False), x, periods)
     emitted = jax.tree.map(lambda a: a.reshape(scanned, *a.shape[2:]), emitted)
     if scanned < count:
-        left = jax.tree.map(lambda a: a[scanned:], (lora, None, cache, index))
+        left = jax.tree.map(lambda a: a[scanned:], (lora, cache, index))
         x, last = in_turn(kinds[: count - scanned], True, x, left)
         emitted = jax.tree.map(lambda *parts: jnp.concatenate(parts), emitted, last)
     return x, emitted

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ip_jax.data.packing import segment_index
 from ip_jax.models import kernels
 from ip_jax.models.decoder import packed_attend
+from ip_jax.models.families import uniform_attention
 from ip_jax.models.kernels import AttentionCase, PackedAttention, choose_attention, packing, refusal
 from ip_jax.models.remat import ATTENTION
 from ip_jax.training.sharding import make_mesh
@@ -93,7 +94,7 @@ def test_context_and_gradients_equal_the_naive_ones(kernel, name, case, cudnn_in
 def test_a_kernel_equals_the_path_of_xla_on_padding_too():
     inputs = arrays(2, 2, 64)
     attend = packed_attend(*(jnp.asarray(x) for x in ROWS))
-    expected = jax.jit(lambda *x: context_and_gradients(lambda q, k, v, _: attend(q, k, v, None)[0], *x))(*inputs)
+    expected = jax.jit(lambda *x: context_and_gradients(lambda q, k, v, _: attend(q, k, v, None, *uniform_attention(64, 1e4))[0], *x))(*inputs)
     this = PackedAttention("splash", scale=64**-0.5, interpret=True)
     for mine, reference in zip(jax.jit(lambda *x: context_and_gradients(this, *x))(*inputs), expected, strict=True):
         np.testing.assert_allclose(mine, reference, atol=1e-5)

@@ -9,9 +9,9 @@ from etils import epath
 from rich.console import Console
 from tiny_experiment import make_experiment, write_model
 
-from ip_jax.data.packing import PackedShape
+from ip_jax.data.packing import PackedShape, RowRules
 from ip_jax.data.pipeline import batch_reader
-from ip_jax.models.families import DecoderConfig, param_shapes
+from ip_jax.models.families import DecoderConfig, param_shapes, uniform_attention
 from ip_jax.models.lora import LoraConfig
 from ip_jax.planning import estimate, programs, workload
 from ip_jax.planning.chips import CHIPS, Topology
@@ -25,7 +25,7 @@ from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import make_mesh
 from ip_jax.training.state import Batch
 
-CONFIG = DecoderConfig("llama", 512, 128, 384, 4, 8, 2, 16, 10000.0, 1e-5, 1024, False)
+CONFIG = DecoderConfig("llama", 512, 128, 384, 4, 8, 2, 16, uniform_attention(16, 10000.0), 1e-5, 1024, False)
 SFT = SftConfig(steps=3, batch_size=8, learning_rate=1e-3, schedule=Schedule("constant"), lora=LoraConfig(rank=4), tokens_per_micro_batch=4096)
 SHAPE = PackedShape(length=64, segments=1, segment_length=64, responses=32, micro_batches=2, micro_rows=8)
 
@@ -81,7 +81,7 @@ def test_the_abstract_batch_has_the_shapes_of_a_packed_one(lowered_by_run):
     experiment, _ = lowered_by_run
     mesh, render = make_mesh(data=8), supervised.renderer(supervised.hub.load_tokenizer(experiment.model.name))
     sources, _ = supervised.plan.training_sources(experiment, render)
-    reader = batch_reader(sources, render, 4, 2, 512, row_multiple=8)
+    reader = batch_reader(sources, render, 4, 2, 512, RowRules(8))
     real = Batch(**reader(0)[0])
     made = programs.batch_of(reader.shapes[0], len(sources), mesh)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), real) == jax.tree.map(lambda a: (a.shape, a.dtype), made)

@@ -15,8 +15,8 @@ from rich.console import Console
 from tiny_experiment import make_experiment, write_model
 
 from ip_jax.settings import supervised
-from ip_jax.settings.chat import trained_runs
 from ip_jax.settings.display import Display
+from ip_jax.settings.trained import trained_runs
 from ip_jax.training import checkpoint
 from ip_jax.training.results import write_whole
 from ip_jax.training.sharding import make_mesh

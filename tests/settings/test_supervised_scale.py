@@ -15,9 +15,10 @@ from tiny_experiment import make_experiment, write_model
 from ip_jax.models import hub
 from ip_jax.models.families import param_shapes
 from ip_jax.models.lora import LoraConfig
-from ip_jax.settings import chat, supervised
+from ip_jax.settings import supervised
 from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import ModelConfig, SftConfig
+from ip_jax.settings.trained import decoder_of, read_run
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import MeshConfig, make_mesh
 
@@ -45,7 +46,7 @@ def quick_compiles(tmp_path_factory):
 
 def run(experiment, folder: Path, steps_until_killed: int | None = None, one_device: bool = True) -> str:
     """One start of the engine, killed at a step if that is asked for: what it printed."""
-    printed, compile_step, left = io.StringIO(), supervised.compile_sft_step, [steps_until_killed]
+    printed, compile_step, left = io.StringIO(), supervised.programs.compile_sft_step, [steps_until_killed]
 
     def counting_compile(*arguments):
         compiled = compile_step(*arguments)
@@ -59,7 +60,7 @@ def run(experiment, folder: Path, steps_until_killed: int | None = None, one_dev
         return step
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supervised, "compile_sft_step", counting_compile)
+        patch.setattr(supervised.programs, "compile_sft_step", counting_compile)
         if one_device:
             patch.setattr(supervised, "make_mesh", lambda **_: make_mesh())
         supervised.run_supervised(experiment, epath.Path(folder), Display(Console(file=printed, width=200)))
@@ -87,7 +88,7 @@ def test_all_weights_are_trained_resumed_recorded_and_talked_to(model, tmp_path)
     start, trained = pretrained.params, load_file(folder / "runs" / "ip-s0" / "weights.safetensors")
     assert {name: array.shape for name, array in trained.items()} == {".".join(path): shape for path, shape in param_shapes(pretrained.config).items()}
     assert all(np.abs(array - (start["layers"][name[7:]] if name.startswith("layers.") else start[name])).max() > 1e-4 for name, array in trained.items())
-    _, adapters, base = chat._as_trained(pretrained, epath.Path(folder), "ip", 0)
+    _, adapters, base = decoder_of(read_run(epath.Path(folder), "ip", 0), pretrained)
     assert not jax.tree.leaves(adapters)
     np.testing.assert_array_equal(base["layers"]["up"]["kernel"].get_value(), trained["layers.up"])
 
