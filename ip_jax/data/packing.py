@@ -79,7 +79,7 @@ def balanced_rows(lengths: Sequence[int], capacity: int, shared: int = 0) -> lis
 
 def plan_shapes(
     lengths: Int[np.ndarray, "steps R N"], responses: Int[np.ndarray, "steps R N"], tokens_per_micro_batch: int,
-    quantum: int = ROW_QUANTUM, row_multiple: int = 1, shared: int = 0,
+    rules: RowRules = CPU_ROWS, shared: int = 0,
 ) -> list[PackedShape]:
     """The shape of each step of a training run, whose token lengths are all known beforehand: the cheapest one for all steps, or,
     where that saves more than a second compilation is worth (SECOND_SHAPE), another for the steps with the fewest tokens.
@@ -91,7 +91,7 @@ def plan_shapes(
         packings = [balanced_rows(run, length, shared) for run in lengths[step].tolist()]
         return max(map(len, packings)), max(len(row) for packing in packings for row in packing)
 
-    cheapest = functools.partial(_cheapest, lengths, responses, pack, tokens_per_micro_batch, quantum, row_multiple, shared)
+    cheapest = functools.partial(_cheapest, lengths, responses, pack, tokens_per_micro_batch, rules, shared)
     by_size = np.argsort(lengths.sum(axis=-1).max(axis=-1), kind="stable").tolist()
     best, shape = cheapest(by_size)
     plan = [shape] * len(lengths)
@@ -106,25 +106,24 @@ def plan_shapes(
 
 
 def _cheapest(
-    lengths, responses, pack: Callable[[int, int], tuple[int, int]], tokens_per_micro_batch: int, quantum: int, row_multiple: int,
+    lengths, responses, pack: Callable[[int, int], tuple[int, int]], tokens_per_micro_batch: int, rules: RowRules,
     shared: int, steps: list[int],
 ) -> tuple[float, PackedShape]:
     """(cost, shape) of the cheapest shape that serves these steps. `pack(step, length)`: (rows, most segments of a row).
 
     Tries row lengths from the longest example up and counts padded tokens and the attention of padded segments.
-    `tokens_per_micro_batch` bounds R * B * T of one micro-batch (but for rows of the shortest length); B is a multiple of
-    `row_multiple`, the devices that rows are spread over.
+    `tokens_per_micro_batch` bounds R * B * T of one micro-batch (but for rows of the shortest length).
     """
     runs, longest_example = lengths.shape[1], int(lengths[steps].max())
-    shortest = _round_up(longest_example, quantum)
+    shortest = _round_up(longest_example, rules.quantum)
     segment_length = _round_up(longest_example, SEGMENT_QUANTUM)
-    longest = max(shortest, min(8 * shortest, tokens_per_micro_batch // (runs * row_multiple)))
+    longest = max(shortest, min(8 * shortest, tokens_per_micro_batch // (runs * rules.multiple)))
     best: tuple[float, PackedShape] | None = None
-    for length in range(shortest, longest + 1, quantum):
+    for length in range(shortest, longest + 1, rules.quantum):
         rows, segments = np.array([pack(step, length) for step in steps]).T  # each [steps]
         segments = int(segments.max())
-        fitting = tokens_per_micro_batch // (runs * length) // row_multiple * row_multiple
-        micro_rows = min(_round_up(int(rows.max()), row_multiple), max(row_multiple, fitting))
+        fitting = tokens_per_micro_batch // (runs * length) // rules.multiple * rules.multiple
+        micro_rows = min(_round_up(int(rows.max()), rules.multiple), max(rules.multiple, fitting))
         used = -(-rows // micro_rows)
         cost = float(used.sum()) * micro_rows * (length + ATTENTION_COST * segments * segment_length**2)
         if best is None or cost < best[0]:

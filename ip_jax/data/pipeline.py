@@ -97,7 +97,7 @@ def batch_reader(
     lengths = np.array([[[len(e.token_ids) for e in run] for run in step] for step in batches])
     responses = np.array([[[e.response_mask.sum() for e in run] for run in step] for step in batches])
     shared = min(shared_prefix([example for step in batches for example in step[run]]) for run in range(len(datasets))) if rules.share_prefix else 0
-    shapes = plan_shapes(lengths, responses, tokens_per_micro_batch, rules.quantum, rules.multiple, shared)
+    shapes = plan_shapes(lengths, responses, tokens_per_micro_batch, rules, shared)
     return BatchReader(datasets, batch_size, shapes, shared)
 
 

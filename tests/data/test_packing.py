@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from ip_jax.data.packing import PackedShape, balanced_rows, pack_step, plan_shapes, shared_prefix
+from ip_jax.data.packing import PackedShape, RowRules, balanced_rows, pack_step, plan_shapes, shared_prefix
 from ip_jax.prompts.chat import Rendered
 
 RUNS, EXAMPLES = 3, 7
@@ -111,7 +111,7 @@ def test_an_example_longer_than_a_row_is_refused():
 def test_one_shape_holds_every_step(tokens_per_micro_batch, row_multiple):
     batches = [random_batch(seed) for seed in range(6)]
     lengths, responses = (np.concatenate([sizes(batch, of) for batch in batches]) for of in (lambda e: len(e.token_ids), lambda e: e.response_mask.sum()))
-    shapes = plan_shapes(lengths, responses, tokens_per_micro_batch, row_multiple=row_multiple)
+    shapes = plan_shapes(lengths, responses, tokens_per_micro_batch, RowRules(row_multiple))
     for batch, shape in zip(batches, shapes, strict=True):
         assert shape.length % 8 == 0 and shape.micro_rows % row_multiple == 0
         assert shape.micro_rows == row_multiple or RUNS * shape.micro_rows * shape.length <= tokens_per_micro_batch

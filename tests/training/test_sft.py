@@ -128,15 +128,17 @@ def test_steps_equal_torch_adamw_on_peft():
     assert state.alive.all() and step._cache_size() == 1
 
 
-def test_loss_counts_response_tokens_only():
-    """By hand from the logits: every response token, the first and the last one included, and no other."""
-    adapters = tiny.random_lora(tiny.CONFIG, LORA, runs=3)
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_loss_counts_response_tokens_only(softcap):
+    """By hand from the logits: every response token, the first and the last one included, and no other; Gemma 2's soft cap too."""
+    config = dataclasses.replace(tiny.CONFIG, logit_softcap=softcap)
+    adapters = tiny.random_lora(config, LORA, runs=3)
     examples = tiny.random_examples(3, LENGTHS)
-    _, (metrics,) = train([one_row_each(examples)], adapters, 0.0)
+    _, (metrics,) = train([one_row_each(examples)], adapters, 0.0, step_and_base(config), config=config)
     for run in range(3):
         log_probs = []
         for ids, n_prompt in examples[run]:
-            _, logits = tiny.hidden_states(tiny.CONFIG, tiny.random_params(tiny.CONFIG), np.pad(ids, (0, 16 - len(ids)))[None, None], tiny.of_run(adapters, run), LORA)
+            _, logits = tiny.hidden_states(config, tiny.random_params(config), np.pad(ids, (0, 16 - len(ids)))[None, None], tiny.of_run(adapters, run), LORA)
             table = log_softmax(logits[0, 0], axis=-1)
             log_probs += [table[position - 1, ids[position]] for position in range(n_prompt, len(ids))]
         assert metrics["response_tokens"][run] == len(log_probs)
