@@ -1,6 +1,7 @@
-"""What every benchmark shares: alternating repeats, the peer in a process of its own, the machine's description, one JSON file a result."""
+"""What every benchmark shares: alternating repeats, work in a process of its own, the machine's description, one JSON file a result."""
 import contextlib
 import datetime
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -10,8 +11,10 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from unittest import mock
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "transformers", "torch", "peft")
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -57,6 +60,36 @@ def _serve(connection, make, arguments):
         connection.send("done")
 
 
+def result_in_own_process(work: Callable[..., dict], *arguments, limit_s: float, environment: dict[str, str] | None = None) -> dict:
+    """What work(*arguments) returns in a process of its own, or {"error": one sentence} where it raises, dies or takes longer than `limit_s`.
+
+    All of its memory, a GPU's too, is given back at the end. `environment` is added to the process's variables.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(there, work, arguments), daemon=True)
+    with mock.patch.dict(os.environ, environment or {}):
+        process.start()
+    there.close()  # else a child that died would be waited for
+    try:
+        result = here.recv() if here.poll(max(limit_s, 0)) else {"error": f"it took longer than {limit_s:.0f} s"}
+    except EOFError:
+        process.join()
+        result = {"error": f"its process ended with exit code {process.exitcode}"}
+    process.kill()
+    process.join()
+    return result
+
+
+def _send_result(connection, work, arguments):
+    try:
+        result = work(*arguments)
+    except Exception as error:  # whatever it is, it is this benchmark's row and not the end of the others
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        result = {"error": f"{type(error).__name__}: {first_line}"[:300]}
+    connection.send(result)
+
+
 def peer_model(dtype: str, attention: str):
     """SmolLM2-135M in HF transformers with dense random weights, on which its speed does not depend (opened from the GGUF they stay packed)."""
     import torch
@@ -71,18 +104,26 @@ def peer_model(dtype: str, attention: str):
     return LlamaForCausalLM(config).to(getattr(torch, dtype))
 
 
-def save(name: str, result: dict) -> None:
-    """Writes benchmarks/results/NAME.json with the machine and the versions, and prints the result."""
+def save(name: str, result: dict, devices: list[str] | None = None, folder: pathlib.Path = RESULTS) -> None:
+    """Writes NAME.json into `folder` with the machine and the versions, and prints the result. `devices`: what it ran on, by default this process's."""
+    folder.mkdir(exist_ok=True)
+    machine = describe_machine(devices or _own_devices())
+    (folder / f"{name}.json").write_text(json.dumps({"name": name, **result, "machine": machine}, indent=2) + "\n")
+    print(json.dumps({"name": name, **result}))
+
+
+def describe_machine(devices: list[str]) -> dict:
+    """Processor, devices and the versions of what is compared, as far as it is installed."""
+    return {
+        "processor": _processor(), "cores": os.cpu_count(), "devices": devices, "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES if importlib.util.find_spec(package)}, "date": datetime.date.today().isoformat(),
+    }
+
+
+def _own_devices() -> list[str]:
     import jax
 
-    machine = {
-        "processor": _processor(), "cores": os.cpu_count(), "devices": [d.device_kind for d in jax.devices()],
-        "python": platform.python_version(), **{package: version(package) for package in ("jax", "jaxlib", "flax", "transformers")},
-        "date": datetime.date.today().isoformat(),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"name": name, **result, "machine": machine}, indent=2) + "\n")
-    print(json.dumps({"name": name, **result}))
+    return [device.device_kind for device in jax.devices()]
 
 
 def _processor() -> str:
