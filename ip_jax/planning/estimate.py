@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ip_jax.data.packing import PackedShape
 from ip_jax.models import flops
 from ip_jax.models.chips import Chip
-from ip_jax.models.lora import LoraConfig
+from ip_jax.models.flops import layer_matrix_params
 from ip_jax.planning.chips import Topology
 from ip_jax.planning.hlo import Collective, Cost
 from ip_jax.planning.programs import Compiled, Initial, TooLarge, batch_of, per_device
@@ -48,25 +48,20 @@ def resident(begun: Initial) -> dict[str, float]:
     return {"weights": per_device(begun.base), "adapters": per_device(state.trained), "optimizer": per_device(state.adam)}
 
 
+def lora_params(workload: Workload) -> int:
+    """Elements of one run's adapter; 0 with full training, which has none."""
+    return 0 if workload.sft.train == "full" else flops.lora_params(workload.config, workload.sft.lora)
+
+
 def step_tokens(workload: Workload, shape: PackedShape) -> int:
     """Positions of one step over all runs, padding included."""
     return workload.runs * shape.micro_batches * shape.micro_rows * shape.length
 
 
 def step_flops(workload: Workload, shape: PackedShape) -> float:
-    """Model FLOPs of one step of this shape over all runs, as if every position were a token."""
-    return flops.step_flops(workload.config, _lora(workload), flops.shape_work(workload.config, shape, workload.runs))
-
-
-def _lora(workload: Workload) -> LoraConfig | None:
-    """None where all weights are trained."""
-    return None if workload.sft.train == "full" else workload.sft.lora
-
-
-def _sampled_params(workload: Workload) -> int:
-    """Elements that one token is multiplied with in sampling, the vocabulary aside."""
-    lora = _lora(workload)
-    return flops.layer_matrix_params(workload.config) + (flops.lora_params(workload.config, lora) if lora else 0)
+    """Model FLOPs of one step of this shape over all runs, as if every position were a token (`models.flops`)."""
+    lora = None if workload.sft.train == "full" else workload.sft.lora
+    return flops.step_flops(workload.config, lora, flops.shape_work(workload.config, shape, workload.runs))
 
 
 def formula_cost(workload: Workload, shape: PackedShape, begun: Initial, mesh: Mesh) -> Cost:
@@ -76,7 +71,7 @@ def formula_cost(workload: Workload, shape: PackedShape, begun: Initial, mesh: M
     """
     config, again = workload.config, workload.sft.remat in ("attention", "full")
     passes = 3 if again else 2
-    remat = 2 * flops.layer_matrix_params(config, but="down") * step_tokens(workload, shape) if again else 0  # nothing needs down's result again
+    remat = 2 * layer_matrix_params(config, but="down") * step_tokens(workload, shape) if again else 0  # nothing needs down's result again
     cut, tensor = mesh.shape["run"] * mesh.shape["data"], mesh.shape["tensor"]
     weights = per_device(begun.base) * cut
     traffic = shape.micro_batches * (passes * weights + 2 * activations(workload, shape, mesh)) + 3 * per_device(begun.state)
@@ -117,7 +112,7 @@ def decode_cost(workload: Workload, work: Sampling, begun: Initial, mesh: Mesh) 
     """Cost of decoding one token for every row, by formula: all weights and caches are read once."""
     shape, config = work.plan.shape, workload.config
     rows = shape.runs * shape.groups * shape.rows
-    products = 2 * rows * (_sampled_params(workload) + config.vocab_size * config.d_model)
+    products = 2 * rows * (layer_matrix_params(config) + lora_params(workload) + config.vocab_size * config.d_model)
     weights = per_device(begun.base) * (mesh.shape["run"] * mesh.shape["data"])
     return Cost(products / mesh.size, weights + per_device(begun.state.trained) + caches(workload, work, mesh))
 
@@ -128,7 +123,7 @@ def prefill_cost(workload: Workload, work: Sampling, begun: Initial, mesh: Mesh)
     length = plan.prefill_lengths[-1]
     prompts = plan.shape.runs * plan.prefill_prompts
     attention = 2 * length**2 * config.n_heads * config.head_dim * config.n_layers * prompts
-    products = 2 * _sampled_params(workload) * prompts * length + attention
+    products = 2 * (layer_matrix_params(config) + lora_params(workload)) * prompts * length + attention
     weights = per_device(begun.base) * (mesh.shape["run"] * mesh.shape["data"])
     return Cost(products / mesh.size, weights)
 
