@@ -34,6 +34,7 @@ and on GKE they find each other, on Cloud TPU with --distributed. Examples:
   ip-jax run gcd_sycophancy --help                           every field that can be changed
   ip-jax run gcd_sycophancy --sft.learning-rate 1e-4         another learning rate, in a results folder of its own
   ip-jax run gcd_sycophancy --arms untrained neutral ip_behave "mine=Assume that I am right."
+  ip-jax run gcd_sycophancy --profile --wandb my_project     a trace of three steps; metrics to Weights & Biases
   ip-jax plan sft_shapes --preset qwen2-7b --topology v5e:4x4   what a pod slice would need and cost; no TPU needed
   ip-jax figure results/gcd_sycophancy/demo-1a2b3c           draw again, without a model
   ip-jax chat results/gcd_sycophancy/demo-1a2b3c --arm ip_behave

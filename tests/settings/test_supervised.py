@@ -110,8 +110,7 @@ def copy(finished, tmp_path):
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file but the records of sessions, which have times in them."""
-    names = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in names.items() if name != "environment.json" and not name.startswith("timing/")}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "environment.json" and "timing" not in path.parts}
 
 
 def rows_of(folder: Path) -> list[dict]:
