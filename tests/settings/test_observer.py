@@ -111,7 +111,7 @@ def test_sessions_append_their_timing_and_the_metrics_stay_as_if_nothing_had_bee
         assert (tmp_path / "out" / metrics).read_bytes() == (profiled[0] / metrics).read_bytes()
 
 
-def test_a_program_with_one_step_left_has_nothing_to_profile(model, tmp_path):
+def test_what_is_left_of_a_program_is_profiled_or_it_is_said_why_not(model, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
         stop_after(patch, 7)
         run(model, tmp_path / "out")
