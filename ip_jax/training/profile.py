@@ -13,13 +13,14 @@ STEPS = 3
 
 
 def traced_steps(shapes: Sequence, first: int, last: int, breaks: Sequence[int] = ()) -> range:
-    """The earliest of the steps [first, last) to trace: at most STEPS in a row, as many as there are, whose shapes were all seen since
-    `first`, so that they compile nothing, and without an evaluation (`breaks`: numbers of completed steps) between them. May be empty.
+    """The earliest of the steps [first, last) to trace: at most STEPS in a row, as many as there are, whose shapes, and that of the step
+    behind them, which begins before they end, were all seen since `first`, so that nothing is compiled; and without an evaluation
+    (`breaks`: numbers of completed steps) between them. May be empty.
     """
     for count in range(STEPS, 0, -1):
         for start in range(first + 1, last - count + 1):
             window = range(start, start + count)
-            if {shapes[step] for step in window} <= {shapes[step] for step in range(first, start)} and not any(start < at < window.stop for at in breaks):
+            if set(shapes[start : min(window.stop + 1, last)]) <= set(shapes[first:start]) and not any(start < at < window.stop for at in breaks):
                 return window
     return range(0)
 

@@ -117,7 +117,9 @@ def test_the_size_of_a_step_leaves_padding_and_empty_micro_batches_out():
     ("abababab", 0, (), range(2, 5)),
     ("aaaaaaab", 0, (3,), range(3, 6)),  # an evaluation after three steps lies between steps 2 and 3
     ("aaaaaaaa", 0, (2, 4, 6), range(2, 4)),
-    ("aab", 0, (), range(1, 2)),
+    ("aaab", 0, (), range(1, 2)),
+    ("aab", 0, (), range(0)),  # the third step is compiled while the second computes
+    ("aabb", 0, (), range(3, 4)),
     ("ab", 0, (), range(0)),
     ("aaaa", 3, (), range(0)),
 ], ids=str)  # fmt: skip
