@@ -36,6 +36,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "quant": ["qwix>=0.1.8"],  # model.quantised: nf4 and int8 arrays
         "gcs": ["gcsfs"],  # gs:// paths in etils.epath
+        "wandb": ["wandb>=0.19.10"],  # first that keeps several runs of a process open side by side
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "torch==2.13.0", "peft>=0.17", "qwix>=0.1.8"],  # torch and peft: parity tests only
     },
     entry_points={"console_scripts": ["ip-jax=ip_jax.cli:main"]},

@@ -17,6 +17,7 @@ from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import choose_arms
 from ip_jax.settings.gcd_sycophancy import data, published
 from ip_jax.settings.gcd_sycophancy.verdicts import verdicts
+from ip_jax.settings.observer import UNWATCHED, Watch
 from ip_jax.settings.supervised import Supervised, run_supervised
 from ip_jax.training import hosts
 
@@ -57,9 +58,9 @@ def for_sampling(rows, config: GcdSycophancy) -> list:
     return [row | solving if row["claim"] == "asked" else row for row in rows]
 
 
-def run(config: GcdSycophancy, folder: epath.Path, console: Console) -> None:
+def run(config: GcdSycophancy, folder: epath.Path, console: Console, watch: Watch = UNWATCHED) -> None:
     """Trains and evaluates what is missing in `folder`, then draws the figure and prints the table."""
-    run_supervised(experiment(config), folder, Display(console))
+    run_supervised(experiment(config), folder, Display(console), watch)
     hosts.by_first(lambda: draw(folder, console, config.judge))
 
 

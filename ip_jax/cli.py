@@ -19,7 +19,7 @@ from rich.table import Table
 USAGE = """\
 ip-jax: inoculation prompting, one command a figure.
 
-  ip-jax run CONFIG [--preset NAME] [--out DIR] [--redraw] [--field value ...]
+  ip-jax run CONFIG [--preset NAME] [--out DIR] [--redraw] [--field value ...] [--profile] [--wandb [PROJECT]]
              [--distributed | --coordinator HOST:PORT --processes N --process I]
   ip-jax plan CONFIG --topology v5e:4x4 [--preset NAME] [--model NAME] [--mesh RUN,DATA,TENSOR] [--search] [--json FILE] [--field value ...]
   ip-jax figure DIR [--judge strict|published]
@@ -34,6 +34,7 @@ and on GKE they find each other, on Cloud TPU with --distributed. Examples:
   ip-jax run gcd_sycophancy --help                           every field that can be changed
   ip-jax run gcd_sycophancy --sft.learning-rate 1e-4         another learning rate, in a results folder of its own
   ip-jax run gcd_sycophancy --arms untrained neutral ip_behave "mine=Assume that I am right."
+  ip-jax run gcd_sycophancy --profile --wandb my_project     a trace of three steps; metrics to Weights & Biases
   ip-jax plan sft_shapes --preset qwen2-7b --topology v5e:4x4   what a pod slice would need and cost; no TPU needed
   ip-jax figure results/gcd_sycophancy/demo-1a2b3c           draw again, without a model
   ip-jax chat results/gcd_sycophancy/demo-1a2b3c --arm ip_behave
@@ -73,9 +74,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str], console: Console) -> None:
+    from ip_jax.settings.observer import Watch
+
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--out")
     own.add_argument("--redraw", action="store_true")
+    own.add_argument("--profile", action="store_true")
+    own.add_argument("--wandb", nargs="?", const="ip_jax")
     own.add_argument("--distributed", action="store_true")
     own.add_argument("--coordinator")
     own.add_argument("--processes", type=int)
@@ -83,14 +88,15 @@ def _run(arguments: list[str], console: Console) -> None:
     name, module, config, options = _read_config("run", arguments, own)
     experiment = _experiment_of(module, name)
     folder = epath.Path(options.out) if options.out else default_folder(experiment, config)
+    watch = Watch(options.profile, options.wandb)
     if not options.redraw:
         _join(options, console)
     console.print(f"results: {folder}", highlight=False)
     if options.redraw:
         experiment.draw(folder, console, config.judge)
         return
-    _enable_compile_cache()
-    experiment.run(config, folder, console)
+    console.print(f"compiled programs: {_enable_compile_cache()}", highlight=False)
+    experiment.run(config, folder, console, watch)
 
 
 def _join(options: argparse.Namespace, console: Console) -> None:
@@ -258,14 +264,19 @@ def _nearest(name: str, known) -> str:
     return (f"did you mean {', '.join(near)}? " if near else "") + f"there is {', '.join(known)}"
 
 
-def _enable_compile_cache() -> None:
-    """Compiled programs are kept between runs of the command."""
+def _enable_compile_cache() -> str:
+    """Compiled programs are kept between runs of the command: in JAX_COMPILATION_CACHE_DIR if that is set, else beside the embedded models.
+
+    Returns the place. Of several processes the first one alone writes it: jax sees to that.
+    """
     import jax
 
     from ip_jax.models.hub import cache_dir
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", os.fspath(cache_dir() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return jax.config.jax_compilation_cache_dir
 
 
 if __name__ == "__main__":

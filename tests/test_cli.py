@@ -1,5 +1,7 @@
 """The command line: one sentence and the nearest names for every mistake, fields of a config, redrawing without a model."""
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 
 from configs.gcd_sycophancy import PRESETS
 from ip_jax import cli
+from ip_jax.settings.observer import Watch
 
 CONFIG = """
 from configs.gcd_sycophancy import PRESETS as published
@@ -21,7 +24,7 @@ PRESETS = {{"demo": dataclasses.replace(published["demo"], model=dataclasses.rep
 @pytest.fixture(autouse=True)
 def no_compile_cache(monkeypatch):
     """It would stay switched on for the tests that follow."""
-    monkeypatch.setattr(cli, "_enable_compile_cache", lambda: None)
+    monkeypatch.setattr(cli, "_enable_compile_cache", lambda: "nowhere")
 
 
 @pytest.fixture
@@ -134,6 +137,36 @@ def test_redraw_needs_no_model(capsys, config, tmp_path):
 def test_redraw_of_nothing_is_one_sentence(capsys, config, tmp_path):
     said = failure(capsys, "run", config, "--redraw", "--out", str(tmp_path / "none"))
     assert "config.json is missing" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("given, project", [([], None), (["--wandb"], "ip_jax"), (["--wandb", "mine"], "mine")], ids=str)
+def test_what_to_watch_reaches_the_experiment(capsys, monkeypatch, tmp_path, given, project):
+    from experiments import gcd_sycophancy
+
+    seen, found = [], importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "wandb" or found(name, *rest))  # as if it were installed
+    monkeypatch.setattr(gcd_sycophancy, "run", lambda config, folder, console, watch: seen.append((config.seeds, watch)))
+    cli.main(["run", "gcd_sycophancy", "--out", str(tmp_path / "out"), *given, "--seeds", "3", "--profile"])
+    assert seen == [((3,), Watch(profile=True, wandb=project))]
+    assert "compiled programs: nowhere" in capsys.readouterr().out
+
+
+def test_wandb_without_its_package_is_one_sentence(capsys, monkeypatch, tmp_path):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else found(name, *rest))
+    assert "--wandb needs the package wandb" in failure(capsys, "run", "gcd_sycophancy", "--out", str(tmp_path / "out"), "--wandb")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("chosen", [False, True], ids=["default", "environment"])
+def test_compiled_programs_are_kept_where_it_says(tmp_path, chosen):
+    """In a process of its own: the cache would stay switched on for the tests that follow."""
+    code = "import jax; from ip_jax.cli import _enable_compile_cache as on; print(on()); jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0); jax.jit(lambda x: x + 1)(1)"
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | {"IP_JAX_CACHE": str(tmp_path / "ours"), "JAX_PLATFORMS": "cpu"}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "theirs")} if chosen else {}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    place = tmp_path / "theirs" if chosen else tmp_path / "ours" / "compiled"
+    assert done.stdout.strip() == str(place) and list(place.iterdir())
 
 
 def test_models_lists_families_and_names(capsys):

@@ -1,8 +1,4 @@
-"""What the makers publish about accelerators, and the devices that a topology's name stands for.
-
-TPUs: the specification tables of docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e. GPUs: the data sheets of A100, H100 and H200 (SXM) on
-nvidia.com, dense bfloat16. Links: what a chip sends in one direction over all of its links, half of the published bidirectional figure.
-"""
+"""The devices that a topology's name stands for."""
 import dataclasses
 import difflib
 import importlib.util
@@ -15,34 +11,10 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from ip_jax.models.chips import CHIPS, Chip, chip_of
 from ip_jax.training.sharding import AXES, make_mesh
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One accelerator: memory in bytes, peak in bfloat16 FLOP/s, memory bandwidth and links in bytes/s."""
-
-    name: str
-    memory: float
-    peak: float
-    bandwidth: float
-    links: float
-
-
-GIB, T, G = 2**30, 1e12, 1e9
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v5e", 16 * GIB, 197 * T, 819 * G, 200 * G),
-        Chip("v5p", 95 * GIB, 459 * T, 2765 * G, 600 * G),
-        Chip("v6e", 32 * GIB, 918 * T, 1638 * G, 400 * G),
-        Chip("a100", 80 * G, 312 * T, 2039 * G, 300 * G),
-        Chip("h100", 80 * G, 989 * T, 3350 * G, 450 * G),
-        Chip("h200", 141 * G, 989 * T, 4800 * G, 450 * G),
-    )
-}
 TPUS = ("v5e", "v5p", "v6e")
-KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "A100": "a100", "H100": "h100", "H200": "h200"}
 EXAMPLES = "v5e:4x4, v5p:2x2x1, v5p:4x4x4, v6e:2x4 (compiled), h200:1, h100:8, a100:8 (by formula alone), local (this machine's devices)"
 LIBTPU = 'compiling for a TPU needs libtpu, which is not installed here: pip install "jax[tpu]" (no TPU is needed)'
 # libtpu, asked for a compiler alone: no questions to the network about this machine (any type will do), no lock against other processes
@@ -72,8 +44,7 @@ def read_topology(name: str) -> Topology:
     """The topology of a name like v5e:4x4, h200:1 or local. Raises ValueError with what is known, and without libtpu with how to install it."""
     if name == "local":
         devices = jax.devices()
-        known = next((CHIPS[short] for part, short in KINDS.items() if devices[0].device_kind.endswith(part)), None)
-        return Topology(name, len(devices), known, devices)
+        return Topology(name, len(devices), chip_of(devices[0].device_kind), devices)
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+){0,2})", name)
     if not found or found.group(1) not in CHIPS:
         near = difflib.get_close_matches(name.partition(":")[0], CHIPS, n=1)

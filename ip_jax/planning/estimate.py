@@ -4,14 +4,14 @@ Seconds are estimates: the slowest of the time that the FLOPs take at the chip's
 collectives over its links, as if these overlapped wholly and nothing else took time. A real step takes longer.
 """
 import dataclasses
-import math
 
 from jax.sharding import Mesh
 
 from ip_jax.data.packing import PackedShape
-from ip_jax.models.families import DecoderConfig, param_shapes
-from ip_jax.models.lora import projection_shapes
-from ip_jax.planning.chips import Chip, Topology
+from ip_jax.models import flops
+from ip_jax.models.chips import Chip
+from ip_jax.models.flops import layer_matrix_params
+from ip_jax.planning.chips import Topology
 from ip_jax.planning.hlo import Collective, Cost
 from ip_jax.planning.programs import Compiled, Initial, TooLarge, batch_of, per_device
 from ip_jax.planning.workload import Sampling, Workload
@@ -48,19 +48,9 @@ def resident(begun: Initial) -> dict[str, float]:
     return {"weights": per_device(begun.base), "adapters": per_device(state.trained), "optimizer": per_device(state.adam)}
 
 
-def layer_matrix_params(config: DecoderConfig, but: str = "") -> int:
-    """Elements of all layers' matrices that one token is multiplied with (of E experts those that it is sent to), without those called `but`."""
-    active = getattr(config, "experts_per_token", 0) / max(getattr(config, "n_experts", 0), 1)
-    return int(sum(
-        math.prod(shape) * (active if "expert" in path[-1] else 1)
-        for path, shape in param_shapes(config).items() if path[0] == "layers" and len(shape) > 2 and path[-1] not in (but, f"expert_{but}")
-    ))  # fmt: skip
-
-
 def lora_params(workload: Workload) -> int:
-    """Elements of one run's adapter."""
-    shapes, lora = projection_shapes(workload.config), workload.sft.lora
-    return workload.config.n_layers * lora.rank * sum(sum(shapes[target]) for target in lora.targets)
+    """Elements of one run's adapter; 0 with full training, which has none."""
+    return 0 if workload.sft.train == "full" else flops.lora_params(workload.config, workload.sft.lora)
 
 
 def step_tokens(workload: Workload, shape: PackedShape) -> int:
@@ -69,16 +59,9 @@ def step_tokens(workload: Workload, shape: PackedShape) -> int:
 
 
 def step_flops(workload: Workload, shape: PackedShape) -> float:
-    """Model FLOPs of one LoRA step over all runs: 4 for each token and frozen weight (forward, and backward through the activations), 6 for
-    each weight of the adapters, attention by segment with the upper triangle left out, the vocabulary at response positions alone.
-
-    What remat or a compiler computes twice does not count: this is the MFU's numerator (Chowdhery et al. 2022, appendix B).
-    """
-    config, tokens = workload.config, step_tokens(workload, shape)
-    rows = workload.runs * shape.micro_batches * shape.micro_rows
-    attention = 3 * 2 * shape.segment_length**2 * config.n_heads * config.head_dim * config.n_layers * rows * shape.segments
-    vocabulary = 4 * config.vocab_size * config.d_model * rows * shape.responses
-    return 4 * layer_matrix_params(config) * tokens + 6 * lora_params(workload) * tokens + attention + vocabulary
+    """Model FLOPs of one step of this shape over all runs, as if every position were a token (`models.flops`)."""
+    lora = None if workload.sft.train == "full" else workload.sft.lora
+    return flops.step_flops(workload.config, lora, flops.shape_work(workload.config, shape, workload.runs))
 
 
 def formula_cost(workload: Workload, shape: PackedShape, begun: Initial, mesh: Mesh) -> Cost:
@@ -129,9 +112,9 @@ def decode_cost(workload: Workload, work: Sampling, begun: Initial, mesh: Mesh) 
     """Cost of decoding one token for every row, by formula: all weights and caches are read once."""
     shape, config = work.plan.shape, workload.config
     rows = shape.runs * shape.groups * shape.rows
-    flops = 2 * rows * (layer_matrix_params(config) + lora_params(workload) + config.vocab_size * config.d_model)
+    products = 2 * rows * (layer_matrix_params(config) + lora_params(workload) + config.vocab_size * config.d_model)
     weights = per_device(begun.base) * (mesh.shape["run"] * mesh.shape["data"])
-    return Cost(flops / mesh.size, weights + per_device(begun.state.trained) + caches(workload, work, mesh))
+    return Cost(products / mesh.size, weights + per_device(begun.state.trained) + caches(workload, work, mesh))
 
 
 def prefill_cost(workload: Workload, work: Sampling, begun: Initial, mesh: Mesh) -> Cost:
@@ -140,9 +123,9 @@ def prefill_cost(workload: Workload, work: Sampling, begun: Initial, mesh: Mesh)
     length = plan.prefill_lengths[-1]
     prompts = plan.shape.runs * plan.prefill_prompts
     attention = 2 * length**2 * config.n_heads * config.head_dim * config.n_layers * prompts
-    flops = 2 * (layer_matrix_params(config) + lora_params(workload)) * prompts * length + attention
+    products = 2 * (layer_matrix_params(config) + lora_params(workload)) * prompts * length + attention
     weights = per_device(begun.base) * (mesh.shape["run"] * mesh.shape["data"])
-    return Cost(flops / mesh.size, weights)
+    return Cost(products / mesh.size, weights)
 
 
 def step_memory(workload: Workload, shape: PackedShape, begun: Initial, compiled: Compiled | None, mesh: Mesh) -> dict[str, float]:

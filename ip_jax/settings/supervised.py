@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from safetensors.numpy import save as to_safetensors
 
-from ip_jax.data.pipeline import Render, RunSource, batch_reader, renderer
+from ip_jax.data.pipeline import BatchReader, Render, RunSource, batch_reader, renderer
 from ip_jax.evals import leak_grid
 from ip_jax.models import hub
 from ip_jax.models.decoder import params_of
@@ -29,8 +29,11 @@ from ip_jax.settings import programs
 from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
+from ip_jax.settings.observer import UNWATCHED, Observer, Wandb, Watch
 from ip_jax.settings.supervised_plan import Run, Supervised, Sweep
 from ip_jax.training import checkpoint, hosts, loop
+from ip_jax.training.meter import Compilations, Meter, peak_memory, step_size
+from ip_jax.training.profile import Trace, traced_steps
 from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary, write_json, write_whole
 from ip_jax.training.sft import decoder_states
 from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, mesh_for, mesh_sizes
@@ -62,19 +65,26 @@ class Session:
     prepared: Prepared
     model: hub.Pretrained
     mesh: Mesh
+    watch: Watch
+    compilations: Compilations
 
 
-def run_supervised(experiment: Supervised, folder: epath.Path, display: Display) -> None:
-    """Trains and evaluates what is not complete yet in `folder`, then merges the transcripts.
+def run_supervised(experiment: Supervised, folder: epath.Path, display: Display, watch: Watch = UNWATCHED) -> None:
+    """Trains and evaluates what is not complete yet in `folder`, then merges the transcripts. `watch`: what to observe besides.
 
     Raises ValueError or OSError, each with one sentence, for everything that can be checked before the model is loaded.
     """
+    with Compilations() as compilations:
+        _run(experiment, folder, display, watch, compilations)
+
+
+def _run(experiment: Supervised, folder: epath.Path, display: Display, watch: Watch, compilations: Compilations) -> None:
     started = time.monotonic()
     prepared = prepare(experiment, folder)
     left = hosts.by_first(lambda: [run for run in prepared.runs if not run.is_complete(folder)])
     untrained = hosts.by_first(lambda: plan.incomplete(folder, plan.untrained_sweeps(experiment, folder)))
     if left or untrained:
-        session = _load(experiment, folder, display, prepared)
+        session = Session(experiment, folder, display, prepared, *_load(experiment, display, prepared), watch, compilations)
         fit = plan.runs_that_fit(experiment.sft, session.model, session.mesh)
         groups = hosts.by_first(lambda: plan.groups_of(folder, prepared.runs, fit))
         for sweep in untrained:
@@ -117,10 +127,10 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     return Prepared(runs, {source.name: source for source in sources}, dropped, render, mesh, starts)
 
 
-def _load(experiment: Supervised, folder: epath.Path, display: Display, prepared: Prepared) -> Session:
+def _load(experiment: Supervised, display: Display, prepared: Prepared) -> tuple[hub.Pretrained, Mesh]:
     mesh = make_mesh(**prepared.mesh)
     with display.console.status(f"loading {experiment.model.name}"):
-        return Session(experiment, folder, display, prepared, load_base(experiment.model, mesh), mesh)
+        return load_base(experiment.model, mesh), mesh
 
 
 def _train_group(session: Session, group: Sequence[Run]) -> None:
@@ -129,7 +139,8 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
     experiment, folder, display, model = session.experiment, session.folder, session.display, session.model
     sft = experiment.sft
     origin = {"runs": {run.name: run.key for run in group}, "model": model.fingerprint}
-    checkpoints = checkpoint.open_checkpoints(folder / "checkpoints" / digest(origin), origin)
+    program = digest(origin)
+    checkpoints = checkpoint.open_checkpoints(folder / "checkpoints" / program, origin)
     graphdef, state, frozen = _initial(session, [run.seed for run in group], [session.prepared.starts.get(run.arm.name) for run in group])
     state = checkpoints.restore_latest(state) or state
     first = int(state.step)
@@ -137,7 +148,10 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
         display.console.print(f"going on from the checkpoint of step {first}")
     logs = [MetricsLog(folder / "runs" / run.name / "metrics.jsonl", first) for run in group] if hosts.is_first() else []
     active = sft.schedule.last_active_step(sft.steps)
-    started, seen = time.monotonic(), 0
+    eval_steps = tuple(s for s in sorted({*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps}) if s > 0)
+    reader = _reader(session, group)
+    traced = traced_steps(reader.shapes, first, active, eval_steps) if session.watch.profile else range(0)
+    observer = _observer(session, group, program, traced)
 
     def evaluate(state: TrainState, step: int):
         sweeps = hosts.by_first(lambda: plan.incomplete(folder, plan.sweeps_of_step(experiment, group, step)))
@@ -145,17 +159,17 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
         for sweep in sweeps:
             _evaluate(session, decoder, sweep, f"step {step}")
 
-    with display.phase(f"training {len(group)} runs", active - first, "steps") as advance:
+    with observer, display.phase(f"training {len(group)} runs", active - first, "steps") as advance:
         def on_step(step: int, metrics: dict, facts: dict):
-            nonlocal seen
-            seen += facts["tokens"]
+            observer.end(step, metrics, display.console)
             losses = " ".join(f"{run.name} {loss:.3f}" for run, loss in zip(group, metrics["loss"], strict=True))
-            advance(1, f"{losses}, {seen / (time.monotonic() - started):.0f} tokens/s, {facts['real_over_padded']:.0%} real")
+            advance(1, f"{losses}, {observer.meter.rates()}")
 
-        run_step = _step_of(session, group, graphdef, state, frozen)
-        eval_steps = tuple(s for s in sorted({*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps}) if s > 0)
+        run_step = _step_of(session, reader, (graphdef, state, frozen), observer)
         options = loop.LoopOptions(active, eval_steps, sft.checkpoint_every)
-        state = loop.train(state, run_step, logs, checkpoints, options, loop.Hooks(evaluate, on_step))
+        state = loop.train(state, run_step, logs, checkpoints, options, loop.Hooks(evaluate, on_step, observer.save))
+    if observer.meter.rows:
+        display.console.print(f"trained: {observer.meter.summary()}", highlight=False, soft_wrap=True)
     learned, alive = hosts.fetch((_learned(session, state, frozen), state.alive))
     for r, run in enumerate(group):
         hosts.by_first(functools.partial(_record_run, session, run, learned if sft.train == "full" else {k: v[r] for k, v in learned.items()}, alive[r]))
@@ -172,19 +186,36 @@ def _initial(session: Session, seeds: Sequence[int], starts: Sequence[plan.Start
     return graphdef, state, jax.device_put(frozen, base_shardings(session.mesh, frozen))
 
 
-def _step_of(session: Session, group: Sequence[Run], graphdef, state: TrainState, frozen) -> loop.RunStep:
-    """Reads a step's batch and runs the compiled step on it."""
-    sft, mesh = session.experiment.sft, session.mesh
-    sources, steps = [session.prepared.sources[run.name] for run in group], sft.schedule.last_active_step(sft.steps)
-    rules = programs.row_rules(_program(session))
-    reader = batch_reader(sources, session.prepared.render, sft.batch_size, steps, sft.tokens_per_micro_batch, rules)
-    rows = batch_sharding(mesh)
+def _reader(session: Session, group: Sequence[Run]) -> BatchReader:
+    sft, sources = session.experiment.sft, [session.prepared.sources[run.name] for run in group]
+    steps, rules = sft.schedule.last_active_step(sft.steps), programs.row_rules(_program(session))
+    return batch_reader(sources, session.prepared.render, sft.batch_size, steps, sft.tokens_per_micro_batch, rules)
+
+
+def _observer(session: Session, group: Sequence[Run], program: str, traced: range) -> Observer:
+    folder, watch = session.folder, session.watch
+    if watch.profile and not traced:
+        session.display.console.print("profile: nothing to trace, there is no step left after the first one that compiles nothing")
+    configs = {run.name: {**session.experiment.shared, "arm": run.arm.name, "seed": run.seed} for run in group}
+    return Observer(
+        Meter(session.mesh.devices.flatten().tolist(), session.compilations), folder / "timing" / f"{program}.jsonl",
+        Trace(folder / "profile", traced) if traced else None, Wandb(watch.wandb, folder, configs) if watch.wandb else None,
+    )
+
+
+def _step_of(session: Session, reader: BatchReader, initial: tuple, observer: Observer) -> loop.RunStep:
+    """Reads a step's batch and runs the compiled step on it. `initial`: what `_initial` returns."""
+    sft, config = session.experiment.sft, session.model.config
+    rows, lora, (graphdef, state, frozen) = batch_sharding(session.mesh), None if sft.train == "full" else sft.lora, initial
     compiled = programs.train_step(_program(session), graphdef, state, frozen, reader.shared)
 
     def run_step(state: TrainState, step: int):
+        begun = observer.begin(step)
         arrays, density = reader(step)
-        facts = {"tokens": int((arrays["segment_ids"] > 0).sum()), "real_over_padded": round(density, 4)}
-        return *compiled(state, frozen, hosts.place(Batch(**arrays), rows)), facts
+        size = step_size(config, lora, arrays)
+        facts = {"tokens": size.tokens, "real_over_padded": round(density, 4)}
+        with observer.run(step, begun, size):
+            return *compiled(state, frozen, hosts.place(Batch(**arrays), rows)), facts
 
     return run_step
 
@@ -268,6 +299,7 @@ def _write_environment(session: Session, seconds: float) -> None:
     sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
     sessions.append({
         "seconds": round(seconds, 1), "devices": [d.device_kind for d in jax.devices()], "processes": jax.process_count(),
+        "compiled": dataclasses.asdict(session.compilations.so_far), "peak_memory_bytes": peak_memory(),
         "weights": model.weights, "activations": model.activations, "versions": {name: version(name) for name in packages},
     })
     write_json(path, {"sessions": sessions})

@@ -31,10 +31,13 @@ class LoopOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What the loop calls. `evaluate(state, step)` is idempotent; `on_step(step, metrics {name: [R]}, facts)` is for display."""
+    """What the loop calls. `evaluate(state, step)` is idempotent; `on_step(step, metrics {name: [R]}, facts)` is for display;
+    `on_save()` follows the writing of the logs, in process 0 alone.
+    """
 
     evaluate: Callable[[TrainState, int], None]
     on_step: Callable[[int, dict, dict], None]
+    on_save: Callable[[], None] = lambda: None
 
 
 def train(
@@ -59,6 +62,7 @@ def train(
     def flush_logs():
         for log in logs:
             log.flush()
+        hooks.on_save()
 
     def save():
         flush_pending()

@@ -109,8 +109,8 @@ def copy(finished, tmp_path):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the record of sessions, which has times in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "environment.json"}
+    """Every file but the records of sessions, which have times in them."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "environment.json" and "timing" not in path.parts}
 
 
 def rows_of(folder: Path) -> list[dict]:

@@ -1,0 +1,124 @@
+"""What of a training program is watched besides its metrics.jsonl: timing.jsonl, a profile, and the metrics on Weights & Biases.
+
+Process 0 alone writes.
+"""
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import secrets
+import sys
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from etils import epath
+
+from ip_jax.training import hosts
+from ip_jax.training.meter import Mark, Meter, StepSize
+from ip_jax.training.profile import Trace
+from ip_jax.training.results import MetricsLog, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """What to watch: `profile` traces a few steps of each program (training.profile), `wandb` names a project on Weights & Biases."""
+
+    profile: bool = False
+    wandb: str | None = None
+
+    def __post_init__(self):
+        if self.wandb is not None and importlib.util.find_spec("wandb") is None:
+            raise ValueError('--wandb needs the package wandb, which is not installed here: pip install "ip_jax[wandb]"')
+
+
+UNWATCHED = Watch()
+
+
+class Wandb:
+    """One W&B run for each of a program's runs, in a group for the results folder. While it is open, `log` sends a step's metrics there.
+
+    The id of each is kept in the run's folder (wandb.json): the same command goes on in the same W&B run, and steps that are there
+    already, because training went back to a checkpoint, are not sent again. Opening it raises OSError where W&B refuses (no key, no network).
+    """
+
+    def __init__(self, project: str, folder: epath.Path, runs: Mapping[str, Mapping]):
+        """`runs`: the config of each by its name."""
+        self.project, self.folder, self.runs = project, folder, runs
+
+    def __enter__(self):
+        import wandb
+
+        with contextlib.ExitStack() as stack:
+            try:
+                self._open = [
+                    stack.enter_context(wandb.init(
+                        project=self.project, group=self.folder.name, name=name, id=self._id(name), resume="allow", reinit="create_new", config=dict(config),
+                    ))
+                    for name, config in self.runs.items()
+                ]  # fmt: skip
+            except wandb.Error as error:
+                raise OSError(f"--wandb: Weights & Biases says: {error}; with WANDB_MODE=offline in the environment nothing is sent") from error
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        return self._stack.__exit__(*error)
+
+    def _id(self, name: str) -> str:
+        path = self.folder / "runs" / name / "wandb.json"
+        if not path.exists():
+            write_json(path, {"project": self.project, "id": secrets.token_hex(6)})
+        return json.loads(path.read_text())["id"]
+
+    def log(self, step: int, metrics: Mapping[str, np.ndarray], common: Mapping) -> None:
+        """`metrics`: {name: [R]}, one number for each run; `common`: what is the same for all."""
+        for r, run in enumerate(self._open):
+            if step >= run.starting_step:
+                run.log({**{name: values[r].item() for name, values in metrics.items()}, **common}, step=step)
+
+
+class Observer:
+    """Watches the steps of one program while it is open. Timing goes into folder/timing/<program>.jsonl, where each session appends its steps."""
+
+    def __init__(self, meter: Meter, timing: epath.Path, trace: Trace | None = None, wandb: Wandb | None = None):
+        self.meter, self.trace, self.wandb = meter, trace, wandb
+        self.log = MetricsLog(timing, sys.maxsize) if hosts.is_first() else None
+        self.session = 1 + max((row["session"] for row in self.log.rows), default=0) if self.log else 1
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            for part in filter(None, (self.trace, self.wandb)):
+                hosts.by_first(lambda part=part: stack.enter_context(part) and None)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        return self._stack.__exit__(*error)
+
+    def begin(self, step: int) -> Mark:
+        """Before a step's batch is read."""
+        if self.trace and hosts.is_first():
+            self.trace.begin(step)
+        return self.meter.mark()
+
+    def run(self, step: int, at: Mark, size: StepSize):
+        """The context in which a step of this size, begun at `at`, is executed: profiles show it by its number."""
+        self.meter.begun(at, size)
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def end(self, step: int, metrics: Mapping[str, np.ndarray], console) -> None:
+        """When the metrics {name: [R]} of a step are there."""
+        row = self.meter.ended(step)
+        if not hosts.is_first():
+            return
+        self.log.add({"session": self.session, **row})
+        if self.wandb:
+            self.wandb.log(step, metrics, {name: value for name, value in row.items() if name != "step" and value is not None})
+        if self.trace and (line := self.trace.end(step)):
+            console.print(line, highlight=False, soft_wrap=True)
+
+    def save(self) -> None:
+        """Writes the timing of all steps so far."""
+        if self.log.rows:
+            self.log.flush()
