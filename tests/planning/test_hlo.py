@@ -1,4 +1,6 @@
 """FLOPs, traffic and collectives of compiled programs, against XLA's own count of loopless ones and hand computations."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,6 +171,30 @@ def test_tpu_loops_by_their_condition_and_asynchronous_collectives_once():
     assert cost.collectives["all-gather"].count == turns and cost.moved == turns * 64 * 16 * 4 * 7 / 8
     by_data = TPU_LOOP.replace("%end = s32[] constant(9)", "%end = s32[] get-tuple-element(%t), index=0")
     assert program_cost(by_data).open_loops == 1 and program_cost(by_data).flops == cost.flops / turns
+    assert program_cost(by_data, open_turns=turns) == dataclasses.replace(cost, open_loops=1)
+
+
+KERNEL = """
+HloModule m, is_scheduled=true
+
+ENTRY %main (next: s8[1,4,4], q: bf16[2,6,2048,128], k: bf16[2,3,2048,128]) -> bf16[2,6,2048,128] {
+  %next = s8[1,4,4]{2,1,0} parameter(0)
+  %q = bf16[2,6,2048,128]{3,2,1,0} parameter(1)
+  %k = bf16[2,3,2048,128]{3,2,1,0} parameter(2)
+  %call = (f32[2,512,128]{2,1,0}, bf16[2,6,2048,128]{3,2,1,0}) custom-call(%next, %q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(step)/splash_mha_fwd_segmented_residuals/pallas_call"}, backend_config={"custom_call_config":{"body":"x"}}
+  ROOT %out = bf16[2,6,2048,128]{3,2,1,0} get-tuple-element(%call), index=1, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/pallas_call"}
+}
+"""
+
+
+def test_splash_attention_is_counted_block_by_block_and_its_metadata_may_break_lines():
+    cost = program_cost(KERNEL)
+    assert cost.flops == 2 * 2 * (2 * 6) * 10 * 512**2 * 128 and cost.opaque == 0, "two products; of 4 x 4 blocks 10 lie on or below the diagonal"
+    assert program_cost(KERNEL.replace("splash_mha_fwd", "another")).opaque == 1
 
 
 def test_a_text_that_is_none_is_refused():
