@@ -2,7 +2,8 @@
 
 XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as the loop turns. Where a loop's end depends on the data
 the caller says how often it turns: once for decoding, so that the result is that of one token. Of a conditional the dearest branch counts. A TPU splits an
-asynchronous collective over several fusions, each with a copy of it: what has the same channel counts once.
+asynchronous collective over several fusions, each with a copy of it: within fusions, what has the same channel and dims counts once. Its
+reduce-scatter is a fusion of an all-reduce and a slice.
 
 FLOPs are those of dot and convolution (into which TPUs turn dot), two for a multiply-add, and of kernels (custom calls) by their own cost
 estimate or, splash attention, by formula (`splash`). Traffic is what instructions outside of fusions read
@@ -179,11 +180,11 @@ class _Counter:
         self.cost = functools.cache(self._cost)
 
     def _cost(self, name: str) -> Cost:
-        body, channels = self.computations[name], set()
-        return sum((self._of_instruction(instruction, body, channels) for instruction in body.values()), Cost())
+        body, counted = self.computations[name], set()
+        return sum((self._of_instruction(instruction, body, counted) for instruction in body.values()), Cost())
 
-    def _of_instruction(self, instruction: Instruction, body: Computation, channels: set[str]) -> Cost:
-        """`channels` of collectives in this computation and its fusions that have been counted."""
+    def _of_instruction(self, instruction: Instruction, body: Computation, counted: set, in_fusion: bool = False) -> Cost:
+        """`counted`: (kind, channel, dims) of the collectives in this computation's fusions that have been counted."""
         opcode = instruction.opcode
         if opcode == "while":
             once, turns = self.cost(instruction.called("body")), self._turns(instruction, body)
@@ -196,11 +197,9 @@ class _Counter:
         inner = Cost()
         if opcode == "fusion":
             fused = self.computations[instruction.called("calls")]
-            inner = sum((dataclasses.replace(self._of_instruction(i, fused, channels), traffic=0.0) for i in fused.values()), Cost())
-        kind = opcode.removesuffix("-start")
-        if kind in COLLECTIVES and instruction.attribute("channel_id") not in channels:
-            channels.add(instruction.attribute("channel_id"))
-            inner += Cost(collectives={kind: Collective(1, _ring_bytes(kind, instruction, body))})
+            inner = sum((dataclasses.replace(self._of_instruction(i, fused, counted, True), traffic=0.0) for i in fused.values()), Cost())
+        if opcode.removesuffix("-start") in COLLECTIVES:
+            inner += _collective_cost(instruction, body, counted, in_fusion)
         flops, opaque = 0.0, 0
         if opcode == "dot":
             flops = _dot_flops(instruction, body)
@@ -347,6 +346,18 @@ def _custom_call(call: Instruction, body: Computation) -> tuple[float, int]:
         flops = splash_flops(f"{call.name} {call.rest.split('backend_config=')[0]}", shapes)
         return flops or 0.0, int(flops is None and "ragged-dot-metadata" not in call.name)
     return 0.0, int("call" in target or "cudnn" in target)  # triton_kernel_call, __cudnn$...; allocations and the like compute nothing
+
+
+def _collective_cost(instruction: Instruction, body: Computation, counted: set, in_fusion: bool) -> Cost:
+    kind = instruction.opcode.removesuffix("-start")
+    if in_fusion:
+        root, copied = next(i for i in body.values() if i.is_root), (kind, instruction.attribute("channel_id"), tuple(a.dims for a in instruction.arrays))
+        if copied in counted:
+            return Cost()
+        counted.add(copied)
+        if kind == "all-reduce" and root.opcode == "dynamic-slice" and root.operands[0] == instruction.name:
+            kind = "reduce-scatter"
+    return Cost(collectives={kind: Collective(1, _ring_bytes(kind, instruction, body))})
 
 
 def _ring_bytes(kind: str, instruction: Instruction, body: Computation) -> float:

@@ -174,6 +174,33 @@ def test_tpu_loops_by_their_condition_and_asynchronous_collectives_once():
     assert program_cost(by_data, open_turns=turns) == dataclasses.replace(cost, open_loops=1)
 
 
+SCATTERED = """
+HloModule m, is_scheduled=true
+
+%all-reduce-scatter (p: f32[64,16]) -> f32[8,16] {
+  %p = f32[64,16]{1,0} parameter(0)
+  %all-reduce.1 = f32[64,16]{1,0} all-reduce(%p), channel_id=1, replica_groups=[1,8]<=[8]
+  %at = s32[] constant(0)
+  ROOT %slice = f32[8,16]{1,0} dynamic-slice(%all-reduce.1, %at, %at), dynamic_slice_sizes={8,16}
+}
+
+ENTRY %main (x: f32[64,16]) -> f32[64,16] {
+  %x = f32[64,16]{1,0} parameter(0)
+  %part = f32[8,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter
+  %whole = f32[64,16]{1,0} all-gather(%part), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %again = f32[512,16]{1,0} all-gather(%whole), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+}
+"""
+
+
+def test_an_all_reduce_of_which_a_part_is_kept_scatters_and_collectives_of_one_channel_are_several():
+    """As XLA:TPU writes what `shard_map` sends: all of it on channel 1."""
+    found = program_cost(SCATTERED).collectives
+    assert set(found) == {"reduce-scatter", "all-gather"} and found["all-gather"].count == 2
+    assert found["reduce-scatter"].moved == 64 * 16 * 4 * 7 / 8
+    assert found["all-gather"].moved == (1 + 8) * 64 * 16 * 4 * 7 / 8
+
+
 KERNEL = """
 HloModule m, is_scheduled=true
 
