@@ -6,6 +6,8 @@ collectives over its links, as if these overlapped wholly and nothing else took 
 import dataclasses
 import math
 
+import jax
+
 from ip_jax.data.packing import PackedShape
 from ip_jax.models.families import DecoderConfig, param_shapes
 from ip_jax.models.lora import projection_shapes
@@ -86,23 +88,34 @@ def formula_cost(workload: Workload, shape: PackedShape, begun: Initial) -> Cost
     """Cost of a step on one device by formula: the model's FLOPs, and where products are made again (remat) 2 more for each token and
     weight but those of down; of the traffic the weights, in each micro-batch and pass, and what is kept of the activations, written and
     read; of the collectives each layer's gathering over (run, data), with full training the scattering of its gradients, and over tensor
-    the sums of activations behind attention and MLP.
+    the sums of activations behind attention and MLP. To experts that stay where they lie all tokens are sent, and their outputs back.
     """
     config, mesh, again = workload.config, workload.mesh, workload.sft.remat in ("attention", "full")
     passes = 3 if again else 2
     remat = 2 * layer_matrix_params(config, but="down") * step_tokens(workload, shape) if again else 0  # nothing needs down's result again
     cut, tensor = mesh.shape["run"] * mesh.shape["data"], mesh.shape["tensor"]
-    weights = per_device(begun.weights) * cut
-    traffic = shape.micro_batches * (passes * weights + 2 * activations(workload, shape)) + 3 * per_device(begun.state)
-    summed = 2 * passes * config.n_layers * config.d_model * step_tokens(workload, shape) / cut * (2 if workload.model.activations == "bfloat16" else 4)
+    staying = _staying_experts(workload, begun)
+    weights = (per_device(begun.weights) - staying) * cut
+    traffic = shape.micro_batches * (passes * (weights + staying) + 2 * activations(workload, shape)) + 3 * per_device(begun.state)
+    hidden = config.n_layers * config.d_model * step_tokens(workload, shape) * (2 if workload.model.activations == "bfloat16" else 4)
+    summed, sent = 2 * passes * hidden / cut, hidden * (cut - 1) / cut if staying else 0
     gradients = per_device(begun.state.trained) * cut if workload.sft.train == "full" else 0
     layers = config.n_layers * shape.micro_batches
     collectives = {
-        "all-gather": Collective(passes * layers, passes * shape.micro_batches * weights * (cut - 1) / cut),
-        "reduce-scatter": Collective(layers, shape.micro_batches * gradients * (cut - 1) / cut),
+        "all-gather": Collective(passes * layers, passes * shape.micro_batches * weights * (cut - 1) / cut + 3 * sent),  # forward, twice backward
+        "reduce-scatter": Collective(layers, shape.micro_batches * gradients * (cut - 1) / cut + 2 * sent),
         "all-reduce": Collective(2 * passes * layers, 2 * summed * (tensor - 1) / tensor),
     }
     return Cost((step_flops(workload, shape) + remat) / mesh.size, traffic, {kind: c for kind, c in collectives.items() if c.moved})
+
+
+def _staying_experts(workload: Workload, begun: Initial) -> float:
+    """Bytes of the experts on a device that is never sent any of them (`models.moe.mixture`): none where run and data do not divide their number."""
+    mesh, n_experts = workload.mesh, workload.config.n_experts
+    if not n_experts or n_experts % (mesh.shape["run"] * mesh.shape["data"]):
+        return 0.0
+    leaves = jax.tree.leaves_with_path(begun.weights)
+    return per_device([leaf for path, leaf in leaves if "expert" in jax.tree_util.keystr(path)])
 
 
 def activations(workload: Workload, shape: PackedShape) -> float:

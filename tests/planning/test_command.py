@@ -78,6 +78,19 @@ def test_full_training_is_one_program_a_run(capsys, tmp_path):
     assert scattered == pytest.approx(4 * params * 7 / 8, rel=1e-3), "float32 gradients"
 
 
+def test_experts_stay_where_they_lie_and_tokens_are_sent(capsys, tmp_path):
+    def sent(*mesh: str) -> dict:
+        _, record = planned(capsys, tmp_path, "sft_shapes", "--preset", "mixtral-8x7b", "--topology", "h200:16", *mesh)
+        return {kind: collective["moved"] for kind, collective in record["phases"][0]["cost"]["collectives"].items()}
+
+    tokens, experts = 32 * 65_536 * 4096 * 2, 2 * 32 * 8 * 3 * 4096 * 14336  # all layers' hidden states and experts, bfloat16
+    staying, moving = sent("--mesh.tensor", "2"), sent("--mesh.tensor", "1")
+    assert staying["reduce-scatter"] == 2 * tokens * 7 / 8, "forward and backward"
+    others = 2 * 46_702_792_704 - experts
+    assert staying["all-gather"] == pytest.approx((3 * tokens + 3 * others / 2) * 7 / 8, rel=0.01), "activations, and their gradients in the backward pass"
+    assert moving["all-gather"] > 3 * experts * 15 / 16 and "reduce-scatter" not in moving, "16 does not divide 8"
+
+
 def test_what_no_program_trains_is_refused(capsys):
     said = failure(capsys, "sft_shapes", "--preset", "mixtral-8x7b", "--topology", "h100:8", "--sft.lora.targets", "q", "down")
     assert "LoRA targets down are not in a mixtral model" in said
