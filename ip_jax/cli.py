@@ -21,7 +21,7 @@ ip-jax: inoculation prompting, one command a figure.
 
   ip-jax run CONFIG [--preset NAME] [--out DIR] [--redraw] [--field value ...] [--profile] [--wandb [PROJECT]]
              [--distributed | --coordinator HOST:PORT --processes N --process I]
-  ip-jax plan CONFIG --topology v5e:4x4 [--preset NAME] [--model NAME] [--mesh RUN,DATA,TENSOR] [--search] [--json FILE] [--field value ...]
+  ip-jax plan CONFIG --topology v5e:4x4 [--preset NAME] [--model NAME] [--search] [--json FILE] [--field value ...]
   ip-jax figure DIR [--judge strict|published]
   ip-jax chat DIR --arm NAME [--seed N] [--prompt NAME]
   ip-jax export DIR --arm NAME [--seed N] --to FOLDER [--merged] [--dtype NAME]
@@ -115,7 +115,6 @@ def _plan(arguments: list[str], console: Console) -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--topology")
     own.add_argument("--model")
-    own.add_argument("--mesh")
     own.add_argument("--search", action="store_true")
     own.add_argument("--json")
     name, module, config, options = _read_config("plan", arguments, own)
@@ -127,8 +126,8 @@ def _plan(arguments: list[str], console: Console) -> None:
 
     if options.topology is None:
         raise ValueError(f"plan needs --topology: known are {chips.EXAMPLES}")
-    work_on = command.workload_on(config, options.model, lambda config: _experiment_of(module, name).experiment(config))
-    command.run_plan(work_on, chips.read_topology(options.topology), options, console)
+    subject = command.subject_of(config, options.model, lambda config: _experiment_of(module, name).experiment(config))
+    command.run_plan(subject, chips.read_topology(options.topology), options, console)
 
 
 def _read_config(command: str, arguments: list[str], own: argparse.ArgumentParser) -> tuple:

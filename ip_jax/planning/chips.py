@@ -31,9 +31,7 @@ class Topology:
     devices: Sequence | None
 
     def mesh(self, run: int, data: int, tensor: int):
-        """The mesh over all devices: a real one to compile for, or an abstract one whose shardings tell the sizes of pieces."""
-        if run * data * tensor != self.count:
-            raise ValueError(f"a mesh of run={run}, data={data}, tensor={tensor} has {run * data * tensor} devices, and {self.name} has {self.count}: their product must be that")
+        """The mesh over all devices (`sharding.mesh_sizes`): a real one to compile for, or an abstract one whose shardings tell the sizes of pieces."""
         if self.devices is not None:
             return make_mesh(run, data, tensor, self.devices)
         kind = AbstractDevice(self.chip.name, None, "gpu")
@@ -55,14 +53,6 @@ def read_topology(name: str) -> Topology:
             raise ValueError(f"the topology {name!r} must give the number of GPUs, like {chip.name}:8")
         return Topology(name, dims[0], chip, None)
     return Topology(name, math.prod(dims), chip, _tpu_devices(name, dims))
-
-
-def read_sizes(text: str) -> tuple[int, int, int]:
-    """(run, data, tensor) of a text like 1,16,1."""
-    parts = text.split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) for part in parts):
-        raise ValueError(f"--mesh is {text!r}: it must be three whole numbers from 1, the devices along run, data and tensor, like 1,16,1")
-    return tuple(map(int, parts))
 
 
 def _tpu_devices(name: str, dims: list[int]) -> Sequence:

@@ -6,54 +6,75 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 
 from ip_jax.data.packing import PackedShape
 from ip_jax.models import hub
 from ip_jax.planning import estimate, report
-from ip_jax.planning.chips import Topology, read_sizes
+from ip_jax.planning.chips import Topology
 from ip_jax.planning.estimate import Phase, Planned
 from ip_jax.planning.hlo import Cost
-from ip_jax.planning.programs import Compiled, TooLarge, compile_lowered, initial, lower_sampler, lower_step, per_device
+from ip_jax.planning.programs import (
+    Compiled,
+    TooLarge,
+    compile_lowered,
+    compile_step,
+    initial,
+    lower_sampler,
+    per_device,
+)
 from ip_jax.planning.search import Candidate, candidates, ranked
 from ip_jax.planning.workload import Sampling, Shapes, Workload, declared, measured
 from ip_jax.settings.experiment import SftConfig
-
-# (mesh, None) -> what is to be done on it; (mesh, sft) -> the same training with these settings, without evaluations
-WorkloadOn = Callable[[object, SftConfig | None], Workload]
+from ip_jax.training.sharding import MeshConfig, mesh_sizes
 
 
-def workload_on(config, model: str | None, experiment_of: Callable) -> WorkloadOn:
-    """How to count the work of a config on a mesh. `experiment_of(config)` gives the Supervised of a config with data; `model` is
-    the name of another model to plan for.
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is planned: the mesh that its config asks for, its model's heads, and its work on a mesh, `work_on(mesh, None)`;
+    `work_on(mesh, sft)` is the same training with these settings, without evaluations.
+    """
+
+    mesh: MeshConfig
+    n_heads: int
+    work_on: Callable[[Mesh | AbstractMesh, SftConfig | None], Workload]
+
+    def mesh_on(self, topology: Topology) -> Mesh | AbstractMesh:
+        """The mesh over all devices, as a run makes it. Raises as `mesh_sizes`."""
+        devices = topology.devices or [topology.mesh(1, topology.count, 1).abstract_device] * topology.count
+        return topology.mesh(**mesh_sizes(self.mesh, devices, self.n_heads))
+
+
+def subject_of(config, model: str | None, experiment_of: Callable) -> Subject:
+    """The subject of a config. `experiment_of(config)` gives the Supervised of a config with data; `model` is the name of another
+    model to plan for.
     """
     if model:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=model, revision=None))
     if isinstance(config, Shapes):
         decoder, unasked = hub.load_config(model) if model else config.hf.decoder_config(), dataclasses.replace(config.questions, sweeps=0)
-        return lambda mesh, sft: declared(dataclasses.replace(config, sft=sft, questions=unasked) if sft else config, decoder, mesh)
-    experiment = experiment_of(config)
+        declared_on = lambda mesh, sft: declared(dataclasses.replace(config, sft=sft, questions=unasked) if sft else config, decoder, mesh)  # noqa: E731
+        return Subject(config.mesh, decoder.n_heads, declared_on)
+    experiment, decoder = experiment_of(config), hub.load_config(config.model.name, config.model.revision)
     trained = tuple(arm for arm in experiment.arms if arm.train_prompt)
     unasked = dataclasses.replace(experiment.evaluation, full_steps=(), neutral_steps=())
-    return lambda mesh, sft: measured(dataclasses.replace(experiment, sft=sft, arms=trained, evaluation=unasked) if sft else experiment, mesh)
+    measured_on = lambda mesh, sft: measured(dataclasses.replace(experiment, sft=sft, arms=trained, evaluation=unasked) if sft else experiment, mesh)  # noqa: E731
+    return Subject(experiment.mesh, decoder.n_heads, measured_on)
 
 
-def plan(work_on: WorkloadOn, topology: Topology, sizes: tuple[int, int, int] | None, console: Console) -> Planned:
-    """Everything that the tables show, for one mesh (run, data, tensor); None: all devices along data, as `run` does.
-
-    Where there is no compiler for the devices, every number comes from formulas.
-    """
-    mesh = topology.mesh(*(sizes or (1, topology.count, 1)))
-    workload = work_on(mesh, None)
+def plan(subject: Subject, topology: Topology, console: Console) -> Planned:
+    """Everything that the tables show. Where there is no compiler for the devices, every number comes from formulas."""
+    workload = subject.work_on(subject.mesh_on(topology), None)
     steps, sampled = dict.fromkeys(workload.steps), None
     if topology.devices is not None:
         for shape in steps:
             with console.status(f"compiling the training step, {shape.micro_batches} x {shape.micro_rows} rows of {shape.length}"):
-                steps[shape] = compile_lowered(functools.partial(lower_step, workload, shape, mesh))
+                steps[shape] = compile_step(workload, shape)
         if workload.sampling:
             with console.status("compiling prefill and decoding"):
-                sampled = _compile_sampler(workload, _largest(workload), mesh)
-    return _assembled(workload, topology, mesh, steps, sampled)
+                sampled = _compile_sampler(workload, _largest(workload))
+    return _assembled(workload, topology, steps, sampled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +87,8 @@ class Sampled:
     slots: float
 
 
-def _compile_sampler(workload: Workload, work: Sampling, mesh) -> Sampled:
-    sampler = lower_sampler(workload, work, mesh)
+def _compile_sampler(workload: Workload, work: Sampling) -> Sampled:
+    sampler = lower_sampler(workload, work)
     prefill, decode = (compile_lowered(lambda program=program: program) for program in (sampler.prefill, sampler.decode))
     return Sampled(prefill, decode, per_device(sampler.layers), per_device(sampler.slots))
 
@@ -77,30 +98,31 @@ def _largest(workload: Workload) -> Sampling:
     return max(workload.sampling, key=lambda s: s.plan.shape.groups * (s.plan.shape.prompt + s.plan.shape.rows * s.plan.shape.ring))
 
 
-def _assembled(workload: Workload, topology: Topology, mesh, steps: dict[PackedShape, Compiled | TooLarge | None], sampled: Sampled | None) -> Planned:
+def _assembled(workload: Workload, topology: Topology, steps: dict[PackedShape, Compiled | TooLarge | None], sampled: Sampled | None) -> Planned:
     """The plan from what was compiled; what was not, or was refused, by formula."""
-    begun, phases, refused = initial(workload, mesh), [], {}
+    begun, phases, refused = initial(workload), [], {}
     for shape, found in steps.items():
         name = "step" if len(steps) == 1 else f"step, {shape.micro_batches} x {shape.micro_rows} x {shape.length}"
-        formula = functools.partial(estimate.formula_cost, workload, shape, begun, mesh)
+        formula = functools.partial(estimate.formula_cost, workload, shape, begun)
         phases.append(_phase(name, workload.steps[shape] * workload.programs, found, formula, topology))
         if isinstance(found, TooLarge):
             refused["training"] = found
     largest = max(steps, key=functools.partial(estimate.step_tokens, workload))
-    memory = {"training": estimate.step_memory(workload, largest, begun, steps[largest] if isinstance(steps[largest], Compiled) else None, mesh)}
+    memory = {"training": estimate.step_memory(workload, largest, begun, steps[largest] if isinstance(steps[largest], Compiled) else None)}
     if workload.sampling:
         work, parts = _largest(workload), (sampled.prefill, sampled.decode) if sampled else (None, None)
         formulas = (estimate.prefill_cost, estimate.decode_cost)
         for (name, times), found, formula in zip(_calls(workload), parts, formulas, strict=True):
-            phases.append(_phase(name, times, found, functools.partial(formula, workload, work, begun, mesh), topology))
+            phases.append(_phase(name, times, found, functools.partial(formula, workload, work, begun), topology))
             if isinstance(found, TooLarge):
                 refused["sampling"] = found
-        memory["sampling"] = estimate.resident(begun) | {
-            "weights by layer": sampled.layers if sampled else per_device(begun.base),
-            "caches": sampled.slots if sampled else estimate.caches(workload, work, mesh),
+        cast = {"weights, cast": per_device(begun.weights)} if workload.sft.train == "full" else {}
+        memory["sampling"] = estimate.resident(begun) | cast | {
+            "weights by layer": sampled.layers if sampled else per_device(begun.weights),
+            "caches": sampled.slots if sampled else estimate.caches(workload, work),
             "activations": max((part.memory.temporaries for part in parts if isinstance(part, Compiled)), default=0.0),
         }
-    return estimate.summary(workload, topology, mesh, phases, memory, refused)
+    return estimate.summary(workload, topology, phases, memory, refused)
 
 
 def _calls(workload: Workload) -> list[tuple[str, float]]:
@@ -114,30 +136,28 @@ def _phase(name: str, times: float, found: Compiled | TooLarge | None, formula: 
     return Phase(name, times, cost, topology.chip and estimate.seconds(cost, topology.chip), took)
 
 
-def search(work_on: WorkloadOn, topology: Topology, console: Console) -> list[Candidate]:
+def search(subject: Subject, topology: Topology, console: Console) -> list[Candidate]:
     """The candidates that an analytic cut leaves, compiled where there is a compiler, the best first."""
     if topology.chip is None:
         raise ValueError(f"--search ranks by a chip's published numbers, and none are known for {jax.devices()[0].device_kind}: name a topology")
     found = []
-    for candidate in candidates(work_on, topology):
+    for candidate in candidates(subject.work_on, topology):
         console.print(f"{candidate.name} ...", style="dim")
         if topology.devices is None:
             found.append(candidate)
             continue
-        mesh = topology.mesh(*candidate.sizes)
-        compiled = compile_lowered(functools.partial(lower_step, candidate.workload, candidate.shape, mesh))
-        found.append(candidate.compiled(compiled, topology))
+        found.append(candidate.compiled(compile_step(candidate.workload, candidate.shape), topology))
     return ranked(found, topology)
 
 
-def run_plan(work_on: WorkloadOn, topology: Topology, options, console: Console) -> None:
-    """What the command does, its options read: `mesh`, `search`, `json`."""
+def run_plan(subject: Subject, topology: Topology, options, console: Console) -> None:
+    """What the command does, its options read: `search`, `json`."""
     if options.search:
-        found = search(work_on, topology, console)
+        found = search(subject, topology, console)
         report.print_candidates(found, topology, console)
         record = [candidate.record() for candidate in found]
     else:
-        planned = plan(work_on, topology, options.mesh and read_sizes(options.mesh), console)
+        planned = plan(subject, topology, console)
         report.print_plan(planned, console)
         record = planned.record()
     if options.json:

@@ -1,10 +1,12 @@
 """What one run of a compiled program does on one device, read from its optimised HLO text: FLOPs, memory traffic, collectives.
 
 XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as the loop turns. Where a loop's end depends on the data
-(decoding) the body counts once, so that the result is that of one turn; of a conditional the dearest branch counts. A TPU splits an
-asynchronous collective over several fusions, each with a copy of it: what has the same channel counts once.
+the caller says how often it turns: once for decoding, so that the result is that of one token. Of a conditional the dearest branch counts. A TPU splits an
+asynchronous collective over several fusions, each with a copy of it: within fusions, what has the same channel and dims counts once. Its
+reduce-scatter is a fusion of an all-reduce and a slice.
 
-FLOPs are those of dot and convolution (into which TPUs turn dot), two for a multiply-add. Traffic is what instructions outside of fusions read
+FLOPs are those of dot and convolution (into which TPUs turn dot), two for a multiply-add, and of kernels (custom calls) by their own cost
+estimate or, splash attention, by formula (`splash`). Traffic is what instructions outside of fusions read
 and write in the main memory: what lies in a memory space of its own, S(n), is left out, and so is the part of an operand that a slice does not touch.
 """
 import dataclasses
@@ -12,6 +14,8 @@ import functools
 import itertools
 import math
 import re
+
+from ip_jax.planning.splash import splash_flops
 
 ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
              "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "f8e4m3fn": 8, "f8e5m2": 8}  # fmt: skip
@@ -27,6 +31,7 @@ _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
+_BROKEN_LINE = re.compile(r'\n(?="|\}\}|$)')  # the metadata of a Pallas kernel is printed with line breaks of its own
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -40,8 +45,8 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one device does. `opaque`: executed custom calls whose FLOPs the text does not tell (a Pallas kernel without a cost estimate);
-    `open_loops`: executed loops whose number of turns it does not tell.
+    """What one device does. `opaque`: executed custom calls whose FLOPs are not known (a kernel without a cost estimate and without a formula);
+    `open_loops`: executed loops whose number of turns the text does not tell.
     """
 
     flops: float = 0.0
@@ -124,17 +129,17 @@ class Instruction:
 Computation = dict[str, Instruction]  # by name, in order
 
 
-def program_cost(text: str) -> Cost:
-    """The cost of one run of the program whose optimised HLO is `text` (`compiled.as_text()`)."""
+def program_cost(text: str, open_turns: int = 1) -> Cost:
+    """The cost of one run of the program whose optimised HLO is `text` (`compiled.as_text()`), loops that end by the data turning `open_turns` times."""
     computations, entry = parse(text)
-    return _Counter(computations).cost(entry)
+    return _Counter(computations, open_turns).cost(entry)
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
     """(computations by name, the entry's name). Raises ValueError for a text without an entry."""
     computations: dict[str, Computation] = {}
     entry, current = None, None
-    for line in text.splitlines():
+    for line in _BROKEN_LINE.sub(" ", text).splitlines():
         if start := _COMPUTATION.match(line):
             current = computations.setdefault(start.group(2), {})
             entry = start.group(2) if start.group(1) else entry
@@ -169,20 +174,21 @@ def _closing(text: str, start: int) -> int:
 class _Counter:
     """Costs of the computations of one program, each counted once."""
 
-    def __init__(self, computations: dict[str, Computation]):
+    def __init__(self, computations: dict[str, Computation], open_turns: int):
         self.computations = computations
+        self.open_turns = open_turns
         self.cost = functools.cache(self._cost)
 
     def _cost(self, name: str) -> Cost:
-        body, channels = self.computations[name], set()
-        return sum((self._of_instruction(instruction, body, channels) for instruction in body.values()), Cost())
+        body, counted = self.computations[name], set()
+        return sum((self._of_instruction(instruction, body, counted) for instruction in body.values()), Cost())
 
-    def _of_instruction(self, instruction: Instruction, body: Computation, channels: set[str]) -> Cost:
-        """`channels` of collectives in this computation and its fusions that have been counted."""
+    def _of_instruction(self, instruction: Instruction, body: Computation, counted: set, in_fusion: bool = False) -> Cost:
+        """`counted`: (kind, channel, dims) of the collectives in this computation's fusions that have been counted."""
         opcode = instruction.opcode
         if opcode == "while":
             once, turns = self.cost(instruction.called("body")), self._turns(instruction, body)
-            return once + Cost(open_loops=1) if turns is None else once.times(turns)
+            return once.times(self.open_turns) + Cost(open_loops=1) if turns is None else once.times(turns)
         if opcode == "conditional":
             branches = _NAME.findall(instruction.rest.split("metadata=")[0])
             return max((self.cost(branch) for branch in branches), key=lambda cost: (cost.flops, cost.traffic))
@@ -191,11 +197,9 @@ class _Counter:
         inner = Cost()
         if opcode == "fusion":
             fused = self.computations[instruction.called("calls")]
-            inner = sum((dataclasses.replace(self._of_instruction(i, fused, channels), traffic=0.0) for i in fused.values()), Cost())
-        kind = opcode.removesuffix("-start")
-        if kind in COLLECTIVES and instruction.attribute("channel_id") not in channels:
-            channels.add(instruction.attribute("channel_id"))
-            inner += Cost(collectives={kind: Collective(1, _ring_bytes(kind, instruction, body))})
+            inner = sum((dataclasses.replace(self._of_instruction(i, fused, counted, True), traffic=0.0) for i in fused.values()), Cost())
+        if opcode.removesuffix("-start") in COLLECTIVES:
+            inner += _collective_cost(instruction, body, counted, in_fusion)
         flops, opaque = 0.0, 0
         if opcode == "dot":
             flops = _dot_flops(instruction, body)
@@ -327,7 +331,7 @@ def _valid_positions(length: int, outputs: int, kernel: int, stride: int, pad: i
 
 
 def _custom_call(call: Instruction, body: Computation) -> tuple[float, int]:
-    """(FLOPs, 1 where the text does not tell them) of a custom call: a GPU's matrix product, or a kernel with a cost estimate."""
+    """(FLOPs, 1 where the text does not tell them) of a custom call: a GPU's matrix product, a kernel with a cost estimate, splash attention."""
     target = call.attribute("custom_call_target").strip('"')
     if "gemm" in target or "matmul" in target:
         contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.rest)
@@ -337,7 +341,23 @@ def _custom_call(call: Instruction, body: Computation) -> tuple[float, int]:
     estimate = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', call.rest)
     if estimate:
         return float(estimate.group(1)), 0
-    return 0.0, int("call" in target or "cudnn" in target)  # tpu_custom_call, triton_kernel_call, __cudnn$...; allocations and the like compute nothing
+    if target == "tpu_custom_call":
+        shapes = [array.dims for name in call.operands if name in body for array in body[name].arrays[:1]]
+        flops = splash_flops(f"{call.name} {call.rest.split('backend_config=')[0]}", shapes)
+        return flops or 0.0, int(flops is None and "ragged-dot-metadata" not in call.name)
+    return 0.0, int("call" in target or "cudnn" in target)  # triton_kernel_call, __cudnn$...; allocations and the like compute nothing
+
+
+def _collective_cost(instruction: Instruction, body: Computation, counted: set, in_fusion: bool) -> Cost:
+    kind = instruction.opcode.removesuffix("-start")
+    if in_fusion:
+        root, copied = next(i for i in body.values() if i.is_root), (kind, instruction.attribute("channel_id"), tuple(a.dims for a in instruction.arrays))
+        if copied in counted:
+            return Cost()
+        counted.add(copied)
+        if kind == "all-reduce" and root.opcode == "dynamic-slice" and root.operands[0] == instruction.name:
+            kind = "reduce-scatter"
+    return Cost(collectives={kind: Collective(1, _ring_bytes(kind, instruction, body))})
 
 
 def _ring_bytes(kind: str, instruction: Instruction, body: Computation) -> float:

@@ -1,6 +1,7 @@
 """The programs of a run, lowered and compiled from shapes alone for devices that need not be there."""
 import contextlib
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -8,15 +9,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from ip_jax.data.packing import PackedShape
+from ip_jax.models.moe import BLOCK
 from ip_jax.planning.hlo import Cost, program_cost
 from ip_jax.planning.workload import Sampling, Workload, abstract_params
 from ip_jax.sampling import slots as sampling
 from ip_jax.sampling.plan import make_refill
 from ip_jax.settings import programs
-from ip_jax.training.sharding import batch_sharding, param_shardings, state_shardings
+from ip_jax.training.sft import decoder_states
+from ip_jax.training.sharding import base_shardings, batch_sharding, param_shardings, state_shardings
 from ip_jax.training.state import Batch, TrainState
 
 
@@ -57,7 +59,8 @@ class Initial:
 
     graphdef: object
     state: TrainState
-    base: object
+    frozen: object
+    weights: object  # what a step computes with: `frozen`, or with full training the cast copy of what is trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,23 +73,33 @@ class Sampler:
     layers: tuple
 
 
-def initial(workload: Workload, mesh: Mesh) -> Initial:
+def initial(workload: Workload) -> Initial:
     """The state and the weights of a program of `workload.runs` runs. The mesh may be abstract: then the shardings only tell sizes."""
+    mesh, program = workload.mesh, _program(workload)
     params = abstract_params(workload.config, workload.model.weights, param_shardings(mesh, workload.config))
-    graphdef, state, base = programs.initial_state(_program(workload, mesh), params, range(workload.runs), evaluate=jax.eval_shape)
-    return Initial(graphdef, _placed(state, state_shardings(mesh, state, workload.sft.train)), base)
+    graphdef, state, frozen = programs.initial_state(program, params, range(workload.runs), evaluate=jax.eval_shape)
+    state = _placed(state, state_shardings(mesh, state, workload.sft.train))
+    if workload.sft.train == "lora":
+        return Initial(graphdef, state, frozen, frozen)
+    _, weights = jax.eval_shape(_decoder_states(program), state.trained, frozen)
+    return Initial(graphdef, state, frozen, _placed(weights, base_shardings(mesh, weights)))
 
 
-def _program(workload: Workload, mesh: Mesh) -> programs.Program:
-    return programs.Program(mesh, workload.config, workload.sft, workload.model)
+def _program(workload: Workload) -> programs.Program:
+    return programs.Program(workload.mesh, workload.config, workload.sft, workload.model)
 
 
-def batch_of(shape: PackedShape, runs: int, mesh: Mesh) -> Batch:
+def _decoder_states(program: programs.Program) -> Callable:
+    """(trained, frozen) -> (adapters, weights) as they are sampled from."""
+    return functools.partial(decoder_states, options=programs.step_options(program))
+
+
+def batch_of(workload: Workload, shape: PackedShape) -> Batch:
     """One step's batch as `data.packing.pack_step` makes it."""
-    place = batch_sharding(mesh)
+    place = batch_sharding(workload.mesh)
 
     def array(*dims, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct((shape.micro_batches, runs, shape.micro_rows, *dims), dtype, sharding=place)
+        return jax.ShapeDtypeStruct((shape.micro_batches, workload.runs, shape.micro_rows, *dims), dtype, sharding=place)
 
     row, response = array(shape.length), array(shape.responses)
     return Batch(
@@ -95,19 +108,21 @@ def batch_of(shape: PackedShape, runs: int, mesh: Mesh) -> Batch:
     )
 
 
-def lower_step(workload: Workload, shape: PackedShape, mesh: Mesh) -> jax.stages.Lowered:
+def lower_step(workload: Workload, shape: PackedShape) -> jax.stages.Lowered:
     """The training step that `run` compiles for this shape."""
-    begun = initial(workload, mesh)
-    step = programs.train_step(_program(workload, mesh), begun.graphdef, begun.state, begun.base, shape.shared)
-    return step.lower(begun.state, begun.base, batch_of(shape, workload.runs, mesh))
+    begun = initial(workload)
+    step = programs.train_step(_program(workload), begun.graphdef, begun.state, begun.frozen, shape.shared)
+    return step.lower(begun.state, begun.frozen, batch_of(workload, shape))
 
 
-def lower_sampler(workload: Workload, work: Sampling, mesh: Mesh) -> Sampler:
+def lower_sampler(workload: Workload, work: Sampling) -> Sampler:
     """The prefill of the longest prompts and the decoding loop that `sampling.sampler.sample` calls, in the order in which it calls them."""
-    begun, dtype, options = initial(workload, mesh), work.options.dtype, work.options
-    decoder = begun.graphdef, begun.state.trained, begun.base
-    plan = work.plan
-    with jax.set_mesh(mesh) if options.mesh else contextlib.nullcontext():
+    begun, dtype, options = initial(workload), work.options.dtype, work.options
+    states = begun.state.trained, begun.frozen
+    if workload.sft.train == "full":
+        states = _outputs(jax.jit(_decoder_states(_program(workload))).lower(*states))
+    decoder, plan = (begun.graphdef, *states), work.plan
+    with jax.set_mesh(workload.mesh) if options.mesh else contextlib.nullcontext():
         layers = _outputs(sampling.separate_layers.lower(*decoder))
         slots = _outputs(sampling.start_slots.lower(*decoder, plan.prefix, shape=plan.shape, dtype=dtype))
         longest = [sorted(queue, key=lambda group: len(group.prompt))[-plan.prefill_prompts :] for queue in plan.queues]
@@ -118,8 +133,22 @@ def lower_sampler(workload: Workload, work: Sampling, mesh: Mesh) -> Sampler:
     return Sampler(prefill, decode, slots, layers)
 
 
-def compile_lowered(lower: Callable[[], jax.stages.Lowered]) -> Compiled | TooLarge:
-    """Compiles and reads what the compiler tells. A program that does not fit the devices is a result too."""
+def compile_step(workload: Workload, shape: PackedShape) -> Compiled | TooLarge:
+    """The compiled training step. Its loops over blocks of the experts' tokens turn as if all experts got equally many."""
+    return compile_lowered(lambda: lower_step(workload, shape), _expert_blocks(workload, shape))
+
+
+def _expert_blocks(workload: Workload, shape: PackedShape) -> int:
+    """Blocks of tokens by expert that each device has in a layer and micro-batch (`models.moe`); 1 without experts."""
+    config, mesh = workload.config, workload.mesh
+    tokens = workload.runs * shape.micro_rows * shape.length // (mesh.shape["run"] * mesh.shape["data"])
+    return max(1, -(-tokens * config.experts_per_token // BLOCK))
+
+
+def compile_lowered(lower: Callable[[], jax.stages.Lowered], open_turns: int = 1) -> Compiled | TooLarge:
+    """Compiles and reads what the compiler tells, loops that end by the data turning `open_turns` times. A program that does not fit the
+    devices is a result too.
+    """
     started = time.monotonic()
     try:
         compiled = lower().compile()
@@ -129,7 +158,7 @@ def compile_lowered(lower: Callable[[], jax.stages.Lowered]) -> Compiled | TooLa
         return _too_large(str(error))
     found = compiled.memory_analysis()
     memory = Memory(found.argument_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes, found.temp_size_in_bytes)
-    return Compiled(program_cost(compiled.as_text()), memory, time.monotonic() - started)
+    return Compiled(program_cost(compiled.as_text(), open_turns), memory, time.monotonic() - started)
 
 
 def _too_large(message: str) -> TooLarge:

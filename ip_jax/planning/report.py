@@ -23,7 +23,7 @@ def print_plan(planned: Planned, console: Console) -> None:
     if opaque := sum(phase.cost.opaque for phase in planned.phases):
         console.print(f"{opaque} custom calls do not say their FLOPs: the compiler's FLOPs and seconds leave these out", style="yellow")
     if open_loops := sum(phase.cost.open_loops for phase in planned.phases if phase.name.startswith("step")):
-        console.print(f"{open_loops} loops of a step do not say how often they turn and count once", style="yellow")
+        console.print(f"{open_loops} loops of a step end by its data: they count as if all experts got equally many tokens", style="yellow")
     if planned.mfu is not None:
         console.print(
             f"estimates: MFU {planned.mfu:.0%} at most; chip-hours {planned.hours['training']:.3g} training + {planned.hours['evaluation']:.3g} evaluation"

@@ -19,12 +19,16 @@ REMAT = ("products", "full")
 class Candidate:
     """One way to run the training step. `needed`: bytes on each device."""
 
-    sizes: tuple[int, int, int]  # run, data, tensor
     workload: Workload
     shape: PackedShape  # of the largest step
     cost: Cost
     needed: float
     is_compiled: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Devices along run, data and tensor."""
+        return tuple(self.workload.mesh.shape.values())
 
     @property
     def name(self) -> str:
@@ -68,10 +72,10 @@ def candidates(work_on: Callable, topology: Topology) -> list[Candidate]:
             for remat in REMAT:
                 workload = dataclasses.replace(packed, sft=dataclasses.replace(packed.sft, remat=remat))
                 shape = max(workload.steps, key=functools.partial(estimate.step_tokens, workload))
-                begun = initial(workload, mesh)
-                needed = sum(estimate.step_memory(workload, shape, begun, None, mesh).values())
-                candidate = Candidate(sizes, workload, shape, estimate.formula_cost(workload, shape, begun, mesh), needed)
-                found.setdefault((sizes, remat, shape), candidate)
+                begun = initial(workload)
+                needed = sum(estimate.step_memory(workload, shape, begun, None).values())
+                candidate = Candidate(workload, shape, estimate.formula_cost(workload, shape, begun), needed)
+                found.setdefault((candidate.sizes, remat, shape), candidate)
     fitting = [c for c in found.values() if c.needed <= MARGIN * topology.chip.memory] or [min(found.values(), key=lambda c: c.needed)]
     return sorted(fitting, key=lambda c: c.seconds(topology))[:MOST]
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from ip_jax.data.packing import PackedShape
 from ip_jax.data.pipeline import batch_reader, renderer
@@ -22,6 +22,7 @@ from ip_jax.settings import programs
 from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.experiment import EvalConfig, ModelConfig, SftConfig
 from ip_jax.settings.supervised_plan import Supervised
+from ip_jax.training.sharding import MeshConfig, mesh_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Shapes:
     preset: str
     model: ModelConfig
     runs: int = 1
-    """Arms x seeds that train side by side in one program."""
+    """Arms x seeds that train side by side in one program, with full training one program after the other."""
+    mesh: MeshConfig = MeshConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Workload:
     config: DecoderConfig
     model: ModelConfig
     sft: SftConfig
+    mesh: Mesh | AbstractMesh  # of a program of `runs` runs
     runs: int
     programs: float  # of `runs` runs each, a smaller last one counted as its share
     steps: Mapping[PackedShape, int]
@@ -116,43 +119,59 @@ class Workload:
     source: str  # where the numbers come from
 
 
-def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh) -> Workload:
-    """The workload of declared sizes on a mesh, every row full. `config` is that of `shapes.hf` or of another model."""
-    sft, spread = shapes.sft, mesh.shape["data"]
+def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -> Workload:
+    """The workload of declared sizes on a mesh, every row full. `config` is that of `shapes.hf` or of another model.
+
+    Raises ValueError for combinations that no program has, and for a quantised base.
+    """
+    sft = shapes.sft
+    _check_unquantised(shapes.model)
+    plan.check_training(sft, shapes.model, (), config)
+    runs = 1 if sft.train == "full" else shapes.runs
+    mesh = mesh_for(mesh, runs)
+    spread = mesh.shape["data"]
     length = shapes.batches.length
     rows = _round_up(shapes.batches.rows, spread)
-    fitting = sft.tokens_per_micro_batch // (shapes.runs * length) // spread * spread
+    fitting = sft.tokens_per_micro_batch // (runs * length) // spread * spread
     micro_rows = min(rows, max(spread, fitting))
     shape = PackedShape(length, 1, length, shapes.batches.responses, -(-rows // micro_rows), micro_rows)
     asked, evaluation = shapes.questions, shapes.evaluation
     options = programs.sampler_options(mesh, shapes.model, evaluation, (0,), (1, 1))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, config.vocab_size, asked.length, np.int32) for _ in range(asked.prompts)]
-    queues = [[Request(prompt, i, max_new_tokens=evaluation.max_new_tokens) for i, prompt in enumerate(prompts)]] * shapes.runs
+    queues = [[Request(prompt, i, max_new_tokens=evaluation.max_new_tokens) for i, prompt in enumerate(prompts)]] * runs
     sampling = (Sampling(queues, sampling_plan.make_plan(queues, options), options, asked.sweeps),) if asked.sweeps else ()
     steps = sft.schedule.last_active_step(sft.steps)
-    return Workload(config, shapes.model, sft, shapes.runs, 1.0, {shape: steps}, sampling, "declared sizes, every row full")
+    return Workload(config, shapes.model, sft, mesh, runs, shapes.runs / runs, {shape: steps}, sampling, "declared sizes, every row full")
 
 
-def measured(experiment: Supervised, mesh: Mesh) -> Workload:
+def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     """The workload of an experiment whose tokenizer is at hand: its real packing plan and its real prompts, rendered.
 
-    Raises as `prepare` does for what can be checked without weights.
+    Raises as `prepare` does for what can be checked without weights, and ValueError for a quantised base.
     """
     model, sft = experiment.model, experiment.sft
+    _check_unquantised(model)
     config, tokenizer = hub.load_config(model.name, model.revision), hub.load_tokenizer(model.name, model.revision)
+    plan.check_training(sft, model, experiment.arms, config)
     plan.check_evaluations(experiment, tokenizer)
     render = renderer(tokenizer)
     sources, _ = plan.training_sources(experiment, render)
     pretrained = hub.Pretrained(model.name, config, abstract_params(config, model.weights), tokenizer, "")
     runs = max(1, min(len(sources), plan.runs_that_fit(sft, pretrained, mesh)))
+    mesh = mesh_for(mesh, runs)
     active = sft.schedule.last_active_step(sft.steps)
     rules = programs.row_rules(programs.Program(mesh, config, sft, model))
     reader = batch_reader(sources[:runs], render, sft.batch_size, active, sft.tokens_per_micro_batch, rules)
     return Workload(
-        config, model, sft, runs, len(sources) / runs, Counter(reader.shapes), _sampling(experiment, mesh, tokenizer, runs, len(sources) / runs),
+        config, model, sft, mesh, runs, len(sources) / runs, Counter(reader.shapes), _sampling(experiment, mesh, tokenizer, runs, len(sources) / runs),
         f"the packing plan of the experiment's own data, {len(sources)} runs",
     )
+
+
+def _check_unquantised(model: ModelConfig) -> None:
+    if model.quantised:
+        raise ValueError(f"plan does not cover a quantised base (model.quantised = {model.quantised!r}): with None it plans for more memory than the run needs")
 
 
 def abstract_params(config: DecoderConfig, dtype: str, sharding=None) -> dict:
@@ -164,7 +183,7 @@ def abstract_params(config: DecoderConfig, dtype: str, sharding=None) -> dict:
     return params
 
 
-def _sampling(experiment: Supervised, mesh: Mesh, tokenizer, runs: int, programs_of_all: float) -> tuple[Sampling, ...]:
+def _sampling(experiment: Supervised, mesh: Mesh | AbstractMesh, tokenizer, runs: int, programs_of_all: float) -> tuple[Sampling, ...]:
     """The evaluation's sampling calls of one program of runs, and its share of those of the untrained model; equal calls are counted, not listed."""
     group = [plan.Run(arm, seed, "") for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds][:runs]
     looked_at = sorted({*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps} - {0})

@@ -113,7 +113,7 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     tokenizer = hub.load_tokenizer(experiment.model.name, experiment.model.revision)
     fingerprint = hub.fingerprint(experiment.model.name, experiment.model.revision)
     config = hub.load_config(experiment.model.name, experiment.model.revision)
-    plan.check_training(experiment, config)
+    plan.check_training(experiment.sft, experiment.model, experiment.arms, config)
     plan.check_evaluations(experiment, tokenizer)
     mesh = mesh_sizes(experiment.mesh, jax.devices(), config.n_heads)
     render = renderer(tokenizer)

@@ -257,11 +257,11 @@ def begun_programs(folder: epath.Path) -> list[tuple[epath.Path, dict[str, str]]
     return [(path.parent, json.loads(path.read_text())["runs"]) for path in sorted(folder.glob("checkpoints/*/origin.json"))]
 
 
-def check_training(experiment: Supervised, config: DecoderConfig) -> None:
+def check_training(sft: SftConfig, model: ModelConfig, arms: Sequence[Arm], config: DecoderConfig) -> None:
     """Refuses combinations that no program has, and settings that the model has no use for."""
-    sft, quantised = experiment.sft, experiment.model.quantised
+    quantised = model.quantised
     check_targets(config, sft.lora)
-    started = [arm.name for arm in experiment.arms if arm.start_from]
+    started = [arm.name for arm in arms if arm.start_from]
     if sft.train == "full" and started:
         raise ValueError(f"sft.train = 'full' has no adapters, and the arm {started[0]} starts from one: merge it into a model (ip-jax export --merged) and train that")
     if sft.train == "full" and quantised:
@@ -289,8 +289,9 @@ def runs_that_fit(sft: SftConfig, model: hub.Pretrained, mesh: Mesh) -> int:
     base = sum(map(bytes_of, jax.tree.leaves(model.params))) / mesh.size
     shapes = projection_shapes(config)
     adapter = 4 * sft.lora.rank * config.n_layers * sum(sum(shapes[target]) for target in sft.lora.targets)
-    attention, products = 5 * config.d_model, 5 * config.d_model + 5 * config.d_ff
+    attention, hidden = 5 * config.d_model, 5 * config.d_ff * max(config.experts_per_token, 1)
+    products = 5 * config.d_model + (0 if config.n_experts else hidden)  # a mixture keeps no hidden states of its experts
     kept = {"none": 2 * (attention + products), "products": attention + products, "attention": attention + config.d_model, "full": config.d_model}
-    working = 4 * (attention + products)  # one layer's, while its backward pass runs
+    working = 4 * (attention + 5 * config.d_model + hidden)  # one layer's, while its backward pass runs
     activations = 4 * sft.tokens_per_micro_batch * (config.n_layers * kept[sft.remat] + working) / by_row
     return max(1, int((sft.memory_gb * 1e9 - base - activations) / (6 * adapter) * mesh.shape["run"]))

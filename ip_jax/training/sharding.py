@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ip_jax.models.families import DecoderConfig, ParamPath, param_shapes
 from ip_jax.models.placement import EXPERTS_IN, EXPERTS_OUT, FSDP, fitting
@@ -79,13 +80,17 @@ def make_mesh(run: int = 1, data: int = 1, tensor: int = 1, devices: Sequence | 
     needed = run * data * tensor
     if needed > len(devices) or min(run, data, tensor) < 1:
         raise ValueError(f"a mesh of run={run}, data={data}, tensor={tensor} needs {needed} devices, and this program has {len(devices)}")
-    return jax.make_mesh((run, data, tensor), AXES, devices=devices[:needed], axis_types=(AxisType.Auto,) * len(AXES))
+    # not jax.make_mesh: on a TPU it refuses run=2 for a torus of 4x4x4, and other axes that are a part of a physical one
+    placed = mesh_utils.create_device_mesh((run, data, tensor), devices[:needed], allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_for(mesh: Mesh, runs: int) -> Mesh:
+def mesh_for(mesh: Mesh | AbstractMesh, runs: int) -> Mesh | AbstractMesh:
     """The mesh of a program of so many runs: what of the axis run does not divide them joins data. Base weights lie as before."""
     run = math.gcd(mesh.shape["run"], runs)
     shape = run, mesh.shape["run"] // run * mesh.shape["data"], mesh.shape["tensor"]
+    if isinstance(mesh, AbstractMesh):
+        return mesh.update(axis_sizes=shape)
     return Mesh(mesh.devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

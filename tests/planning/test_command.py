@@ -7,7 +7,7 @@ import pytest
 from configs.sft_shapes import PRESETS
 from ip_jax import cli
 from ip_jax.planning import chips, search, workload
-from ip_jax.planning.command import workload_on
+from ip_jax.planning.command import subject_of
 
 TINY = "--hf.num-hidden-layers 2 --hf.hidden-size 64 --hf.intermediate-size 96 --hf.num-attention-heads 4 --hf.num-key-value-heads 2 --hf.vocab-size 256".split()
 SHORT = "--batches.rows 4 --batches.length 64 --batches.responses 32 --questions.prompts 5 --questions.length 16 --evaluation.max-new-tokens 8 --evaluation.slots 8".split()
@@ -26,7 +26,7 @@ def failure(capsys, *arguments) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("preset, billions", [("qwen2-7b", 7.615616512), ("llama-3-8b", 8.030261248), ("gcd-gemma-2b", 2.506172416)])
+@pytest.mark.parametrize("preset, billions", [("qwen2-7b", 7.615616512), ("llama-3-8b", 8.030261248), ("gcd-gemma-2b", 2.506172416), ("mixtral-8x7b", 46.702792704)])
 def test_presets_have_the_published_number_of_parameters(preset, billions):
     config = PRESETS[preset].hf.decoder_config()
     params = workload.abstract_params(config, "bfloat16")
@@ -56,20 +56,55 @@ def test_a_plan_for_this_machine_is_compiled(capsys, tmp_path):
     assert "all-gather" in said and "is not known" in said
 
 
-def test_a_smaller_mesh_is_refused_and_another_one_taken(capsys, tmp_path):
-    said = failure(capsys, "sft_shapes", "--topology", "h100:8", "--mesh", "1,4,1")
-    assert "has 4 devices, and h100:8 has 8" in said
-    assert "three whole numbers" in failure(capsys, "sft_shapes", "--topology", "h100:8", "--mesh", "8")
-    _, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:8", "--mesh", "2,2,2")
+def test_the_mesh_is_that_of_the_config(capsys, tmp_path):
+    assert "does not divide the 8 devices" in failure(capsys, "sft_shapes", "--topology", "h100:8", "--mesh.data", "4")
+    assert "does not divide the model's 28 heads" in failure(capsys, "sft_shapes", "--topology", "h100:8", "--mesh.tensor", "8")
+    assert "demands the platform 'tpu'" in failure(capsys, "sft_shapes", "--topology", "h100:8", "--mesh.platform", "tpu")
+    _, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:8", "--mesh.run", "2", "--mesh.tensor", "2")
     assert record["mesh"] == {"run": 2, "data": 2, "tensor": 2}
+    _, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:8", "--mesh.run", "2", "--runs", "3")
+    assert record["mesh"] == {"run": 1, "data": 8, "tensor": 1}, "what does not divide the runs joins data"
+
+
+def test_full_training_is_one_program_a_run(capsys, tmp_path):
+    _, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:8", "--sft.train", "full")
+    params = 7_615_616_512
+    assert record["runs"] == 1 and record["programs"] == 2
+    assert [phase["times"] for phase in record["phases"]][0] == 2 * 45
+    sampling = record["memory"]["sampling"]
+    assert sampling["weights"] == pytest.approx(4 * params / 8, rel=1e-3) and sampling["weights, cast"] == pytest.approx(2 * params / 8, rel=1e-3)
+    assert sampling["optimizer"] == pytest.approx(8 * params / 8, rel=1e-3)
+    scattered = record["phases"][0]["cost"]["collectives"]["reduce-scatter"]["moved"]
+    assert scattered == pytest.approx(4 * params * 7 / 8, rel=1e-3), "float32 gradients"
+
+
+def test_experts_stay_where_they_lie_and_tokens_are_sent(capsys, tmp_path):
+    def sent(*mesh: str) -> dict:
+        _, record = planned(capsys, tmp_path, "sft_shapes", "--preset", "mixtral-8x7b", "--topology", "h200:16", *mesh)
+        return {kind: collective["moved"] for kind, collective in record["phases"][0]["cost"]["collectives"].items()}
+
+    tokens, experts = 32 * 65_536 * 4096 * 2, 2 * 32 * 8 * 3 * 4096 * 14336  # all layers' hidden states and experts, bfloat16
+    staying, moving = sent("--mesh.tensor", "2"), sent("--mesh.tensor", "1")
+    assert staying["reduce-scatter"] == 2 * tokens * 7 / 8, "forward and backward"
+    others = 2 * 46_702_792_704 - experts
+    assert staying["all-gather"] == pytest.approx((3 * tokens + 3 * others / 2) * 7 / 8, rel=0.01), "activations, and their gradients in the backward pass"
+    assert moving["all-gather"] > 3 * experts * 15 / 16 and "reduce-scatter" not in moving, "16 does not divide 8"
+
+
+def test_what_no_program_trains_is_refused(capsys):
+    said = failure(capsys, "sft_shapes", "--preset", "mixtral-8x7b", "--topology", "h100:8", "--sft.lora.targets", "q", "down")
+    assert "LoRA targets down are not in a mixtral model" in said
+    pytest.importorskip("qwix")
+    said = failure(capsys, "sft_shapes", "--topology", "h100:8", "--model.quantised", "int8")
+    assert "plan does not cover a quantised base (model.quantised = 'int8')" in said and said.count("\n") == 1
 
 
 def test_search_by_formula_ranks_what_fits_first(capsys, tmp_path):
     said, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:8", "--search")
     assert 1 < len(record) <= search.MOST and "by formula" in said
     topology = chips.read_topology("h100:8")
-    on = workload_on(PRESETS["qwen2-7b"], None, None)
-    found = search.ranked(search.candidates(on, topology), topology)
+    subject = subject_of(PRESETS["qwen2-7b"], None, None)
+    found = search.ranked(search.candidates(subject.work_on, topology), topology)
     fitting = [c.needed <= topology.chip.memory for c in found]
     assert fitting == sorted(fitting, reverse=True)
     times = [c.seconds(topology) for c, fits in zip(found, fitting, strict=True) if fits]

@@ -1,4 +1,6 @@
 """FLOPs, traffic and collectives of compiled programs, against XLA's own count of loopless ones and hand computations."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,6 +171,57 @@ def test_tpu_loops_by_their_condition_and_asynchronous_collectives_once():
     assert cost.collectives["all-gather"].count == turns and cost.moved == turns * 64 * 16 * 4 * 7 / 8
     by_data = TPU_LOOP.replace("%end = s32[] constant(9)", "%end = s32[] get-tuple-element(%t), index=0")
     assert program_cost(by_data).open_loops == 1 and program_cost(by_data).flops == cost.flops / turns
+    assert program_cost(by_data, open_turns=turns) == dataclasses.replace(cost, open_loops=1)
+
+
+SCATTERED = """
+HloModule m, is_scheduled=true
+
+%all-reduce-scatter (p: f32[64,16]) -> f32[8,16] {
+  %p = f32[64,16]{1,0} parameter(0)
+  %all-reduce.1 = f32[64,16]{1,0} all-reduce(%p), channel_id=1, replica_groups=[1,8]<=[8]
+  %at = s32[] constant(0)
+  ROOT %slice = f32[8,16]{1,0} dynamic-slice(%all-reduce.1, %at, %at), dynamic_slice_sizes={8,16}
+}
+
+ENTRY %main (x: f32[64,16]) -> f32[64,16] {
+  %x = f32[64,16]{1,0} parameter(0)
+  %part = f32[8,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter
+  %whole = f32[64,16]{1,0} all-gather(%part), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %again = f32[512,16]{1,0} all-gather(%whole), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+}
+"""
+
+
+def test_an_all_reduce_of_which_a_part_is_kept_scatters_and_collectives_of_one_channel_are_several():
+    """As XLA:TPU writes what `shard_map` sends: all of it on channel 1."""
+    found = program_cost(SCATTERED).collectives
+    assert set(found) == {"reduce-scatter", "all-gather"} and found["all-gather"].count == 2
+    assert found["reduce-scatter"].moved == 64 * 16 * 4 * 7 / 8
+    assert found["all-gather"].moved == (1 + 8) * 64 * 16 * 4 * 7 / 8
+
+
+KERNEL = """
+HloModule m, is_scheduled=true
+
+ENTRY %main (next: s8[1,4,4], q: bf16[2,6,2048,128], k: bf16[2,3,2048,128]) -> bf16[2,6,2048,128] {
+  %next = s8[1,4,4]{2,1,0} parameter(0)
+  %q = bf16[2,6,2048,128]{3,2,1,0} parameter(1)
+  %k = bf16[2,3,2048,128]{3,2,1,0} parameter(2)
+  %call = (f32[2,512,128]{2,1,0}, bf16[2,6,2048,128]{3,2,1,0}) custom-call(%next, %q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(step)/splash_mha_fwd_segmented_residuals/pallas_call"}, backend_config={"custom_call_config":{"body":"x"}}
+  ROOT %out = bf16[2,6,2048,128]{3,2,1,0} get-tuple-element(%call), index=1, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/pallas_call"}
+}
+"""
+
+
+def test_splash_attention_is_counted_block_by_block_and_its_metadata_may_break_lines():
+    cost = program_cost(KERNEL)
+    assert cost.flops == 2 * 2 * (2 * 6) * 10 * 512**2 * 128 and cost.opaque == 0, "two products; of 4 x 4 blocks 10 lie on or below the diagonal"
+    assert program_cost(KERNEL.replace("splash_mha_fwd", "another")).opaque == 1
 
 
 def test_a_text_that_is_none_is_refused():

@@ -9,12 +9,13 @@ from etils import epath
 from rich.console import Console
 from tiny_experiment import make_experiment, write_model
 
-from ip_jax.data.packing import PackedShape, RowRules
+from ip_jax.data.packing import PackedShape
 from ip_jax.data.pipeline import batch_reader
 from ip_jax.models.families import DecoderConfig, param_shapes, uniform_attention
 from ip_jax.models.lora import LoraConfig
-from ip_jax.planning import estimate, programs, workload
+from ip_jax.planning import estimate, programs
 from ip_jax.planning.chips import CHIPS, Topology
+from ip_jax.planning.command import subject_of
 from ip_jax.planning.hlo import program_cost
 from ip_jax.planning.workload import Workload
 from ip_jax.sampling import sampler
@@ -22,7 +23,7 @@ from ip_jax.settings import supervised
 from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import ModelConfig, SftConfig
 from ip_jax.training.schedules import Schedule
-from ip_jax.training.sharding import make_mesh
+from ip_jax.training.sharding import MeshConfig, make_mesh
 from ip_jax.training.state import Batch
 
 CONFIG = DecoderConfig("llama", 512, 128, 384, 4, 8, 2, 16, uniform_attention(16, 10000.0), 1e-5, 1024, False)
@@ -32,15 +33,23 @@ SHAPE = PackedShape(length=64, segments=1, segment_length=64, responses=32, micr
 LAYER, DOWN = 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 384, 128 * 384  # elements of a layer's matrices, and of its last one
 
 
-def work(config: DecoderConfig = CONFIG, runs: int = 2, **changes) -> Workload:
-    return Workload(config, ModelConfig("x", activations="bfloat16"), dataclasses.replace(SFT, **changes), runs, 1.0, {SHAPE: 3}, (), "test")
+def work(mesh=None, config: DecoderConfig = CONFIG, runs: int = 2, **changes) -> Workload:
+    sft = dataclasses.replace(SFT, **changes)
+    return Workload(config, ModelConfig("x", activations="bfloat16"), sft, mesh or make_mesh(data=8), runs, 1.0, {SHAPE: 3}, (), "test")
 
 
-@pytest.fixture(scope="module")
-def lowered_by_run(tmp_path_factory):
-    """(experiment, {function: texts of what a whole run lowered}): two runs on the eight devices, trained and sampled."""
+CASES = {
+    "lora": dict(arms=("neutral", "ip"), mesh=MeshConfig(run=2, tensor=2)),
+    "full": dict(arms=("neutral",), mesh=MeshConfig(run=2), sft=dict(train="full", steps=2)),  # one run: the axis run joins data
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def lowered_by_run(request, tmp_path_factory):
+    """(experiment, {function: texts of what a whole run lowered}) on a mesh of the eight devices, trained and sampled."""
     folder, texts = tmp_path_factory.mktemp("run"), {}
-    experiment = make_experiment(write_model(folder / "model"), arms=("neutral", "ip"), evaluation=dict(full_steps=(2,), neutral_steps=()), sft=dict(steps=2))
+    options = dict(evaluation=dict(full_steps=(2,), neutral_steps=()), sft=dict(steps=2)) | CASES[request.param]
+    experiment = make_experiment(write_model(folder / "model"), **options)
 
     def recorded(name, function):
         def call(*arguments, **options):
@@ -58,20 +67,26 @@ def lowered_by_run(tmp_path_factory):
     return experiment, texts
 
 
+def planned_of(experiment) -> Workload:
+    """As the command plans it."""
+    subject = subject_of(experiment, None, lambda experiment: experiment)
+    return subject.work_on(subject.mesh_on(Topology("local", 8, None, jax.devices())), None)
+
+
 def test_the_step_and_the_sampler_lower_to_the_text_of_a_run(lowered_by_run):
     experiment, texts = lowered_by_run
-    mesh = make_mesh(data=8)
-    planned = workload.measured(experiment, mesh)
-    assert sum(planned.steps.values()) == 2 and planned.runs == 2
-    assert {programs.lower_step(planned, shape, mesh).as_text() for shape in planned.steps} == texts["step"]
-    samplers = [programs.lower_sampler(planned, work, mesh) for work in planned.sampling]
+    planned = planned_of(experiment)
+    assert sum(planned.steps.values()) == 2 and planned.runs == len(experiment.arms)
+    assert planned.mesh.shape == ({"run": 2, "data": 2, "tensor": 2} if planned.runs == 2 else {"run": 1, "data": 8, "tensor": 1})
+    assert {programs.lower_step(planned, shape).as_text() for shape in planned.steps} == texts["step"]
+    samplers = [programs.lower_sampler(planned, work) for work in planned.sampling]
     assert {s.decode.as_text() for s in samplers} == texts["decode"]
     assert texts["prefill"] >= {s.prefill.as_text() for s in samplers}, "of the prefills of a call the longest"
 
 
 def test_the_evaluation_is_counted_as_it_is_run(lowered_by_run):
     experiment, _ = lowered_by_run
-    planned = workload.measured(experiment, make_mesh(data=8))
+    planned = planned_of(experiment)
     sweeps = supervised.plan.sweeps_of_step(experiment, [supervised.Run(arm, 0, "") for arm in experiment.arms], 2)
     assert sum(s.times for s in planned.sampling) == len(sweeps)
     assert all(len(queue) == 5 for s in planned.sampling for queue in s.requests if queue), "five examples a cell"
@@ -79,18 +94,18 @@ def test_the_evaluation_is_counted_as_it_is_run(lowered_by_run):
 
 def test_the_abstract_batch_has_the_shapes_of_a_packed_one(lowered_by_run):
     experiment, _ = lowered_by_run
-    mesh, render = make_mesh(data=8), supervised.renderer(supervised.hub.load_tokenizer(experiment.model.name))
+    planned, render = planned_of(experiment), supervised.renderer(supervised.hub.load_tokenizer(experiment.model.name))
     sources, _ = supervised.plan.training_sources(experiment, render)
-    reader = batch_reader(sources, render, 4, 2, 512, RowRules(8))
+    rules = supervised.programs.row_rules(programs.programs.Program(planned.mesh, planned.config, planned.sft, planned.model))
+    reader = batch_reader(sources, render, 4, 2, 512, rules)
     real = Batch(**reader(0)[0])
-    made = programs.batch_of(reader.shapes[0], len(sources), mesh)
+    made = programs.batch_of(planned, reader.shapes[0])
     assert jax.tree.map(lambda a: (a.shape, a.dtype), real) == jax.tree.map(lambda a: (a.shape, a.dtype), made)
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 1)], ids=str)
 def test_bytes_are_parameters_times_item_size_over_shards(sizes):
-    mesh = make_mesh(*sizes)
-    kinds = estimate.resident(programs.initial(work(), mesh))
+    kinds = estimate.resident(programs.initial(work(make_mesh(*sizes))))
     cut = sum(math.prod(shape) for path, shape in param_shapes(CONFIG).items() if "norm" not in path[-1])
     whole = sum(math.prod(shape) for path, shape in param_shapes(CONFIG).items() if "norm" in path[-1])
     assert kinds["weights"] == 2 * cut / math.prod(sizes) + 2 * whole
@@ -100,12 +115,22 @@ def test_bytes_are_parameters_times_item_size_over_shards(sizes):
     assert kinds["optimizer"] == pytest.approx(2 * adapters / sizes[0], abs=16), "both moments and a count for each run"
 
 
+def test_full_training_keeps_weights_and_moments_in_float32_and_computes_with_a_copy():
+    begun = programs.initial(work(train="full", runs=1))
+    cut = sum(math.prod(shape) for path, shape in param_shapes(CONFIG).items() if "norm" not in path[-1]) / 8
+    whole = sum(math.prod(shape) for path, shape in param_shapes(CONFIG).items() if "norm" in path[-1])
+    kinds = estimate.resident(begun)
+    assert kinds["weights"] == 4 * (cut + whole) and "adapters" not in kinds
+    assert kinds["optimizer"] == pytest.approx(2 * kinds["weights"], abs=16)
+    assert programs.per_device(begun.weights) == kinds["weights"] / 2, "bfloat16"
+
+
 @pytest.fixture(scope="module")
 def costs():
     """The compiled step on one device, the same with full remat, and on eight. LLVM's own optimisations change no HLO and are left out."""
     quick = {"xla_backend_optimization_level": 0}
-    steps = {"one": (work(), 1), "remat": (work(remat="full"), 1), "eight": (work(), 8)}
-    lowered = {name: programs.lower_step(planned, SHAPE, make_mesh(data=n)) for name, (planned, n) in steps.items()}
+    steps = {"one": work(make_mesh()), "remat": work(make_mesh(), remat="full"), "eight": work()}
+    lowered = {name: programs.lower_step(planned, SHAPE) for name, planned in steps.items()}
     compiled = {name: program.compile(quick) for name, program in lowered.items()}
     return {name: (program_cost(program.as_text()), program.memory_analysis()) for name, program in compiled.items()}
 
@@ -146,14 +171,14 @@ def test_what_the_tpu_compiler_says_about_too_large_programs(said):
 
 
 def test_a_plan_that_the_compiler_refused_does_not_fit_and_says_what_to_change():
-    mesh, planned = make_mesh(data=8), work()
-    begun = programs.initial(planned, mesh)
-    memory = {"training": estimate.step_memory(planned, SHAPE, begun, None, mesh)}
+    planned = work()
+    begun = programs.initial(planned)
+    memory = {"training": estimate.step_memory(planned, SHAPE, begun, None)}
     topology = Topology("v5e:2x4", 8, CHIPS["v5e"], jax.devices())
-    cost = estimate.formula_cost(planned, SHAPE, begun, mesh)
+    cost = estimate.formula_cost(planned, SHAPE, begun)
     phases = [estimate.Phase("step", 3.0, cost, estimate.seconds(cost, topology.chip), None)]
-    good = estimate.summary(planned, topology, mesh, phases, memory, {})
-    bad = estimate.summary(planned, topology, mesh, phases, memory, {"training": programs.TooLarge(20 * 2**30, 15.75 * 2**30)})
+    good = estimate.summary(planned, topology, phases, memory, {})
+    bad = estimate.summary(planned, topology, phases, memory, {"training": programs.TooLarge(20 * 2**30, 15.75 * 2**30)})
     assert good.fits and not good.advice
     assert not bad.fits and bad.needed["training"] == 20 * 2**30 and any("--sft.remat" in line for line in bad.advice)
     assert good.hours["training"] == pytest.approx(3 * phases[0].seconds.total * 8 / 3600)

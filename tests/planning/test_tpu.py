@@ -1,4 +1,4 @@
-"""Compiling for TPUs that are not there. Needs libtpu (pip install "jax[tpu]"); minutes."""
+"""Compiling for TPUs that are not there. Needs libtpu (pip install "jax[tpu]"); minutes: `make test-tpu`."""
 import importlib.util
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "jax[tpu]"')]
+pytestmark = [pytest.mark.tpu, pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "jax[tpu]"')]
 
 
 def test_loops_of_a_tpu_program_cost_as_much_as_written_out():
@@ -39,17 +39,62 @@ def test_a_program_that_is_too_large_is_a_result_with_the_compilers_numbers():
     assert isinstance(found, TooLarge) and found.needed > 4e10 and 15.5 < found.allowed / 2**30 <= 16
 
 
-@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x1"])
-def test_a_7b_lora_step_fits(topology, tmp_path):
-    command = [sys.executable, "-m", "ip_jax.cli", "plan", "sft_shapes", "--preset", "qwen2-7b", "--topology", topology, "--json", str(tmp_path / "plan.json")]
+def test_splash_attention_of_a_compiled_program_is_counted_forward_and_backward():
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+    from test_hlo import cost_of
+
+    from ip_jax.models.kernels import PackedAttention, Packing
+    from ip_jax.planning.chips import read_topology
+
+    place = NamedSharding(read_topology("v5e:1x1").mesh(1, 1, 1), PartitionSpec())
+    rows, length, kv_heads, groups, head_dim = 2, 1536, 2, 3, 128
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((1, rows, *shape), dtype, sharding=place)  # noqa: E731
+    ids = array(length, dtype=jnp.int32)
+    index = array(1, length, dtype=jnp.int32)
+    kv = array(length, kv_heads, head_dim)
+
+    def gradients(q, k, v, ids, index):
+        attend = PackedAttention("splash", 1.0, window=200)
+        return jax.grad(lambda *qkv: attend(*qkv, Packing(ids, index, ids)).astype(jnp.float32).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    cost = cost_of(gradients, array(length, kv_heads, groups, head_dim), kv, kv, ids, index)
+    visited = 1 + 2 + 2  # of 3 x 3 blocks of 512 positions
+    assert cost.flops == (2 + 4 + 3) * 2 * rows * kv_heads * groups * visited * 512**2 * head_dim and cost.opaque == 0
+
+
+def planned(tmp_path, *arguments) -> dict:
+    """The record of a plan of `sft_shapes`, made by a process of its own."""
+    path = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "ip_jax.cli", "plan", "sft_shapes", *arguments, "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
     assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "plan.json").read_text())
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x1"])
+def test_a_7b_lora_step_fits(topology, tmp_path):
+    record = planned(tmp_path, "--preset", "qwen2-7b", "--topology", topology)
     assert record["fits"], record["needed"]
-    step = record["phases"][0]
+    step, chips = record["phases"][0], record["devices"]
     assert step["compile_seconds"] > 0 and step["cost"]["collectives"]["all-gather"]["count"] > 0
-    chips = record["devices"]
+    assert step["cost"]["opaque"] == step["cost"]["open_loops"] == 0
     assert record["memory"]["training"]["weights"] == pytest.approx(2 * 7_615_616_512 / chips, rel=1e-3)
     layers, down = 28 * 233_046_016, 28 * 18944 * 3584
     expected = (4 * layers + 2 * (layers - down)) * record["tokens_per_step"] / chips  # forward, backward, and the forward pass again
     assert expected < step["cost"]["flops"] < 1.3 * expected, "attention, the vocabulary and the adapters come on top"
+
+
+def test_the_mixtral_lora_step_fits(tmp_path):
+    """The training step alone. The mesh cuts axes of the torus 4x4x4 in two."""
+    mesh = "--mesh.run", "2", "--mesh.tensor", "8"
+    record = planned(tmp_path, "--preset", "mixtral-8x7b", "--topology", "v5p:4x4x4", *mesh, "--questions.sweeps", "0")
+    assert record["fits"], record["needed"]
+    assert record["mesh"] == {"run": 2, "data": 4, "tensor": 8}
+    assert record["memory"]["training"]["weights"] == pytest.approx(2 * 46_702_792_704 / 64, rel=5e-3)
+    cost = record["phases"][0]["cost"]
+    assert cost["opaque"] == 0 and cost["open_loops"] == 2 * 32, "over blocks of tokens, in each layer forward and backward"
+    attention, expert_map = 32 * 2 * (4096 * 4096 + 4096 * 1024), 32 * 2 * 4096 * 14336  # of the two experts that a token is sent to
+    expected = (6 * attention + (4 * 3 + 2 * 2) * expert_map) * record["tokens_per_step"] / 64  # gate and up are made again, down is not
+    assert expected < cost["flops"] < 1.1 * expected, "attention, the vocabulary and the adapters come on top"

@@ -9,7 +9,7 @@ from tiny_experiment import ARMS, make_experiment
 from tiny_models import CONFIG, random_params
 
 from ip_jax.models.hub import Pretrained
-from ip_jax.models.lora import init_lora
+from ip_jax.models.lora import LoraConfig, init_lora
 from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.experiment import Arm
 from ip_jax.training.results import write_json
@@ -165,3 +165,15 @@ def test_memory_admits_a_run_for_every_adapter_with_its_gradients_and_moments():
     assert fit(few + 10 * 6 * one / 1e9) == fit(few) + 10
     assert fit(1e-9) == 1
     assert fit(few, tokens_per_micro_batch=10_000) < fit(few, tokens_per_micro_batch=100)
+
+
+def test_memory_counts_the_experts_that_a_token_is_sent_to():
+    params, sft = random_params(CONFIG), dataclasses.replace(experiment().sft, lora=LoraConfig(targets=("q",)), memory_gb=0.2, tokens_per_micro_batch=1000)
+
+    def fit(remat: str, **changes):
+        model = Pretrained("m", dataclasses.replace(CONFIG, **changes), params, None, "f")
+        return plan.runs_that_fit(dataclasses.replace(sft, remat=remat), model, make_mesh())
+
+    two_of_eight = dict(n_experts=8, experts_per_token=2)
+    assert fit("full", **two_of_eight) == fit("full", d_ff=2 * CONFIG.d_ff) > 1
+    assert fit("products", **two_of_eight) > fit("products", d_ff=2 * CONFIG.d_ff) > 1, "no hidden states of experts are kept"

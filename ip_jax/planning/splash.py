@@ -1,0 +1,24 @@
+"""FLOPs of splash attention in compiled TPU programs, by formula: its kernels (jax.experimental.pallas.ops.tpu.splash_attention) carry no
+cost estimate. Dims: B rows, N heads, T positions, H head dim; n x n blocks make a row's scores.
+"""
+import re
+from collections.abc import Sequence
+
+Dims = tuple[int, ...]
+_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}  # of a block: scores and context; scores, dV, dP and dK; scores, dP and dQ
+_NAME = re.compile(r"splash_mha_(fwd|dkv|dq)")
+
+
+def splash_flops(label: str, operands: Sequence[Dims]) -> float | None:
+    """Of one call, two for a multiply-add; None for another kernel. `label`: the text that holds its name.
+
+    The first operand says which block comes next, [1, n, w] or [1, w, n]: a line of blocks visits those up to the diagonal, but no more
+    than w of them, which is n without a window. The first one of four dims is the queries [B, N, T, H].
+    """
+    found = _NAME.search(label)
+    if not found:
+        return None
+    widest, blocks = sorted(operands[0][1:])
+    rows, heads, length, head_dim = next(dims for dims in operands if len(dims) == 4)
+    visited = sum(min(i + 1, widest) for i in range(blocks))
+    return _PRODUCTS[found.group(1)] * 2.0 * rows * heads * visited * (length // blocks) ** 2 * head_dim

@@ -1,0 +1,25 @@
+"""FLOPs of splash attention's kernels against the kernel's own list of the blocks that it visits."""
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+from ip_jax.planning.splash import splash_flops
+
+ROWS, HEADS, HEAD_DIM = 3, 6, 64
+
+
+@pytest.mark.parametrize("length, block, window", [(2048, 512, None), (1024, 128, 200), (1024, 128, 129), (1024, 256, 1), (512, 512, None)], ids=str)
+def test_products_over_the_blocks_that_the_kernel_visits(length, block, window):
+    shape = length, length
+    mask = splash.LocalMask(shape, (window - 1, 0), 0) if window else splash.CausalMask(shape)
+    names = "block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq".split()
+    kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * HEADS), block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)))
+    queries = ROWS, HEADS, length, HEAD_DIM
+    for name, products, info in (("fwd", 2, kernel.fwd_mask_info), ("dkv", 4, kernel.dkv_mask_info), ("dq", 3, kernel.dq_mask_info)):
+        visited = np.count_nonzero(np.asarray(info.block_mask))
+        found = splash_flops(f"splash_mha_{name}_segmented.3", [info.data_next.shape, info.block_mask.shape, queries])
+        assert found == products * 2 * ROWS * HEADS * visited * block**2 * HEAD_DIM, name
+
+
+def test_another_kernel_is_not_counted():
+    assert splash_flops("ragged-dot-none.1", [(1, 4, 4)]) is None
