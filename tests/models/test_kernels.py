@@ -217,7 +217,7 @@ def tpu_topology():
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
 
 
-@pytest.mark.slow
+@pytest.mark.tpu
 @pytest.mark.parametrize(
     ("heads", "length", "options", "dtype"),
     [
