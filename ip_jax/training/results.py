@@ -66,7 +66,7 @@ def claim_folder(folder: epath.Path, record: dict, runs: Mapping[str, str]) -> N
     elif folder.exists() and any(entry.name != ".config.json.partial" for entry in folder.iterdir()):
         raise ValueError(f"the folder {folder} is not empty and holds no results of this program: choose another one with --out")
     new = {name: key for name, key in runs.items() if not _key_path(folder, name).exists()}
-    for name in runs.keys() - new.keys():
+    for name in sorted(runs.keys() - new.keys()):
         if json.loads(_key_path(folder, name).read_text())["key"] != runs[name]:
             raise ValueError(
                 f"run {name} in {folder} was made with another definition of its arm (prompts, data or starting point): give the arm another name, or choose another folder with --out"
