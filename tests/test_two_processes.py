@@ -74,7 +74,7 @@ class Process:
 
     def said(self) -> str:
         """What it printed, without what XLA and its collectives log."""
-        return "\n".join(line for line in self.log.read_text().splitlines() if "Gloo" not in line and "peer ranks" not in line)
+        return "\n".join(line for line in self.log.read_text().splitlines() if line and "Gloo" not in line and "peer ranks" not in line)
 
     def ends(self) -> int:
         return self.popen.wait(timeout=200)

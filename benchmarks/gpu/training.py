@@ -28,10 +28,10 @@ MODEL = ModelConfig("random weights", weights="bfloat16", activations="bfloat16"
 TOKENS_PER_MICRO_BATCH = 65_536
 
 
-def workload(config: DecoderConfig, shape: PackedShape, runs: int, rank: int, remat: str) -> Workload:
+def workload(config: DecoderConfig, mesh: Mesh, shape: PackedShape, runs: int, rank: int, remat: str) -> Workload:
     """What `ip-jax plan` and `ip-jax run` make the step of, for batches of one shape."""
     sft = SftConfig(1, 1, 1e-4, Schedule("constant"), lora=LoraConfig(rank=rank, alpha=2 * rank), remat=remat, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH)
-    return Workload(config, MODEL, sft, runs, 1.0, {shape: 1}, (), "a benchmark's sizes")
+    return Workload(config, MODEL, sft, mesh, runs, 1.0, {shape: 1}, (), "a benchmark's sizes")
 
 
 def full_rows(sizes: Sizes, rows: int) -> PackedShape:
@@ -54,9 +54,9 @@ def flops_per_token(config: DecoderConfig) -> float:
 def measure_step(sizes: Sizes, remat: str, rows: int, steps: int, repeats: int) -> dict:
     """Tokens/s of a LoRA r=8 step on `rows` full rows, the seconds to compile it, and the device's largest bytes in use (None: not told)."""
     mesh, shape = one_device(sizes), full_rows(sizes, rows)
-    work = workload(sizes.large.decoder_config(), shape, 1, 8, remat)
-    timing, compiled = _compile(work, shape, mesh)
-    state, base = _start(work, mesh, random_params(work.config, MODEL.weights, mesh))
+    work = workload(sizes.large.decoder_config(), mesh, shape, 1, 8, remat)
+    timing, compiled = _compile(work, shape)
+    state, base = _start(work, random_params(work.config, MODEL.weights, mesh))
     rng = np.random.default_rng(0)
     batch = _on_device(mesh, [[random_example(rng, sizes.segment, work.config.vocab_size) for _ in range(rows * sizes.segments)]], shape)
 
@@ -75,7 +75,7 @@ def measure_step(sizes: Sizes, remat: str, rows: int, steps: int, repeats: int) 
     rate = rows * sizes.row / statistics.median(spent)
     planned = compiled.memory_analysis()
     return {
-        "remat": remat, "rows": rows, "attention": _kernel(work, mesh), "tokens_per_s": round(rate, 1), "step_s": [round(s, 4) for s in spent],
+        "remat": remat, "rows": rows, "attention": _kernel(work), "tokens_per_s": round(rate, 1), "step_s": [round(s, 4) for s in spent],
         "tflops_per_s": round(rate * flops_per_token(work.config) / 1e12, 1), "tflops_of": " ".join(flops_per_token.__doc__.split()),
         "peak_bytes": (mesh.devices.flat[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "planned_bytes": planned.argument_size_in_bytes + planned.temp_size_in_bytes + planned.output_size_in_bytes - planned.alias_size_in_bytes,
@@ -86,15 +86,15 @@ def measure_step(sizes: Sizes, remat: str, rows: int, steps: int, repeats: int) 
 def measure_compilation(sizes: Sizes, remat: str, rows: int) -> dict:
     """Seconds to trace, lower and compile the step of `measure_step`, from shapes alone, and how many programs came from the persistent cache."""
     shape = full_rows(sizes, rows)
-    timing, _ = _compile(workload(sizes.large.decoder_config(), shape, 1, 8, remat), shape, one_device(sizes))
+    timing, _ = _compile(workload(sizes.large.decoder_config(), one_device(sizes), shape, 1, 8, remat), shape)
     return timing
 
 
-def _compile(work: Workload, shape: PackedShape, mesh: Mesh) -> tuple[dict, jax.stages.Compiled]:
+def _compile(work: Workload, shape: PackedShape) -> tuple[dict, jax.stages.Compiled]:
     hits = []
     listen = lambda event, **_: hits.append(event) if event == "/jax/compilation_cache/cache_hits" else None  # noqa: E731
     start = time.perf_counter()
-    lowered = lower_step(work, shape, mesh)
+    lowered = lower_step(work, shape)
     middle = time.perf_counter()
     monitoring.register_event_listener(listen)  # only now: lowering computes on the way
     compiled = lowered.compile()
@@ -103,16 +103,16 @@ def _compile(work: Workload, shape: PackedShape, mesh: Mesh) -> tuple[dict, jax.
     return {"lower_s": round(middle - start, 2), "compile_s": round(end - middle, 2), "cache_hits": len(hits)}, compiled
 
 
-def _program(work: Workload, mesh: Mesh) -> programs.Program:
-    return programs.Program(mesh, work.config, work.sft, work.model)
+def _program(work: Workload) -> programs.Program:
+    return programs.Program(work.mesh, work.config, work.sft, work.model)
 
 
-def _kernel(work: Workload, mesh: Mesh) -> str:
-    return programs.attention_kernel(_program(work, mesh))
+def _kernel(work: Workload) -> str:
+    return programs.attention_kernel(_program(work))
 
 
-def _start(work: Workload, mesh: Mesh, params: dict) -> tuple:
-    return programs.initial_state(_program(work, mesh), params, range(work.runs))[1:]
+def _start(work: Workload, params: dict) -> tuple:
+    return programs.initial_state(_program(work), params, range(work.runs))[1:]
 
 
 def _on_device(mesh: Mesh, examples: list[list[Rendered]], shape: PackedShape) -> Batch:
@@ -126,16 +126,16 @@ def measure_runs(sizes: Sizes) -> dict:
     data = [[[random_example(rng, n, config.vocab_size, n // 2) for n in run] for run in step] for step in drawn.tolist()]
     params = random_params(config, MODEL.weights, mesh)
     work, steps = _packed_steps(config, mesh, data)
-    together = _Runs(steps, *_start(work, mesh, params))
+    together = _Runs(steps, *_start(work, params))
     work_of_one, steps_of_one = _packed_steps(config, mesh, [[run] for step in data for run in step])
-    apart = [_Runs(steps_of_one[r :: sizes.runs], *_start(work_of_one, mesh, params)) for r in range(sizes.runs)]
+    apart = [_Runs(steps_of_one[r :: sizes.runs], *_start(work_of_one, params)) for r in range(sizes.runs)]
     one_after_another = lambda: [run.train() for run in apart]  # noqa: E731
     together.train()
     one_after_another()
     result = alternating(together.train, one_after_another, sizes.repeats)
     tokens = int(drawn.sum())
     return {
-        "runs": sizes.runs, "steps": sizes.steps, "tokens": tokens, "attention": _kernel(work, mesh), **result,
+        "runs": sizes.runs, "steps": sizes.steps, "tokens": tokens, "attention": _kernel(work), **result,
         "tokens_per_s": round(tokens / statistics.median(result["ours_s"]), 1),
         "one_after_another_tokens_per_s": round(tokens / statistics.median(result["peer_s"]), 1),
     }  # fmt: skip
@@ -148,8 +148,8 @@ def _packed_steps(config: DecoderConfig, mesh: Mesh, data: list[list[list[Render
     count = lambda of: np.array([[[of(example) for example in run] for run in step] for step in data])  # noqa: E731
     lengths, responses = count(lambda example: len(example.token_ids)), count(lambda example: int(example.response_mask.sum()))
     shapes = plan_shapes(lengths, responses, TOKENS_PER_MICRO_BATCH)
-    work = workload(config, shapes[0], len(data[0]), 16, "products")
-    compiled = {shape: _compile(work, shape, mesh)[1] for shape in dict.fromkeys(shapes)}
+    work = workload(config, mesh, shapes[0], len(data[0]), 16, "products")
+    compiled = {shape: _compile(work, shape)[1] for shape in dict.fromkeys(shapes)}
     return work, [(compiled[shape], _on_device(mesh, step, shape)) for shape, step in zip(shapes, data, strict=True)]
 
 

@@ -193,7 +193,7 @@ def test_a_mesh_trains_as_one_device(axes):
     for where in (None, mesh):
         step, state, base = frozen_step(model, adapters, OPTIONS, where)
         state, metrics = step(state, base, batch if where is None else jax.device_put(batch, batch_sharding(mesh)))
-        seen.append(jax.device_get((nnx.to_pure_dict(state.lora), metrics)))
+        seen.append(jax.device_get((nnx.to_pure_dict(state.trained), metrics)))
     assert_close(seen[1], seen[0], atol=1e-5)
 
 

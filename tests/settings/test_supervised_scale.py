@@ -113,13 +113,13 @@ def test_a_quantised_base_on_a_mesh(model, tmp_path):
     (dict(mesh=MeshConfig(tensor=8)), "has tensor=8, which does not divide the model's 4 heads"),
     (dict(mesh=MeshConfig(run=3)), "run=3, data=None, tensor=1 does not divide the 8 devices"),
     (dict(mesh=MeshConfig(platform="gpu")), "the config demands the platform 'gpu' .*devices are cpu"),
-    (dict(sft={"train": "full"}, quantised="nf4"), "sft.train = 'full' trains all weights, and model.quantised = 'nf4' freezes them"),
+    (dict(sft={"train": "full"}, model={"quantised": "nf4"}), "sft.train = 'full' trains all weights, and model.quantised = 'nf4' freezes them"),
+    (dict(model={"attention": "splash"}), "attention 'splash' runs on a TPU, and the mesh is made of CPU devices"),
 ])  # fmt: skip
 def test_what_cannot_run_is_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr("ip_jax.models.quantised.importlib.util.find_spec", lambda name: True)
-    quantised = changes.get("quantised")
-    experiment = make_experiment(model, **{name: value for name, value in changes.items() if name != "quantised"})
-    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, quantised=quantised))
+    experiment = make_experiment(model, **{name: value for name, value in changes.items() if name != "model"})
+    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, **changes.get("model", {})))
     monkeypatch.setattr(hub, "load_pretrained", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=message):
         run(experiment, tmp_path / "out", one_device=False)
