@@ -108,7 +108,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(full_disk, ca
         checkpoints.save(state_at(2))
         checkpoints.wait()
     assert not caplog.records, "Orbax's tracebacks are not shown"
-    with pytest.raises(ValueError, match="RESOURCE_EXHAUSTED"):
+    with pytest.raises((ValueError, OSError), match="RESOURCE_EXHAUSTED|No space left"):  # whichever of Orbax's writers met it first
         checkpoints.manager.close()  # a new process has no writer of the old one beside it
     rest.unlink()
     again = open_checkpoints(full_disk / "c", ORIGIN)
