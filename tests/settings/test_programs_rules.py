@@ -1,0 +1,47 @@
+"""Which kernel attends and how rows are packed for it, by the devices of the mesh."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from ip_jax.models.decoder import packed_attend
+from ip_jax.models.families import AttentionKind, DecoderConfig, uniform_attention
+from ip_jax.settings.experiment import ModelConfig, SftConfig
+from ip_jax.settings.programs import Program, attention_kernel, row_rules
+from ip_jax.training.schedules import Schedule
+from ip_jax.training.sharding import AXES
+
+PLAIN = uniform_attention(64, 1e4)
+CAPPED = (dataclasses.replace(PLAIN[0], softcap=50.0),)
+SFT = SftConfig(1, 1, 1e-4, Schedule("constant"))
+
+
+def program(platform: str, attention: tuple[AttentionKind, ...] = PLAIN, wanted: str = "auto", sft: SftConfig = SFT) -> Program:
+    mesh = AbstractMesh((1, 4, 1), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=AbstractDevice("any", None, platform))
+    config = DecoderConfig("llama", 512, 128, 256, 2, 4, 2, 64, attention, 1e-5, 1024, False)
+    return Program(mesh, config, sft, ModelConfig("x", weights="bfloat16", attention=wanted))
+
+
+@pytest.mark.parametrize("platform, attention, kernel, quantum", [
+    ("cpu", PLAIN, "xla", 8), ("tpu", PLAIN, "splash", 128), ("tpu", CAPPED, "splash", 128), ("gpu", PLAIN, "cudnn", 8), ("gpu", CAPPED, "xla", 8),
+    ("gpu", (*PLAIN, *CAPPED), "xla", 8),
+])  # fmt: skip
+def test_kernel_and_rows_follow_the_devices(platform, attention, kernel, quantum):
+    """Only XLA lets a row's segments share its beginning; one layer that a kernel cannot do keeps all from it."""
+    asked = program(platform, attention)
+    rules = row_rules(asked)
+    assert (attention_kernel(asked), rules.quantum, rules.multiple, rules.share_prefix) == (kernel, quantum, 4, kernel == "xla")
+
+
+def test_the_routers_loss_counts_the_tokens_of_each_example():
+    assert not row_rules(program("cpu", sft=dataclasses.replace(SFT, router_aux_loss_coef=0.02))).share_prefix
+
+
+def test_a_named_kernel_that_the_devices_lack_and_a_shared_beginning_are_refused():
+    with pytest.raises(ValueError, match="attention 'splash' runs on a TPU, and the mesh is made of GPU devices"):
+        row_rules(program("gpu", wanted="splash"))
+    ids = jnp.ones((1, 1, 128), int)
+    with pytest.raises(ValueError, match="attention 'splash' cannot share the first 3 tokens of a row"):
+        jax.eval_shape(lambda: packed_attend(ids, ids, jnp.zeros((1, 1, 1, 128), int), shared=3, kernel="splash"))
