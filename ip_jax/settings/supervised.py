@@ -265,9 +265,9 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep, what: str
 
 
 def _sampled(session: Session, state: TrainState, frozen) -> tuple:
-    """(adapters, weights) of the runs as they are sampled from, on the mesh."""
+    """(adapters, weights) of the runs as they are sampled from, on the mesh. A jitted function would return frozen weights as a copy."""
     split = functools.partial(decoder_states, options=programs.step_options(_program(session)))
-    return jax.jit(split)(state.trained, frozen)
+    return (jax.jit(split) if session.experiment.sft.train == "full" else split)(state.trained, frozen)
 
 
 def _learned(session: Session, state: TrainState, frozen) -> dict[str, jax.Array]:

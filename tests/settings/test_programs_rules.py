@@ -1,5 +1,6 @@
 """Which kernel attends and how rows are packed for it, by the devices of the mesh."""
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from ip_jax.models.decoder import packed_attend
 from ip_jax.models.families import AttentionKind, DecoderConfig, uniform_attention
+from ip_jax.settings import supervised
 from ip_jax.settings.experiment import ModelConfig, SftConfig
 from ip_jax.settings.programs import Program, attention_kernel, row_rules
 from ip_jax.training.schedules import Schedule
@@ -45,3 +47,10 @@ def test_a_named_kernel_that_the_devices_lack_and_a_shared_beginning_are_refused
     ids = jnp.ones((1, 1, 128), int)
     with pytest.raises(ValueError, match="attention 'splash' cannot share the first 3 tokens of a row"):
         jax.eval_shape(lambda: packed_attend(ids, ids, jnp.zeros((1, 1, 1, 128), int), shared=3, kernel="splash"))
+
+
+def test_frozen_weights_are_sampled_from_where_they_lie():
+    """Not from a copy, which a jitted function would make of all base weights."""
+    session = types.SimpleNamespace(mesh=None, model=types.SimpleNamespace(config=None), experiment=types.SimpleNamespace(sft=SFT, model=ModelConfig("x")))
+    frozen = {"weight": jnp.ones(3)}
+    assert supervised._sampled(session, types.SimpleNamespace(trained={}), frozen)[1]["weight"] is frozen["weight"]
