@@ -10,7 +10,8 @@ from ip_jax.models.decoder import packed_attend
 from ip_jax.models.moe import load_balancing_loss
 from ip_jax.training.losses import cross_entropy_sum, response_hidden
 from ip_jax.training.schedules import Schedule
-from ip_jax.training.state import Batch, TrainState, adam
+from ip_jax.training.state import Batch, TrainState
+from ip_jax.training.update import apply_gradients, per_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,30 +84,12 @@ def sft_step(state: TrainState, frozen, batch: Batch, *, graphdef, options: SftO
     ((losses, balance), gradients), _ = jax.lax.scan(accumulate, zero, (batch, jnp.arange(batch.tokens.shape[0])))
     tokens = batch.response_weight.sum(axis=(0, 2, 3))
     loss = losses / jnp.maximum(tokens, 1)
-    gradients = jax.tree.map(lambda g: g / _per_run(jnp.maximum(tokens, 1), g), gradients)
-    grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradients)))
-    if options.max_grad_norm is not None:
-        shrink = jnp.minimum(1.0, options.max_grad_norm / jnp.maximum(grad_norm, 1e-12))
-        gradients = jax.tree.map(lambda g: g * _per_run(shrink, g), gradients)
-
-    alive = state.alive & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    rate = state.learning_rate * options.schedule(state.step)
-    direction, adam_state = jax.vmap(adam().update)(gradients, state.adam, state.trained)
-    keep = lambda new, old: jnp.where(_per_run(alive, old), new, old)  # noqa: E731
-    trained = jax.tree.map(lambda p, d: p - _per_run(rate, p) * (d + _per_run(state.weight_decay, p) * p), state.trained, direction)
-    state = state.replace(
-        step=state.step + 1, alive=alive,
-        trained=jax.tree.map(keep, trained, state.trained), adam=jax.tree.map(keep, adam_state, state.adam),
-    )
-    metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "response_tokens": tokens, "alive": alive}
+    gradients = jax.tree.map(lambda g: g / per_run(jnp.maximum(tokens, 1), g), gradients)
+    state, metrics = apply_gradients(state, gradients, loss, options.schedule, options.max_grad_norm)
+    metrics |= {"loss": loss, "response_tokens": tokens}
     if options.router_aux_loss_coef:
         metrics["router_aux_loss"] = balance / jnp.maximum(tokens, 1)
-    return state, metrics
-
-
-def _per_run(values, like):
-    """[R] reshaped to broadcast against an array [R, ...]."""
-    return values.reshape(values.shape + (1,) * (like.ndim - 1))
+    return state.replace(step=state.step + 1), metrics
 
 
 def compile_sft_step(graphdef, options: SftOptions, state_sharding=None, frozen_sharding=None, batch_sharding=None, metric_sharding=None):

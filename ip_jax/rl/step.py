@@ -1,0 +1,129 @@
+"""The policy-gradient step: pure, one program for all runs of a kind; one call is one iteration, with all its epochs and minibatches."""
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ip_jax.rl.algorithm import Algorithm
+from ip_jax.rl.estimators import kl_estimate, policy_loss
+from ip_jax.rl.policy import completion_log_probs, completion_stats
+from ip_jax.rl.rows import Rows
+from ip_jax.training.schedules import Schedule
+from ip_jax.training.state import TrainState
+from ip_jax.training.update import apply_gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class RlOptions:
+    """What is code rather than data in a step. `dtype` is the activations'; `remat` names what the backward pass keeps (`models.remat`)."""
+
+    algorithm: Algorithm
+    schedule: Schedule
+    dtype: str = "float32"
+    remat: str = "products"
+
+
+@flax.struct.dataclass
+class RlBatch:
+    """One iteration's rows. `policy`: under the training prompt. `kl`: under the generation prompt, for a penalty gg in the loss.
+    `auxiliary`: the samples that a supervised loss copies, under the training prompt.
+    """
+
+    policy: Rows
+    kl: Rows | None = None
+    auxiliary: Rows | None = None
+
+
+def rl_step(state: TrainState, frozen, batch: RlBatch, *, graphdef, options: RlOptions) -> tuple[TrainState, dict]:
+    """One iteration of R runs: (state, frozen weights, batch) -> (state, metrics [R], those of the last update).
+
+    The weights of tokens travel with them and sum up to a run's loss, so the result does not depend on micro-batches, padding or
+    devices. A run whose loss or gradient is not finite is frozen from then on.
+    """
+    algorithm = options.algorithm
+
+    def update(state: TrainState, batch: RlBatch):
+        gradients, sums = rl_gradients(state.trained, frozen, batch, graphdef=graphdef, options=options)
+        gradients, loss = jax.tree.map(lambda x: x * algorithm.minibatches, (gradients, sums["loss"]))  # weights sum up over all of them
+        state, metrics = apply_gradients(state, gradients, loss, options.schedule, algorithm.max_grad_norm, algorithm.betas)
+        return state, metrics | sums | {"loss": loss}
+
+    if algorithm.updates == 1:
+        state, metrics = update(state, batch)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(algorithm.minibatches, -1, *x.shape[1:]), batch)
+        in_turn = lambda state, i: update(state, jax.tree.map(lambda x: x[i % algorithm.minibatches], parts))  # noqa: E731
+        state, metrics = jax.lax.scan(in_turn, state, jnp.arange(algorithm.updates))
+        metrics = jax.tree.map(lambda x: x[-1], metrics)
+    tokens = jnp.maximum(metrics["tokens"], 1)
+    means = {name: metrics[name] / tokens for name in ("entropy", "ratio", "clipped", "kl") if name in metrics}
+    return state.replace(step=state.step + 1), metrics | means
+
+
+def rl_gradients(trained, frozen, batch: RlBatch, *, graphdef, options: RlOptions) -> tuple:
+    """(gradients of the runs' losses, sums {name: [R]}) of one update's rows, all terms of the loss together."""
+    estimator, kl = options.algorithm.estimator_of_update, options.algorithm.kl
+
+    def loss_sum(trained, rows: Rows, term: str):
+        decoder, signal = nnx.merge(graphdef, trained, frozen), rows.signal
+        mask = (jnp.arange(rows.tokens.shape[-1]) < rows.length[..., None]) & (signal.weight > 0)
+        per_run = lambda x: jnp.sum(jnp.where(mask, x, 0), axis=(1, 2, 3))  # noqa: E731
+        if term == "auxiliary":
+            loss = per_run(-estimator.auxiliary * signal.weight * completion_log_probs(decoder, rows, options.dtype, options.remat))
+            return loss.sum(), {"loss": loss, "auxiliary": loss}
+        log_probs, entropy = completion_stats(decoder, rows, options.dtype, options.remat)
+        divergence = kl_estimate(log_probs, signal.reference_log_probs, kl.estimator)
+        if term == "kl":
+            loss = per_run(kl.beta * signal.weight * divergence)
+            return loss.sum(), {"loss": loss, "kl": per_run(divergence)}
+        loss, ratio, clipped = policy_loss(log_probs, signal.old_log_probs, signal.advantage, mask, estimator)
+        sums = {"entropy": entropy, "ratio": ratio, "clipped": clipped, "surviving": signal.weight * signal.advantage * ~clipped, "tokens": mask}
+        loss -= options.algorithm.entropy_bonus * entropy
+        if kl.context in ("tt", "tg"):
+            sums["kl"] = divergence
+            loss += kl.beta * divergence if kl.place == "loss" else 0
+        sums = {name: per_run(x.astype(jnp.float32)) for name, x in (sums | {"loss": signal.weight * loss}).items()}
+        return sums["loss"].sum(), sums  # the gradient of the sum over runs is each run's own
+
+    gradients, sums = jax.tree.map(jnp.zeros_like, trained), {}
+    for term in ("policy", "kl", "auxiliary"):
+        rows = getattr(batch, term)
+        if rows is not None:
+            of_term, more = _accumulate(functools.partial(loss_sum, term=term), trained, rows)
+            gradients = jax.tree.map(jnp.add, gradients, of_term)
+            sums |= {name: sums.get(name, 0) + value for name, value in more.items()}
+    return gradients, sums
+
+
+def _accumulate(loss_sum, trained, rows: Rows):
+    """(gradients, sums) of `loss_sum(trained, rows) -> (scalar, sums {name: [R]})` over micro-batches; those in which nothing counts cost nothing."""
+    gradient = jax.value_and_grad(loss_sum, has_aux=True)
+    _, sums = jax.eval_shape(loss_sum, trained, jax.tree.map(lambda x: x[0], rows))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (trained, sums))
+
+    def one(total, micro: Rows):
+        def add(total):
+            (_, sums), gradients = gradient(trained, micro)
+            return jax.tree.map(jnp.add, total, (gradients, sums))
+
+        return jax.lax.cond(jnp.any(micro.signal.weight > 0), add, lambda total: total, total), None
+
+    return jax.lax.scan(one, zero, rows)[0]
+
+
+def compile_rl_step(graphdef, options: RlOptions, state_sharding=None, frozen_sharding=None, batch_sharding=None, metric_sharding=None):
+    """The jitted step with pinned shardings (None: wherever the arrays lie) and the state donated."""
+    step = functools.partial(rl_step, graphdef=graphdef, options=options)
+    if state_sharding is None:
+        return jax.jit(step, donate_argnums=0)
+
+    def on_mesh(state, frozen, batch):
+        with jax.sharding.use_abstract_mesh(batch_sharding.mesh.abstract_mesh):  # where `constrain` finds it
+            return step(state, frozen, batch)
+
+    return jax.jit(
+        on_mesh, donate_argnums=0, in_shardings=(state_sharding, frozen_sharding, batch_sharding), out_shardings=(state_sharding, metric_sharding)
+    )
