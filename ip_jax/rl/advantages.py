@@ -77,7 +77,9 @@ def check_baseline(baseline: str, of_group: int) -> None:
     if baseline not in BASELINES:
         raise ValueError(f"baseline is {baseline!r}: choose from {', '.join(BASELINES)}")
     if baseline in GROUP_BASELINES and of_group < 2:
-        raise ValueError(f"baseline {baseline!r} compares the samples of a group, and groups have {of_group}: sample at least 2, or use none or moving_mean")
+        raise ValueError(
+            f"baseline {baseline!r} compares the samples of a group, and groups have {of_group}: sample at least 2, or use none or moving_mean"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +109,8 @@ def aggregation_weights(
 ) -> Float[Array, "R Q G C"]:
     """Weights with which token losses sum up to a run's loss; 0 behind a completion's end and for samples that are not valid.
 
-    They are fixed before the batch is cut, so the loss does not depend on micro-batches, on `slots` (C) or, but for chunks, on the order of samples.
+    They are fixed before the batch is cut, so the loss does not depend on micro-batches, on `slots` (C) or, but for chunks, on the order
+    of samples.
     A gate's weights multiply these, which keeps the denominators those of all valid samples. Chunks without a valid sample do not count,
     and the last one may be smaller.
     """
