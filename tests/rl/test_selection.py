@@ -26,10 +26,11 @@ def test_filtered_keeps_all_above_the_minimum():
 @pytest.mark.parametrize("kind, expected", [
     ("best_of_n", [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]), ("filtered", [[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1]]),
 ])
-def test_invalid_samples_are_never_copied(kind, expected):
+@pytest.mark.parametrize("reward", [np.nan, 9.0])
+def test_invalid_samples_are_never_copied(kind, expected, reward):
     rewards, valid = REWARDS.copy(), ALL.copy()
     valid[0, [0, 2], 1] = valid[0, 1] = False
-    rewards[~valid] = np.nan
+    rewards[~valid] = reward
     np.testing.assert_array_equal(choose(rewards, valid, Selection(kind)), [expected])
 
 
