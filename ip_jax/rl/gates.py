@@ -81,6 +81,7 @@ class Gate:
             f"gate alpha is {self.alpha}: it must be a number of at least 0": outside(self.alpha, lambda a: 0 <= a < math.inf),
             f"gate max_weight is {self.max_weight}: it must be a number of at least 1": outside(self.max_weight, lambda w: 1 <= w < math.inf),
             f"gate window is {self.window}: it must be at least 1 token": outside(self.window, lambda k: k >= 1),
+            "gate accepted_labels is empty: name at least one label": self.accepted_labels == (),
             f"gate rate is {rate}: it must lie in (0, 1]": outside(rate, lambda r: 0 < r <= 1),
             f"gate {self.kind} with rate = {rate}: random needs a rate or a gate to be like, one of the two, and no other kind has either":
             ((rate is not None) + (like is not None)) != (self.kind == "random"),

@@ -265,6 +265,7 @@ def test_acceptance_by_label_and_effective_sample_size():
     (dict(kind="soft_ratio", alpha=-1.0, max_weight=2.0), "alpha is -1.0"),
     (dict(kind="soft_ratio", alpha=1.0, max_weight=0.5), "max_weight is 0.5: it must be a number of at least 1"),
     (dict(kind="worst_token", threshold=0.0, window=0), "window is 0: it must be at least 1 token"),
+    (dict(kind="oracle", accepted_labels=()), "accepted_labels is empty"),
     (dict(kind="random", rate=0.0), r"rate is 0.0: it must lie in \(0, 1\]"),
     (dict(kind="random"), "random needs a rate or a gate to be like"),
     (dict(kind="random", rate=0.5, like=Gate("relative", threshold=0.0)), "one of the two"),
