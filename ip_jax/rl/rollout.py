@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Int
 
+from ip_jax.data.sources import as_example
 from ip_jax.prompts.chat import render_prompt
 from ip_jax.prompts.transforms import PromptError
 from ip_jax.rl.environment import REWARD, Environment
@@ -111,6 +112,7 @@ class RolloutPlan:
 
     runs: tuple[RolloutRun, ...]
     tasks: Sequence[Task]
+    tokenizer: Any  # transformers.PreTrainedTokenizerFast
     options: RolloutOptions
     render: Callable[[int, Choice], Prompted]  # (index of the task, prompt)
     slots: dict[Side, int]
@@ -161,7 +163,7 @@ def plan_rollouts(
 
     render = _renderer(tasks, environment, tokenizer)
     longest = {"gen": 0, "train": 0}
-    plan = RolloutPlan(tuple(runs), tasks, options, render, longest)
+    plan = RolloutPlan(tuple(runs), tasks, tokenizer, options, render, longest)
     for iteration in range(iterations):
         for run, groups in zip(runs, plan.ask(iteration).groups, strict=True):
             for group in groups:
@@ -207,15 +209,16 @@ def sampler_options(plan: RolloutPlan, stop_ids: tuple[int, ...], dtype: str = "
 
 
 def generate(
-    decoder: tuple, plan: RolloutPlan, asked: Asked, tokenizer, options: SamplerOptions, on_progress: Callable[[int, int], None] | None = None
+    decoder: tuple, plan: RolloutPlan, asked: Asked, options: SamplerOptions, on_progress: Callable[[int, int], None] | None = None
 ) -> Rollout:
     """Samples one iteration. `decoder`: (graphdef, lora, base) of `split_decoder`, whose adapters lead with the plan's R runs."""
     completions = sample(*decoder, requests_of(plan, asked), options, on_progress)
-    return gather(asked, [[one for (one,) in run] for run in completions], plan.options, tokenizer)
+    return gather(plan, asked, [[one for (one,) in run] for run in completions])
 
 
-def gather(asked: Asked, completions: Sequence[Sequence[Completion]], options: RolloutOptions, tokenizer) -> Rollout:
+def gather(plan: RolloutPlan, asked: Asked, completions: Sequence[Sequence[Completion]]) -> Rollout:
     """completions[run][group * G + sample] as arrays, ids verbatim. Raises ValueError for a completion without tokens: it is all padding."""
+    options = plan.options
     shape = len(completions), options.groups, options.samples
     tokens = np.zeros((*shape, options.max_new_tokens), np.int32)
     log_probs = np.zeros(tokens.shape, np.float32)
@@ -226,7 +229,7 @@ def gather(asked: Asked, completions: Sequence[Sequence[Completion]], options: R
         tokens[place][:count], log_probs[place][:count] = completion.token_ids, completion.log_probs
         length[place], ended[place] = count, completion.ended
     check_lengths(asked, length)
-    texts = tokenizer.batch_decode([completion.token_ids for completion in flat], skip_special_tokens=True)
+    texts = plan.tokenizer.batch_decode([completion.token_ids for completion in flat], skip_special_tokens=True)
     return Rollout(asked, Samples(tokens, length, log_probs), ended, texts)
 
 
@@ -248,11 +251,12 @@ def _renderer(tasks: Sequence[Task], environment: Environment, tokenizer) -> Cal
         return Prompted(name, render_prompt(tokenizer, [{"role": role, "content": content} for role, content in turns]))
 
     def render_task(index: int, choice: Choice) -> Prompted:
+        where = f"task {tasks[index]['id']}"
         try:
-            messages = choice.messages(environment.messages(tasks[index]))
+            messages = choice.messages(as_example({"messages": environment.messages(tasks[index])}, where, where)["messages"])
             return render(choice.prompt.name, tuple((message["role"], message["content"]) for message in messages))
         except PromptError as error:
-            raise PromptError(f"task {tasks[index]['id']} under the prompt {choice.prompt.name}: {error}") from error
+            raise PromptError(f"{where} under the prompt {choice.prompt.name}: {error}") from error
 
     return render_task
 
