@@ -1,0 +1,1 @@
+"""Policy-gradient reinforcement learning with separate generation and training prompts: rollout -> reward -> gate -> swap -> step."""

@@ -80,11 +80,11 @@ def read_iteration(folder: epath.Path, plan: RolloutPlan, asked: Asked) -> Recor
 
 
 def read_rollouts(folder: epath.Path) -> pa.Table:
-    """All iterations recorded so far, in order, of this folder and those within it; while a run goes on too.
+    """All iterations recorded so far, in order, of this folder and of the programs' folders in it; while a run goes on too.
 
     Raises FileNotFoundError where there is none, ValueError for a file that cannot be read.
     """
-    paths = sorted(folder.glob("**/step*.parquet"), key=os.fspath)
+    paths = sorted([*folder.glob("step*.parquet"), *folder.glob("*/step*.parquet")], key=os.fspath)
     if not paths:
         raise FileNotFoundError(f"{folder} holds no rollouts: no iteration has been sampled yet")
     return pa.concat_tables([_read(path) for path in paths], promote_options="permissive")  # a verdict that no sample of an iteration has is null
