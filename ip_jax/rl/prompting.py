@@ -75,8 +75,8 @@ def resolve(prompt: str) -> Prompt:
     name, equals, text = prompt.partition("=")
     if not equals:
         return library.get(name)
-    if name in library.PROMPTS:
-        raise PromptError(f"the prompt {prompt!r} needs another name: the library has a prompt called {name}")
+    if name in {known.replace("/", "_") for known in library.PROMPTS} | library.PROMPTS.keys():  # files are named after prompts
+        raise PromptError(f"the prompt {prompt!r} needs another name: {name} is taken by a prompt of the library")
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or not text.strip():
         raise PromptError(f"the prompt {prompt!r} must read name=text: a name of letters, digits and _, then its words")
     return Prompt(name, Suffix("\n" + text), "own", text, "the config's own")

@@ -68,13 +68,12 @@ def check_failures(grades: Grades, runs: Sequence[str], allowed: float) -> dict[
 
     Raises TooManyFailures, one sentence, where more than the share `allowed` of a run's completions failed.
     """
-    for run, valid in zip(runs, grades.valid, strict=True):
-        failed = valid.size - int(valid.sum())
-        if failed > allowed * valid.size:
-            start = runs.index(run) * valid.size
-            reasons = collections.Counter(failure for failure in grades.failure[start : start + valid.size] if failure)
+    count = grades.reward[0].size
+    for index, run in enumerate(runs):
+        reasons = collections.Counter(failure for failure in grades.failure[index * count : (index + 1) * count] if failure)
+        if reasons.total() > allowed * count:
             raise TooManyFailures(
-                f"run {run}: the reward of {failed} of {valid.size} completions failed, and at most {allowed:.0%} may; the most frequent: "
+                f"run {run}: the reward of {reasons.total()} of {count} completions failed, and at most {allowed:.0%} may; the most frequent: "
                 f"{reasons.most_common(1)[0][0]}; what was done so far is saved"
             )
     return dict(collections.Counter(failure.split(":")[0] for failure in grades.failure if failure))

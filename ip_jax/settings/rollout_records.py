@@ -5,6 +5,7 @@ known. What stands there is never sampled or graded again; a reward that timed o
 """
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +15,11 @@ import pyarrow.parquet as pq
 from etils import epath
 from jaxtyping import Float
 
-from ip_jax.rl.environment import Grades
+from ip_jax.rl.environment import Environment, Grades
 from ip_jax.rl.rollout import Asked, Rollout, RolloutPlan, check_lengths
 from ip_jax.rl.rows import Samples
+from ip_jax.settings.grading import grade_all
+from ip_jax.training import hosts
 from ip_jax.training.results import write_binary
 
 PART, VERDICT = "part_", "verdict_"  # columns of the environment's own
@@ -31,6 +34,14 @@ SCHEMA = pa.schema({
 
 
 @dataclass(frozen=True)
+class Grader:
+    """Who grades, and with how many processes where the environment has a time limit."""
+
+    environment: Environment
+    workers: int = 2
+
+
+@dataclass(frozen=True)
 class Recorded:
     """An iteration as it stands on the disk. What the update makes of it is None until that is known."""
 
@@ -38,6 +49,23 @@ class Recorded:
     grades: Grades
     advantage: Float[np.ndarray, "R Q G"] | None = None
     gate_weight: Float[np.ndarray, "R Q G"] | None = None
+
+
+def roll_out(folder: epath.Path, plan: RolloutPlan, iteration: int, grader: Grader, generate: Callable[[Asked], Rollout]) -> Recorded:
+    """One iteration: replayed where it was recorded, else sampled by `generate`, graded and recorded.
+
+    Every process calls it; the first one reads, grades and writes. Raises as `read_iteration`, `grade_all` and `write_iteration`; whether too many
+    rewards failed is for the caller to ask (`check_failures`), which finds the iteration recorded.
+    """
+    asked = plan.ask(iteration)
+    recorded = hosts.by_first(lambda: read_iteration(folder, plan, asked))
+    if recorded is None:
+        rollout = generate(asked)
+        rewards = [run.reward for run in plan.runs]
+        grades = hosts.by_first(lambda: grade_all(grader.environment, asked.tasks, rollout.texts, rollout.ended.shape, rewards, grader.workers))
+        recorded = Recorded(rollout, grades)
+        hosts.by_first(lambda: write_iteration(folder, plan, recorded))
+    return recorded
 
 
 def part_path(folder: epath.Path, iteration: int) -> epath.Path:

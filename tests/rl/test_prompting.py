@@ -78,6 +78,7 @@ def test_words_of_ones_own_are_put_where_the_published_suffixes_stand():
     ({"prompts": "gcd/behave"}, "tuple"),
     ({"prompts": ("neutral", "neutral")}, "listed twice"),
     ({"prompts": ("neutral=x",)}, "another name"),
+    ({"prompts": ("gcd_behave=x",)}, "another name"),
     ({"prompts": ("my prompt=x",)}, "name=text"),
     ({"prompts": ("mine= ",)}, "name=text"),
     ({"per": "batch"}, "group, example or step"),

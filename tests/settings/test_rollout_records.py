@@ -13,7 +13,15 @@ from ip_jax.rl.prompting import PromptDistribution
 from ip_jax.rl.rollout import gather
 from ip_jax.sampling.sampler import Completion
 from ip_jax.settings.grading import grade_all
-from ip_jax.settings.rollout_records import Recorded, part_path, read_iteration, read_rollouts, write_iteration
+from ip_jax.settings.rollout_records import (
+    Grader,
+    Recorded,
+    part_path,
+    read_iteration,
+    read_rollouts,
+    roll_out,
+    write_iteration,
+)
 
 
 class Fails(Sums):
@@ -116,6 +124,49 @@ def test_all_iterations_are_read_together_while_the_run_goes_on(tmp_path):
     assert table.num_rows == 48 and sorted(set(table["iteration"].to_pylist())) == [0, 1]
     assert table["verdict_hack"].null_count == 24
     assert read_iteration(folder, plan, plan.ask(1)).grades.failure == ["raised: TimeoutError: slow"] * 24
+
+
+class Counts(Sums):
+    """Grades otherwise at every call, as a reward that is timed may: what was recorded must not be graded again."""
+
+    calls = 0
+
+    def grade(self, task, completion):
+        Counts.calls += 1
+        if Counts.calls % 5 == 0:
+            raise TimeoutError("slow")
+        return Graded(float(Counts.calls))
+
+
+def test_a_recorded_iteration_is_neither_sampled_nor_graded_again(tmp_path):
+    plan, folder, asked_for = make_plan(), epath.Path(tmp_path), []
+
+    def sampler(asked):
+        asked_for.append(asked.iteration)
+        return recorded(plan, asked.iteration).rollout
+
+    first = [roll_out(folder, plan, iteration, Grader(Counts()), sampler) for iteration in (0, 1)]
+    assert asked_for == [0, 1] and Counts.calls == 48 and not first[0].grades.valid.all()
+    again = [roll_out(folder, make_plan(), iteration, Grader(Counts()), sampler) for iteration in (0, 1)]
+    assert asked_for == [0, 1] and Counts.calls == 48
+    for found, expected in zip(again, first, strict=True):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("killed_in", ["sampling", "grading", "writing"])
+def test_an_iteration_that_was_killed_before_it_was_recorded_is_done_anew(tmp_path, monkeypatch, killed_in):
+    plan, folder = make_plan(), epath.Path(tmp_path)
+    sampler = lambda asked: recorded(plan, asked.iteration).rollout  # noqa: E731
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if killed_in != "sampling":
+            patch.setattr("ip_jax.settings.rollout_records.grade_all" if killed_in == "grading" else "ip_jax.training.results.os.replace", killed)
+        roll_out(folder, plan, 0, Grader(Sums()), killed if killed_in == "sampling" else sampler)
+    assert read_iteration(folder, plan, plan.ask(0)) is None
+    assert_same(roll_out(folder, plan, 0, Grader(Sums()), sampler), recorded(plan))
 
 
 @pytest.mark.parametrize(("change", "words"), [
