@@ -1,17 +1,12 @@
 """What is asked, what is sampled, and that the swap of prompts leaves the completions as they are."""
 import dataclasses
-import functools
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from tiny_rollouts import OPTIONS, RUNS, TASKS, Sums, decoder, make_plan, stop_ids, tokenizer
+from tiny_rollouts import OPTIONS, RUNS, TASKS, Sums, decoder, make_plan, plain_log_probs, sampled, stop_ids, tokenizer
 
-from ip_jax.models.decoder import causal_attend
 from ip_jax.prompts import library
 from ip_jax.prompts.transforms import PromptError
 from ip_jax.rl.prompting import PromptDistribution
@@ -22,30 +17,9 @@ from ip_jax.sampling.sampler import Completion, sample
 T_EXACT = 1e-4  # the sampler's log-probabilities against one pass over the whole sequence, in float32
 
 
-@functools.cache
-def sampled(iteration: int = 0):
-    plan = make_plan()
-    return plan, generate(decoder(), plan, plan.ask(iteration), sampler_options(plan, stop_ids()))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(graphdef, lora, base, tokens):
-    merged = nnx.merge(graphdef, lora, base)
-    hidden, _ = merged(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape), causal_attend)
-    return merged.logits(hidden)
-
-
-def plain_log_probs(run: int, prompt, completion, temperature: float, width: int | None = 128) -> np.ndarray:
-    """log p of each completion token at the temperature, by the formula in float64, from one pass over one sequence.
-
-    `width`: zeros behind the end, which causal attention cannot see, up to one length for all; None for none.
-    """
-    graphdef, lora, base = decoder()
-    tokens = np.zeros((1, 1, width or len(prompt) + len(completion)), np.int32)
-    tokens[0, 0, : len(prompt) + len(completion)] = [*prompt, *completion]
-    logits = np.asarray(_logits(graphdef, jax.tree.map(lambda a: a[run : run + 1], lora), base, tokens), np.float64)[0, 0]
-    logits = logits[len(prompt) - 1 : len(prompt) + len(completion) - 1] / temperature
-    return (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(len(completion)), completion]
+def many():
+    """A plan with tasks of many lengths and enough completions for some to end."""
+    return make_plan(options=dataclasses.replace(OPTIONS, samples=64, groups=2), tasks=[{"id": str(i), "a": 10**i} for i in range(12)])
 
 
 def test_every_task_comes_once_a_pass_in_an_order_of_the_seed():
@@ -116,7 +90,7 @@ def test_completion_ids_travel_verbatim():
 
 
 def test_the_end_of_turn_is_counted_once():
-    plan = make_plan(options=dataclasses.replace(OPTIONS, samples=64, groups=2))
+    plan = many()
     rolled = generate(decoder(), plan, plan.ask(0), sampler_options(plan, stop_ids()))
     samples, (stop,) = rolled.samples, stop_ids()
     assert 0 < rolled.ended.sum() < rolled.ended.size
@@ -150,7 +124,7 @@ def test_bits_depend_on_seed_iteration_group_and_sample_alone():
 
 
 def test_all_iterations_share_one_sampling_program():
-    plan = make_plan(tasks=[{"id": str(i), "a": 10**i} for i in range(12)])
+    plan = many()
     generate(decoder(), plan, plan.ask(0), sampler_options(plan, stop_ids()))
     before = slots.decode._cache_size(), slots.prefill._cache_size()
     for iteration in (1, 2):
