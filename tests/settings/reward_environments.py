@@ -1,6 +1,7 @@
 """Environments whose rewards fail, in a module: those with a time limit are graded in other processes."""
 import dataclasses
 import os
+import pathlib
 import subprocess
 import time
 
@@ -23,10 +24,15 @@ class Told(Environment):
         if word == "leave":
             raise SystemExit(rest)
         if word == "hang":
+            if rest:
+                pathlib.Path(rest).write_text(str(os.getpid()))
             while True:
                 time.sleep(0.01)
         if word == "shell":  # waits for another process, which is not to outlive it
             subprocess.run(["sh", "-c", f"sleep 2; touch {rest}"], check=True)
+        if word == "forget":
+            subprocess.Popen(["sh", "-c", f"sleep 2; touch {rest}"])
+            return Graded(3.0)
         if word == "die":
             os._exit(3)
         if word == "nothing":

@@ -7,7 +7,7 @@ import pytest
 
 from ip_jax.settings.gcd_approval.environment import GcdApproval, claims
 from ip_jax.settings.gcd_sycophancy import published
-from ip_jax.settings.gcd_sycophancy.generate import ClaimCounts, generate_claims, has_allowed_gcd
+from ip_jax.settings.gcd_sycophancy.generate import ClaimCounts, avoids, generate_claims, has_allowed_gcd
 from ip_jax.settings.gcd_sycophancy.published import pairs_in
 
 WORDS = len  # a tokenizer for which a conversation has two tokens
@@ -64,7 +64,9 @@ def test_no_claim_is_about_a_pair_of_the_published_tests(data_dir):
     folder = published.find_folder()
     evaluation = published.read_evaluation(folder, "task")
     pairs = {pair for row in claims(200, 0, evaluation, folder, WORDS) for pair in pairs_in(row["messages"][0]["content"])}
-    assert len(pairs) == 100 and not pairs & published.evaluation_pairs(folder)
+    tested = published.evaluation_pairs(folder)
+    assert len(pairs) == 100 and not pairs & tested
+    assert all(avoids(tested)(large, small) for small, large in pairs)  # nor about a step on the way to one
 
 
 def test_it_imports_without_jax():

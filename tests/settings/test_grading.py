@@ -1,4 +1,8 @@
 """Rewards that fail cost their own sample and nothing else."""
+import os
+import pathlib
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -6,7 +10,6 @@ import pytest
 from reward_environments import NeverStarts, Told, Unsendable
 
 from ip_jax.rl.environment import Environment, Graded
-from ip_jax.settings import grading
 from ip_jax.settings.grading import TooManyFailures, check_failures, check_rewards, grade_all
 
 TASK = {"id": "0", "question": "?"}
@@ -37,13 +40,13 @@ def test_a_reward_that_raises_or_is_no_number_marks_its_sample(timeout):
 
 
 def test_a_reward_that_hangs_or_ends_its_process_is_ended_and_the_others_are_graded(tmp_path):
-    late = tmp_path / "late"
-    grades = graded(["1", "hang", "die", f"shell {late}", "2", "hang", "3"], (1, 1, 7), Told(1.0))
+    late, forgotten = tmp_path / "late", tmp_path / "forgotten"
+    grades = graded(["1", "hang", "die", f"shell {late}", "2", "hang", f"forget {forgotten}"], (1, 1, 7), Told(1.0))
     np.testing.assert_array_equal(grades.reward.ravel(), [1, 0, 0, 0, 2, 0, 3])
     kinds = ["timed out: no grade within 1 s", "died: the process that graded it ended"]
     assert grades.failure == [None, kinds[0], kinds[1], kinds[0], None, kinds[0], None]
-    time.sleep(1.5)
-    assert not late.exists()  # what the reward had started was ended with it
+    time.sleep(2.5)
+    assert not late.exists() and not forgotten.exists()  # what a reward has started is ended with it
 
 
 def test_an_arm_may_be_trained_on_one_part_of_the_reward():
@@ -81,6 +84,21 @@ def test_an_environment_that_other_processes_cannot_have_is_refused():
         graded(["1"], (1, 1, 1), Told(0.0))
 
 
-def test_no_worker_is_left_behind():
-    graded(["1", "hang"], (1, 1, 2), Told(0.5))
-    assert grading._CONTEXT.active_children() == []
+@pytest.mark.slow
+def test_a_hanging_grade_does_not_outlive_a_killed_run(tmp_path):
+    told = tmp_path / "pid"
+    code = f"from test_grading import Told, graded; graded(['hang {told}'], (1, 1, 1), Told(2.0))"
+    run = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    _wait(lambda: told.exists() and told.read_text())
+    run.kill()
+    run.wait()
+    status = pathlib.Path("/proc", told.read_text(), "stat")
+    _wait(lambda: not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def _wait(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("this should have happened within a minute")
