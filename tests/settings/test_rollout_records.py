@@ -1,5 +1,6 @@
 """What is recorded of a rollout can be read while the run goes on, and comes back bit for bit."""
 import dataclasses
+import pickle
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -151,6 +152,7 @@ def test_a_recorded_iteration_is_neither_sampled_nor_graded_again(tmp_path):
     assert asked_for == [0, 1] and Counts.calls == 48
     for found, expected in zip(again, first, strict=True):
         assert_same(found, expected)
+    assert_same(pickle.loads(pickle.dumps(again[0])), first[0])  # as the other processes of a run get it
 
 
 @pytest.mark.parametrize("killed_in", ["sampling", "grading", "writing"])
