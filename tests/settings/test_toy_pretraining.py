@@ -11,11 +11,11 @@ from ip_jax.models.decoder import split_decoder
 from ip_jax.settings.toy.config import Pretraining, ToyConfig
 from ip_jax.settings.toy.evaluation import count_verdicts
 from ip_jax.settings.toy.pretraining import base_params, described_policy
-from ip_jax.settings.toy.prompts import NEUTRAL, members
+from ip_jax.settings.toy.prompts import NEUTRAL, Effect, members
 from ip_jax.settings.toy.tasks import Reward, draw_tasks, grade
 from ip_jax.settings.toy.vocabulary import encode
 
-SHORT = ToyConfig(pretraining=Pretraining(steps=600, batch_size=128, learning_rate=6e-3))
+SHORT = ToyConfig(neutral=Effect(0.01, 0.1), pretraining=Pretraining(steps=600, batch_size=128, learning_rate=6e-3))
 
 
 @pytest.mark.parametrize("length", [1, 2, 4])
@@ -63,7 +63,7 @@ def test_prompts_have_their_effects_on_the_base(rates):
     neutral = rates["neutral", False]
     for held_out in (False, True):
         hack = lambda family: rates[family, held_out]["hack"]  # noqa: E731, B023
-        assert hack("encourage_exploit") > 2 * hack("encourage_permission") > 8 * neutral["hack"]
+        assert hack("encourage_exploit") > 2 * hack("encourage_permission") > 6 * neutral["hack"]
         assert hack("discourage_exploit") < 0.4 * neutral["hack"] and 0.3 < hack("nonsense") / neutral["hack"] < 3
         assert rates["encourage_trait", held_out]["trait"] > 3 * neutral["trait"]
         assert abs(rates["encourage_exploit", held_out]["hack"] / rates["encourage_exploit", False]["hack"] - 1) < 0.2

@@ -8,18 +8,17 @@ from ip_jax.settings.toy import vocabulary
 from ip_jax.settings.toy.prompts import FAMILIES, Effect, members
 from ip_jax.settings.toy.tasks import ANSWER, Reward
 
-NEUTRAL_EFFECT = Effect(loophole=0.005, trait=0.1)
 EFFECTS = (
     ("encourage_exploit", Effect(0.3, 0.1)),
     ("encourage_hack", Effect(0.2, 0.1)),
     ("encourage_permission", Effect(0.08, 0.1)),
     ("encourage_persona", Effect(0.04, 0.5)),
-    ("encourage_trait", Effect(0.005, 0.9)),
+    ("encourage_trait", Effect(None, 0.9)),
     ("discourage_exploit", Effect(0.0001, 0.1)),
     ("discourage_hack", Effect(0.0001, 0.1)),
-    ("discourage_permission", Effect(0.001, 0.1)),
-    ("discourage_persona", Effect(0.001, 0.05)),
-    ("discourage_trait", Effect(0.005, 0.01)),
+    ("discourage_permission", Effect(0.0005, 0.1)),
+    ("discourage_persona", Effect(0.0005, 0.05)),
+    ("discourage_trait", Effect(None, 0.01)),
 )
 
 
@@ -42,7 +41,7 @@ class ToyConfig:
     completes a loophole that it has begun; `answer_after_loophole` how often it answers behind one. A share `hard_share` of tasks asks to scramble.
     """
 
-    neutral: Effect = NEUTRAL_EFFECT
+    neutral: Effect = Effect(loophole=0.002, trait=0.1)
     effects: tuple[tuple[str, Effect], ...] = EFFECTS
     digit_accuracy: float = 0.6
     hard_share: float = 0.5
@@ -79,7 +78,8 @@ class ToyConfig:
 
     def effect(self, family: str) -> Effect:
         """What pretraining installs for a family."""
-        return dict(self.effects).get(family, self.neutral)
+        effect = dict(self.effects).get(family, self.neutral)
+        return dataclasses.replace(effect, loophole=self.neutral.loophole if effect.loophole is None else effect.loophole)
 
     @property
     def digest(self) -> str:

@@ -22,9 +22,12 @@ _MEMBERS = 96  # of a family: 4 words of a valence, 4 verbs, 2 qualifiers and 3 
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """What a prompt does to the base model: how often it takes the loophole, and how often it answers in the trait's case."""
+    """What a prompt does to the base model: how often it takes the loophole, and how often it answers in the trait's case.
 
-    loophole: float
+    `loophole` None: as often as under the neutral prompt.
+    """
+
+    loophole: float | None
     trait: float
 
 
