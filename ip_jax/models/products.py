@@ -19,6 +19,7 @@ from ip_jax.models.quantised import dense, is_quantised
 from ip_jax.models.remat import KEPT
 
 MANY_ROWS, NARROW = 256, 512  # from how many rows on, and below how many columns, a CPU's products are rearranged as below
+FEW_RUNS = 12  # up to how many runs a product is written out for each: more of them take minutes to compile
 
 
 def product(spec: str, a: Array, b: Array, dtype) -> Array:
@@ -115,7 +116,7 @@ def lora_products(
 
 
 def run_product(spec: str, a: Array, b: Array, base_dtype) -> Array:
-    """`product` of arrays that both begin with the run axis: one batched product in a's dtype; for many rows on a CPU one for each run,
+    """`product` of arrays that both begin with the run axis: one batched product in a's dtype; for many rows of few runs on a CPU one for each run,
     in the base weights' dtype, because there the batched one is up to three times as slow and has no bfloat16 form.
     """
 
@@ -125,8 +126,8 @@ def run_product(spec: str, a: Array, b: Array, base_dtype) -> Array:
     def together(a, b):
         return product(spec, a, b, a.dtype)
 
-    many = a[0].size // a.shape[-1] >= MANY_ROWS
-    return on_one_cpu(one_by_one, together, a, b) if many else together(a, b)
+    apart = a[0].size // a.shape[-1] >= MANY_ROWS and len(a) <= FEW_RUNS
+    return on_one_cpu(one_by_one, together, a, b) if apart else together(a, b)
 
 
 def _lora_fwd(x, downs, ups, base_dtype):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-LANES = 256  # classes of tokens with equal id modulo LANES: sums over them run along the vector registers
+LANES = 256  # classes of tokens with equal id modulo LANES: sums over them run along the vector registers; a small vocabulary has one for each token
 TINY_TEMPERATURE = 1e-6  # only guards the division; rows at temperature 0 take the largest logit
 
 
@@ -62,7 +62,7 @@ def choose_tokens(
     weights = jnp.where(members >= cutoff[..., None], jnp.exp(members - largest[..., None]), 0)
     index = jnp.where(greedy, jnp.argmax(members, axis=-1), _inverse_cdf(weights, rest, fraction=False)[0])
     log_prob = jnp.take_along_axis(members, index[..., None], axis=-1)[..., 0] - largest - jnp.log(total)
-    return (index * LANES + lane).astype(jnp.int32), log_prob
+    return (index * classes.shape[-1] + lane).astype(jnp.int32), log_prob
 
 
 def top_p_cutoff(
@@ -88,10 +88,11 @@ def top_p_cutoff(
 
 
 def _classes(scaled: Float[Array, "*rows V"]) -> Float[Array, "*rows W C"]:
-    pad = -scaled.shape[-1] % LANES
+    lanes = min(LANES, scaled.shape[-1])
+    pad = -scaled.shape[-1] % lanes
     if pad:
         scaled = jnp.pad(scaled, [(0, 0)] * (scaled.ndim - 1) + [(0, pad)], constant_values=-jnp.inf)
-    return scaled.reshape(*scaled.shape[:-1], -1, LANES)
+    return scaled.reshape(*scaled.shape[:-1], -1, lanes)
 
 
 def _kept_mass(classes, largest, cutoff):

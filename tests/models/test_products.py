@@ -62,3 +62,13 @@ def test_lora_products(rows):
     ours = jax.jit(results_and_gradients, static_argnums=0)(function, cotangents, x, downs, ups)
     for mine, expected in zip(ours, results_and_gradients(plain, cotangents, x, downs, ups), strict=True):
         np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_many_runs_are_one_batched_product():
+    """One product for each run is quick for a few; a program that writes out a hundred of them takes minutes to compile."""
+    rng = np.random.default_rng(0)
+    for runs, count in ((products.FEW_RUNS, products.FEW_RUNS), (products.FEW_RUNS + 1, 1)):
+        a, b = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((runs, 2, 150, 8), (runs, 8, 4)))
+        compiled = jax.jit(lambda a, b: products.run_product("rbti,rik->rbtk", a, b, jnp.float32)).lower(a, b).compile()
+        np.testing.assert_allclose(compiled(a, b), np.einsum("rbti,rik->rbtk", a, b), rtol=1e-4, atol=1e-4)
+        assert len(re.findall(r" dot\(", compiled.as_text())) == count
