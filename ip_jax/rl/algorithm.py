@@ -1,7 +1,8 @@
 """The dials of a policy gradient: all that makes another program of an arm. Prompts, rewards and learning rates are data instead."""
 import dataclasses
 
-from ip_jax.rl.advantages import BASELINES, GROUP_BASELINES, Aggregation
+from ip_jax.rl.advantages import BASELINES, Aggregation, check_baseline
+from ip_jax.rl.amplification import check_pmi
 from ip_jax.rl.estimators import ESTIMATORS, Estimator, Kl
 from ip_jax.rl.gates import Gate
 from ip_jax.rl.selection import Selection
@@ -34,6 +35,8 @@ class Algorithm:
             raise ValueError(f"baseline is {self.baseline!r}: choose from {', '.join(BASELINES)}")
         if min(self.epochs, self.minibatches) < 1:
             raise ValueError(f"epochs is {self.epochs} and minibatches {self.minibatches}: both must be at least 1")
+        if self.pmi is not None:
+            check_pmi(*self.pmi)
         for reason, is_so in self._contradictions().items():
             if is_so:
                 raise ValueError(reason)
@@ -45,6 +48,8 @@ class Algorithm:
             f"{name} compares a pass with itself, so from the second update of an iteration on it forgets that the policy has moved: use train_old, or "
             "one epoch and one minibatch": several and self.estimator.old in ("itself", "noise") and not self.selection,
             f"{name} trains its policy loss at the generation prompt, where there is nothing to gate: use gate off": gated and self.estimator.auxiliary is not None,
+            f"gate.rejected is {self.gate.rejected} and minibatches {self.minibatches}: samples that go back to the generation prompt are updated with the "
+            "others, in one minibatch": self.gate.rejected != "drop" and self.minibatches > 1,
             "a selection copies samples and has no ratio, penalty, gate or PMI weight: use plain, without kl and with gate off": self.selection is not None
             and (name != "plain" or self.kl.context != "none" or gated or self.pmi is not None),
             f"kl.estimator is {self.kl.estimator!r} and its place the reward: there only k1 is added up along a sequence": self.kl.context != "none"
@@ -63,10 +68,10 @@ class Algorithm:
             return dataclasses.replace(self.estimator, old="itself")
         return self.estimator
 
-    def check_group(self, size: int) -> None:
-        """Raises ValueError for groups that a baseline cannot work with."""
-        if size < 2 and self.baseline in GROUP_BASELINES and self.selection is None:
-            raise ValueError(f"baseline {self.baseline!r} compares the samples of a group, and groups have {size}: sample at least 2, or use none or moving_mean")
+    def check_group(self, of_group: int) -> None:
+        """Raises ValueError for groups of `of_group` samples that the baseline cannot work with."""
+        if self.selection is None:
+            check_baseline(self.baseline, of_group)
 
 
 def passes_needed(algorithm: Algorithm) -> frozenset[str]:
