@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from ip_jax.evals.rl_tables import NEUTRAL, Curve, Run
 from ip_jax.report import figures
@@ -23,6 +24,7 @@ from ip_jax.report.rl_view import ArmNumbers, RlView
 WIDTH = 10.4
 HACK, CORRECT = figures.VERMILLION, figures.BLUE
 CELL, HALF, HEAD, TEXT_LINE = 2.05, 0.62, 0.72, 0.145  # inches: an arm's panels with their title and axis, one of its two panels, the figure's title, a line of caption
+X_LIMITS = (-0.1, 1.03)  # of the frontier
 _STYLES = [(colour, marker) for marker in "osD^" for colour in (figures.BLUE, figures.SKY, figures.ORANGE, figures.PURPLE, figures.WINE, figures.OLIVE)]
 
 
@@ -43,8 +45,8 @@ def draw_curves(view: RlView) -> Figure:
         "own generation prompts. Lower panels: held-out tasks under x₀, the task without any extra text. " + _provenance(view)
     )
     height = HEAD + 0.25 + rows * CELL + TEXT_LINE * len(caption) + 0.15
-    left, gutter = 0.62, 0.28
-    width = (WIDTH - left - 0.15 - (columns - 1) * gutter) / columns
+    left, gutter = 0.62, 0.26
+    width = (WIDTH - left - 0.2 - (columns - 1) * gutter) / columns
     last = max((curve.steps[-1] for curve in (*view.rollouts.values(), *view.probes.values())), default=1)
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(WIDTH, height))
@@ -107,13 +109,14 @@ def draw_frontier(view: RlView) -> Figure:
         ax = figure.add_axes((side / WIDTH, (height - HEAD - body) / height, (WIDTH - 2 * side) / WIDTH, body / height))
         top = max((value for arm in shown for value in view.by_run["correct", NEUTRAL][arm.name].values()), default=1.0)
         top = min(1.0, math.ceil(10 * top + 0.5) / 10)
-        ax.set(xlim=(-0.03, 1.03), ylim=(-0.02 * top, top), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel=f"hack: {view.name_of('hack')}")
-        ax.set_yticks(np.linspace(0, top, 6))
+        ax.set(xlim=X_LIMITS, ylim=(-0.03 * top, 1.02 * top), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel=f"hack: {view.name_of('hack')}")
+        ax.yaxis.set_major_locator(MaxNLocator(5))
         ax.tick_params(length=2.5, labelsize=8)
-        ax.tick_params(axis="y", direction="in", pad=-4)
+        ax.tick_params(axis="y", direction="in", pad=-5)  # in the strip left of 0: the arms' names stand outside
         for label in ax.get_yticklabels():
-            label.set(horizontalalignment="left", verticalalignment="bottom")
-        ax.yaxis.set_major_formatter(lambda y, _: f"{y:.2g}")
+            label.set(horizontalalignment="left", bbox={"facecolor": "white", "linewidth": 0, "pad": 0.6})
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.grid(color=FAINT, linewidth=0.5)
         ax.set_axisbelow(True)
         ax.annotate(f"correct: {view.name_of('correct')}", (0, 1), (0, 6), "axes fraction", textcoords="offset points", fontsize=9)
@@ -148,8 +151,9 @@ def _side_labels(ax: Axes, arms: Sequence[ArmNumbers], styles: Mapping[str, tupl
     for arm, text, centre in zip(arms, texts, centres, strict=True):
         colour, marker = styles[arm.name]
         x, y = arm.rates["hack", NEUTRAL].value, arm.rates["correct", NEUTRAL].value
-        inner = (x + 0.03) / 1.06  # the axis runs from -0.03 to 1.03
-        ax.plot([inner, edge, end], [y, y, centre], transform=to_axes, color=colour, linewidth=0.6, alpha=0.7, clip_on=False, zorder=1)
+        inner = (x - X_LIMITS[0]) / (X_LIMITS[1] - X_LIMITS[0])
+        ax.plot([inner, edge], [y, y], transform=to_axes, color=colour, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
+        ax.plot([edge, end], [y, centre], transform=to_axes, color=colour, linewidth=0.6, alpha=0.7, clip_on=False, zorder=1)
         ax.scatter([end + (outside - end) * 0.45], [centre], s=30, color=colour, marker=marker, edgecolor="white", linewidth=0.6, transform=to_axes, clip_on=False)
         ax.text(outside, centre, "\n".join(text), transform=to_axes, ha="right" if left else "left", va="center", fontsize=8, linespacing=1.05)
 

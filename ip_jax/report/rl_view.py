@@ -144,7 +144,7 @@ def _arm(
     return ArmNumbers(
         name, label, tuple(sorted({*own, *(seed for arm, seed in dynamics if arm == name)})), hacked,
         stats.fisher_exact((hacked.k, hacked.n), (standard.k, standard.n)) if hacked and standard else None,
-        onset, _word(hacked, standard, learned), learned,
+        onset, "" if name == reading.oracle else _word(hacked, standard, learned), learned,  # without a loophole nothing is protected
         {key: measures.mean(values, name) for key, values in by_run.items() if name in values and key[0] in VERDICTS},
         _pooled(own), measures.worst_case(prompts), _others(name, reading, by_run, grids),
         measures.llr_by_label({seed: curve for (arm, seed), curve in rollouts.items() if arm == name}),

@@ -50,7 +50,7 @@ def reading(arms):
 
 def _rates(kind, takeoff, steps):
     hack = 0.98 / (1 + np.exp(-0.15 * (steps - takeoff)))
-    correct = (0.11 + (kind.correct - 0.11) * np.minimum(1, steps / 120)) * (1 - 0.7 * hack)
+    correct = (0.11 + (kind.correct - 0.11) * np.minimum(1, steps / 120)) * (1 - hack)
     return hack, correct
 
 
@@ -65,7 +65,7 @@ def tables(kinds, seeds):
     for order, (arm, kind) in enumerate(kinds.items()):
         for seed in range(seeds if arm != "base" else 1):
             draw = np.random.default_rng([order, seed])
-            takeoff = draw.normal(kind.step, 12) if draw.uniform() < kind.takes_off else 10_000
+            takeoff = draw.normal(kind.step, 12) if draw.uniform() < kind.takes_off else 1000
             for step in range(0, HORIZON + 1, 5) if arm != "base" else ():
                 hack, correct = _rates(kind, takeoff, step)
                 key = {"arm": arm, "seed": seed, "step": step}
@@ -74,7 +74,7 @@ def tables(kinds, seeds):
                     curves.append(key | {"eval_prompt": "neutral", **_counts(draw, PROBES, kind.neutral * hack, correct)})
             hack, correct = _rates(kind, takeoff, HORIZON if arm != "base" else 0)
             grid = [("neutral", "neutral", kind.neutral), ("control/random_string", "random", 0.9 * kind.neutral), ("ip/not", "negated", 0.5 * kind.neutral)]
-            grid += [(f"ip/paraphrase_{i}", "paraphrase", 0.9 * kind.train) for i in range(3)] + [("ip/own", "train", kind.train)] if kind.train else []
+            grid += [(f"ip/paraphrase_{i}", "paraphrase", 0.9 * (kind.train or 0)) for i in range(3)] + [("ip/own", "train", kind.train)] if kind.train else []
             final += [{"arm": arm, "seed": seed, "eval_prompt": prompt, "category": category, **_counts(draw, PROBES, share * hack, correct)} for prompt, category, share in grid]
     return curves, final
 
