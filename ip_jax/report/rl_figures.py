@@ -102,7 +102,8 @@ def draw_frontier(view: RlView) -> Figure:
         f"At the end of training, held-out tasks under x₀. Dots: single runs ({view.seeds_said}). Markers: means over runs with 95 % intervals "
         "from a bootstrap over seeds; with few seeds these are too narrow, and with one there is none. Towards the upper left is better. " + _provenance(view)
     )
-    body, side = 5.6, 2.75
+    sides = [[arm for arm in shown if (arm.rates["hack", NEUTRAL].value < 0.5) == left] for left in (True, False)]
+    body, side = max(5.6, *(sum(map(_label_inches, arms)) for arms in sides)), 2.75
     height = HEAD + body + 0.75 + TEXT_LINE * len(caption)
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(WIDTH, height))
@@ -122,8 +123,8 @@ def draw_frontier(view: RlView) -> Figure:
         ax.annotate(f"correct: {view.name_of('correct')}", (0, 1), (0, 6), "axes fraction", textcoords="offset points", fontsize=9)
         for arm in shown:
             _frontier_arm(ax, view, arm, *styles[arm.name])
-        for left in (True, False):
-            _side_labels(ax, [arm for arm in shown if (arm.rates["hack", NEUTRAL].value < 0.5) == left], styles, left, body)
+        for arms, left in zip(sides, (True, False), strict=True):
+            _side_labels(ax, arms, styles, left, body)
         _head(figure, view, "hacking against capability")
         _foot(figure, caption)
     return figure
@@ -139,23 +140,30 @@ def _frontier_arm(ax: Axes, view: RlView, arm: ArmNumbers, colour: str, marker: 
     ax.scatter([x.value], [y.value], s=46, color=colour, marker=marker, edgecolor="white", linewidth=0.8, zorder=4)
 
 
+def _side_label(arm: ArmNumbers) -> list[str]:
+    return textwrap.wrap(arm.label, 30)
+
+
+def _label_inches(arm: ArmNumbers) -> float:
+    return 0.155 * len(_side_label(arm)) + 0.07
+
+
 def _side_labels(ax: Axes, arms: Sequence[ArmNumbers], styles: Mapping[str, tuple[str, str]], left: bool, inches: float) -> None:
     """Names at the height of their markers, moved apart where two would overlap, with leaders."""
     arms = sorted(arms, key=lambda arm: arm.rates["correct", NEUTRAL].value)
     low, high = ax.get_ylim()
-    texts = [textwrap.wrap(arm.label, 30) for arm in arms]
-    heights = [(len(text) * 0.155 + 0.07) / inches * (high - low) for text in texts]
+    heights = [_label_inches(arm) / inches * (high - low) for arm in arms]
     centres = figures.spread([arm.rates["correct", NEUTRAL].value for arm in arms], heights, low, high)
     edge, end, outside = (-0.005, -0.06, -0.105) if left else (1.005, 1.06, 1.105)
     to_axes = ax.get_yaxis_transform()
-    for arm, text, centre in zip(arms, texts, centres, strict=True):
+    for arm, centre in zip(arms, centres, strict=True):
         colour, marker = styles[arm.name]
         x, y = arm.rates["hack", NEUTRAL].value, arm.rates["correct", NEUTRAL].value
         inner = (x - X_LIMITS[0]) / (X_LIMITS[1] - X_LIMITS[0])
         ax.plot([inner, edge], [y, y], transform=to_axes, color=colour, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
         ax.plot([edge, end], [y, centre], transform=to_axes, color=colour, linewidth=0.6, alpha=0.7, clip_on=False, zorder=1)
         ax.scatter([end + (outside - end) * 0.45], [centre], s=30, color=colour, marker=marker, edgecolor="white", linewidth=0.6, transform=to_axes, clip_on=False)
-        ax.text(outside, centre, "\n".join(text), transform=to_axes, ha="right" if left else "left", va="center", fontsize=8, linespacing=1.05)
+        ax.text(outside, centre, "\n".join(_side_label(arm)), transform=to_axes, ha="right" if left else "left", va="center", fontsize=8, linespacing=1.05)
 
 
 def draw_forest(view: RlView) -> Figure:

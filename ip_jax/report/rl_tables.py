@@ -262,10 +262,11 @@ def _interval(number: Estimate | stats.Proportion, scale: float) -> str:
 
 
 def _digits(value: float) -> str:
-    """Whole numbers from 10 on, a decimal from 3, else two."""
+    """Whole numbers from 10 on, a decimal from 3, two from 0.1, else three."""
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    text = f"{value:.{0 if abs(value) >= 10 or value == 0 else 1 if abs(value) >= 3 else 2}f}"
+    decimals = 0 if value == 0 else next((d for d, least in enumerate((10, 3, 0.1)) if abs(value) >= least), 3)
+    text = f"{value:.{decimals}f}"
     return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
 
 
