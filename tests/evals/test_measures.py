@@ -148,7 +148,7 @@ def test_restricted_mean_onset_without_early_censoring_is_a_mean():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_restricted_mean_onset_is_the_area_under_scipys_kaplan_meiercurve_of(seed):
+def test_restricted_mean_onset_is_the_area_under_scipys_kaplan_meier_curve(seed):
     draw = np.random.default_rng(seed)
     times, observed = draw.integers(1, 20, 15).astype(float), draw.uniform(size=15) < 0.6  # many ties
     if not observed.any():

@@ -150,10 +150,12 @@ def test_retention_is_undefined_where_the_oracle_learned_nothing(tmp_path):
 def test_a_run_that_ended_early_is_censored(tmp_path):
     folder = rl_synthetic.write_folder(tmp_path / "out", {name: rl_synthetic.KINDS[name] for name in ("base", "standard", "oracle", "recon")}, 5)
     curves = pq.read_table(folder / "curves.parquet")
-    kept = [not (row["arm"] == "oracle" and row["seed"] == 0 and row["step"] > 60) for row in curves.to_pylist()]
+    kept = [row["arm"] not in ("oracle", "standard") or row["seed"] > 0 or row["step"] <= 20 for row in curves.to_pylist()]
     pq.write_table(curves.filter(kept), folder / "curves.parquet")
     view = load_rl_view(folder)
-    assert view.dynamics["oracle", 0].last == 60 and view.arms[2].onset.value == 200, "four of its five runs show that none hacks"
+    assert view.dynamics["oracle", 0].last == 20 and view.arms[2].onset.value == 200, "four of its five runs show that none hacks"
+    others = [200 if onset is None else onset for onset in _hacked_by_hand(folder, "standard")[1:]]
+    assert view.arms[1].onset.value == pytest.approx(np.mean(others)) and min(others) < 200, "before any onset a censored run says nothing"
     steps, mean = rl_figures.mean_curve([(np.asarray([0, 5, 10]), np.asarray([0.0, 0.2, 0.4])), (np.asarray([0, 5]), np.asarray([0.2, np.nan]))])
     assert steps.tolist() == [0] and mean.tolist() == [0.1]
 
