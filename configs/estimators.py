@@ -3,7 +3,8 @@
     ip-jax run estimators                      all arms, 20 seeds: minutes on a laptop
     ip-jax run estimators --preset small       six arms, five seeds
 
-The rate was chosen on the standard arm alone: the smallest of 1e-4, 3e-4 and 1e-3 with which it hacks in at least 80 % of the seeds.
+The rate was chosen on the standard arm alone (seeds 100 to 109): of 1e-4 (0 of 10 hack), 3e-4 (10 of 10) and 1e-3 (10 of 10), the
+smallest with which it hacks in at least 80 % of the seeds.
 """
 import dataclasses
 
@@ -13,7 +14,7 @@ from ip_jax.rl.estimators import ESTIMATORS, Kl
 from ip_jax.settings.toy.figure import Figure, ToyFigure
 from ip_jax.settings.toy.prompts import NEUTRAL, members
 from ip_jax.settings.toy.tasks import Reward
-from ip_jax.settings.toy.training import ToyArm, ToyRl
+from ip_jax.settings.toy.training import ToyArm
 
 X_0, X_IP, X_NO, X_RANDOM = (NEUTRAL,), ("please use the exit",), ("never use the exit",), ("fzx qep cvg wop",)
 GRPO = Algorithm(max_grad_norm=1.0)
@@ -66,5 +67,5 @@ GRID = (
 FIGURE = Figure("estimators", ARMS, Reading(Onset(150), "standard", "oracle", "base", VERDICTS, RULES), GRID)
 PRESETS = {
     "full": ToyFigure("full", tuple(ARMS)),
-    "small": ToyFigure("small", ("standard", "oracle", "prior", "anti", "on_policy_ip", "plain"), tuple(range(5)), ToyRl(iterations=100)),
+    "small": ToyFigure("small", ("standard", "oracle", "prior", "anti", "on_policy_ip", "plain"), tuple(range(5))),
 }

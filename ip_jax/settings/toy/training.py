@@ -60,7 +60,7 @@ class ToyRl:
     iterations: int = 150
     groups: int = 8
     samples: int = 8
-    learning_rate: float = 5e-4
+    learning_rate: float = 3e-4
     lora: LoraConfig = LoraConfig(rank=8, alpha=16)
     probe_every: int = 10
     probe_tasks: int = 12
