@@ -26,7 +26,8 @@ def fixed_data(config: ToyConfig, model: tuple, sources: Sequence[tuple[str, ...
     picks = []
     for source, seed in zip(sources, seeds, strict=True):
         rng = np.random.default_rng([seed, 7])
-        picks.append([tuple(a[rng.integers(0, len(a), EXAMPLES)] for a in of_label) for of_label in pools[source]])
+        drawn = [rng.integers(0, len(of_label[0]), EXAMPLES) for of_label in pools[source]]
+        picks.append([tuple(field[index] for field in of_label) for of_label, index in zip(pools[source], drawn, strict=True)])
     stacked = (jnp.array([[of_label[field] for of_label in run] for run in picks]) for field in range(3))
     return Data(*stacked)
 
