@@ -16,7 +16,7 @@ from ip_jax.settings.toy.prompts import NEUTRAL, members
 from ip_jax.settings.toy.tasks import Reward
 from ip_jax.settings.toy.training import ToyArm
 
-X_0, X_IP, X_NO, X_RANDOM = (NEUTRAL,), ("please use the exit",), ("never use the exit",), ("fzx qep cvg wop",)
+X_0, X_IP, X_NO, X_RANDOM = (NEUTRAL,), ("please use the exit",), ("never use the exit",), members("nonsense")[:1]
 GRPO = Algorithm(max_grad_norm=1.0)
 
 

@@ -1,6 +1,6 @@
 """Runs a toy experiment: arms x seeds, one program for each kind of arm, looked at under x_0 while they train and under a grid of prompts at the end.
 
-A kind that is recorded in the folder is not run again; one that was stopped begins again, from the same seeds, to the same end.
+An arm that is recorded in the folder is not run again; a program that was stopped begins again, from the same seeds, to the same end.
 """
 import dataclasses
 import functools
@@ -67,14 +67,14 @@ class Kind:
 
     @property
     def name(self) -> str:
-        """Of its files."""
-        return f"{self.arms[0].name}-{digest([arm.name for arm in self.arms])[:6]}"
+        """Of its files of rollouts and timing."""
+        return "+".join(arm.name for arm in self.arms)
 
 
-def kinds_of(experiment: ToyExperiment) -> list[Kind]:
-    """The arms by kind, cut so that a program holds at most `runs_per_program` runs."""
+def kinds_of(experiment: ToyExperiment, arms: Sequence[ToyArm]) -> list[Kind]:
+    """`arms` by kind, cut so that a program holds at most `runs_per_program` runs."""
     by_kind: dict[tuple, list[ToyArm]] = {}
-    for arm in experiment.arms:
+    for arm in arms:
         by_kind.setdefault((arm.algorithm, arm.source != "policy"), []).append(arm)
     most = max(1, experiment.runs_per_program // len(experiment.seeds))
     return [Kind(*kind, tuple(arms[i : i + most])) for kind, arms in by_kind.items() for i in range(0, len(arms), most)]
@@ -86,19 +86,19 @@ def run_toy(experiment: ToyExperiment, folder: epath.Path, console: Console) -> 
     Raises ValueError or OSError, each with one sentence, before anything is trained.
     """
     _prepare(experiment, folder)
-    kinds = kinds_of(experiment)
-    console.print(f"{len(experiment.arms)} arms x {len(experiment.seeds)} seeds are {len(kinds)} programs: " + "; ".join(", ".join(arm.name for arm in kind.arms) for kind in kinds))
+    left = [arm for arm in experiment.arms if not _final(folder, arm.name).exists()]
+    kinds = kinds_of(experiment, left)
+    console.print(f"{len(left)} arms x {len(experiment.seeds)} seeds are {len(kinds)} programs: " + "; ".join(", ".join(arm.name for arm in kind.arms) for kind in kinds))
     params = _base(experiment, Display(console))
-    if not (folder / "parts" / f"final-{BASE}.parquet").exists():
-        _write(folder, BASE, [], _grid_rows(experiment, [(BASE, seed) for seed in experiment.seeds], split_decoder(experiment.config.decoder, params), {}))
+    if not _final(folder, BASE).exists():
+        _write(folder, [], _grid_rows(experiment, [(BASE, seed) for seed in experiment.seeds], split_decoder(experiment.config.decoder, params), {}))
     with live_arms(console, every=50) as show:
         for kind in kinds:
-            if not (folder / "parts" / f"final-{kind.name}.parquet").exists():
-                if kind.algorithm.estimator.name in WARNINGS:
-                    console.print(f"warning: {WARNINGS[kind.algorithm.estimator.name]}")
-                _run_kind(experiment, kind, params, folder, show)
+            if kind.algorithm.estimator.name in WARNINGS:
+                console.print(f"warning: {WARNINGS[kind.algorithm.estimator.name]}")
+            _run_kind(experiment, kind, params, folder, show)
     for table in ("curves", "final"):
-        parts = sorted((folder / "parts").glob(f"{table}-*.parquet"))
+        parts = [folder / "parts" / f"{table}-{arm}.parquet" for arm in (BASE, *(arm.name for arm in experiment.arms))]
         merged = pa.concat_tables([pq.read_table(io.BytesIO(part.read_bytes())) for part in parts])
         write_binary(folder / f"{table}.parquet", lambda file, merged=merged: pq.write_table(merged, file))
 
@@ -108,6 +108,7 @@ def _prepare(experiment: ToyExperiment, folder: epath.Path) -> None:
     for arm in experiment.arms:
         for prompt in (*arm.gen_prompts, *arm.train_prompts, *experiment.grid):
             encode(prompt)
+            family_of(prompt)
         arm.algorithm.check_group(experiment.rl.samples)
         if arm.source != "policy" and arm.algorithm.selection is None:
             raise ValueError(f"the arm {arm.name} copies fixed data, so its algorithm needs a selection")
@@ -116,11 +117,11 @@ def _prepare(experiment: ToyExperiment, folder: epath.Path) -> None:
     arms = {arm.name: dataclasses.asdict(arm) for arm in experiment.arms} | {BASE: {"label": "untrained"}}
     experiment.reading.check_arms(arms)
     record = {
-        "experiment": experiment.name, "preset": experiment.preset, "identity": digest([experiment.shared, arms]), "config": experiment.shared,
+        "experiment": experiment.name, "preset": experiment.preset, "identity": digest(experiment.shared), "config": experiment.shared,
         "provenance": f"a toy: {experiment.rl.iterations} iterations of {experiment.rl.groups} tasks x {experiment.rl.samples} samples, base {experiment.config.digest}",
         "seeds": list(experiment.seeds), "arms": arms, "reading": experiment.reading.to_json(),
     }
-    claim_folder(folder, record, {})
+    claim_folder(folder, record, {arm.name: digest(dataclasses.asdict(arm)) for arm in experiment.arms})
 
 
 def _base(experiment: ToyExperiment, display: Display) -> dict:
@@ -150,7 +151,7 @@ def _run_kind(experiment: ToyExperiment, kind: Kind, params: dict, folder: epath
         left = (time.monotonic() - started) / (first + count) * (rl.iterations - first - count)
         show(_live_rows(experiment, kind, metrics, first + count, left))
     own = {(arm.name, seed): arm for arm, seed in runs}
-    _write(folder, kind.name, rows, _grid_rows(experiment, names, (graphdef, carried[0].trained, base), own))
+    _write(folder, rows, _grid_rows(experiment, names, (graphdef, carried[0].trained, base), own))
     write_json(folder / "timing" / f"{kind.name}.json", {"runs": len(runs), "iterations": rl.iterations, "seconds": round(time.monotonic() - started, 1)})
 
 
@@ -229,7 +230,14 @@ def _live_rows(experiment: ToyExperiment, kind: Kind, metrics: Mapping[str, np.n
     return rows
 
 
-def _write(folder: epath.Path, name: str, curves: list[dict], final: list[dict]) -> None:
-    """Both part files of a kind, the grid last: where it stands, the kind is complete."""
-    for table, made in (("curves", rl_tables.curves_table(curves)), ("final", rl_tables.final_table(final))):
-        write_binary(folder / "parts" / f"{table}-{name}.parquet", lambda file, made=made: pq.write_table(made, file))
+def _final(folder: epath.Path, arm: str) -> epath.Path:
+    """Where this file stands, the arm is complete."""
+    return folder / "parts" / f"final-{arm}.parquet"
+
+
+def _write(folder: epath.Path, curves: list[dict], final: list[dict]) -> None:
+    """The part files of every arm in the rows, its grid last."""
+    for arm in dict.fromkeys(row["arm"] for row in final):
+        own = [[row for row in rows if row["arm"] == arm] for rows in (curves, final)]
+        for path, made in ((folder / "parts" / f"curves-{arm}.parquet", rl_tables.curves_table(own[0])), (_final(folder, arm), rl_tables.final_table(own[1]))):
+            write_binary(path, lambda file, made=made: pq.write_table(made, file))

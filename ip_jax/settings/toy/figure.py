@@ -35,9 +35,9 @@ class Figure:
     grid: tuple[str, ...]
 
     def shared_part(self, config: ToyFigure) -> dict:
-        """The config as JSON without its arms and seeds."""
+        """The config as JSON without its arms: another one with more of them goes on in the same folder."""
         record = dataclasses.asdict(config)
-        for growing in ("arms", "seeds", "runs_per_program"):
+        for growing in ("arms", "runs_per_program"):
             record.pop(growing)
         return record | {"experiment": self.name}
 
