@@ -22,7 +22,17 @@ from ip_jax.rl.prompting import PromptDistribution
 from ip_jax.settings import reinforced
 from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import ModelConfig
-from ip_jax.settings.reinforced_plan import GridPrompt, Reinforced, RlArm, RlConfig, RlEval, uniforms_of
+from ip_jax.settings.reinforced_plan import (
+    GridPrompt,
+    Reinforced,
+    RlArm,
+    RlConfig,
+    RlEval,
+    RlRun,
+    category_of,
+    programs_of,
+    uniforms_of,
+)
 from ip_jax.settings.rollout_records import read_rollouts
 from ip_jax.training.results import digest
 
@@ -35,9 +45,11 @@ class Killed(BaseException):
     """Stands for what ends a process: nothing catches it."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Vowels(Environment):
-    """Paid for the letter e, with which some of a random model's byte soup comes; `die_at`: the grade at which the process ends."""
+    """Paid for vowels, which a random model's byte soup has some of."""
+
+    def __repr__(self):
+        return "Vowels()"
 
     def messages(self, task):
         return [{"role": "user", "content": f"Is the sum of {task['a']} and 2 correct?"}]
@@ -56,7 +68,7 @@ def make(model, arms=ARMS, environment=Vowels(), **rl) -> Reinforced:
     return Reinforced(
         "sums", "tiny", {"model": {"name": str(model)}, "rl": repr(config)}, ModelConfig(str(model), weights="float32"), environment, TASKS, arms, (0,), config,
         RlEval((0, 2), 4, slots=4), TASKS[:3], (GridPrompt("gcd/safety", "discouraging"), GridPrompt("gcd/behave", "train", about="gcd/behave")),
-        verdicts, {"hack": pa.bool_(), "correct": pa.bool_()}, Reading(Onset(4), base="untrained"), "made up",
+        verdicts, {"hack": pa.bool_(), "correct": pa.bool_()}, Reading(Onset(4), standard=None, base="untrained"), "made up",
     )  # fmt: skip
 
 
@@ -82,6 +94,7 @@ def contents(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for pattern in kept for path in folder.glob(pattern)}
 
 
+@pytest.mark.slow
 def test_a_run_leaves_tables_that_a_report_reads_and_every_rollout(undisturbed, model):
     view = load_rl_view(undisturbed)
     assert {arm.name for arm in view.arms} == {"standard", "swap", "untrained"}
@@ -91,24 +104,26 @@ def test_a_run_leaves_tables_that_a_report_reads_and_every_rollout(undisturbed, 
     assert all(list(curve.steps) == [0, 2, 4] for curve in rl_tables.curves_of(curves, rl_tables.NEUTRAL).values())
     assert {(row["arm"], row["category"]) for row in final} >= {("swap", "train"), ("untrained", "train"), ("standard", "discouraging")}
     assert ("standard", "train") not in {(row["arm"], row["category"]) for row in final}
-    kept = read_rollouts(undisturbed / "rollouts").to_pandas()
-    assert len(kept) == 4 * 2 * 2 * 4 and kept["advantage"].notna().all()
-    means = kept.groupby(["arm", "iteration"])["reward"].mean()
+    kept = read_rollouts(undisturbed / "rollouts")
+    assert kept.num_rows == 4 * 2 * 2 * 4 and kept["advantage"].null_count == 0
+    rewards = {arm: np.array([row["reward"] for row in kept.to_pylist() if row["arm"] == arm]).reshape(4, -1) for arm in ("standard", "swap")}
     for (arm, _), curve in rollouts.items():
-        np.testing.assert_allclose(curve.columns["reward"], means[arm], rtol=1e-6)
-    assert set(kept[kept.arm == "swap"].train_prompt) == {"gcd/behave"} and set(kept.gen_prompt) == {"neutral"}
+        np.testing.assert_allclose(curve.columns["reward"], rewards[arm].mean(1), rtol=1e-6)
+    prompts = {(row["arm"], row["gen_prompt"], row["train_prompt"]) for row in kept.to_pylist()}
+    assert prompts == {("standard", "neutral", "neutral"), ("swap", "neutral", "gcd/behave")}
     record = json.loads((undisturbed / "runs" / "swap-s0" / "run.json").read_text())
     assert record["finished_finite"] and not list(undisturbed.glob("checkpoints/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["rollout", "reward", "update"])
 def test_a_run_killed_anywhere_goes_on_to_the_same_bits(place, model, undisturbed, tmp_path, monkeypatch):
-    name, after = {"rollout": ("generate", 2), "reward": ("roll_out", 3), "update": ("write_iteration", 3)}[place]
-    calls, target = 0, reinforced
-    if place == "reward":  # sampled, and nothing recorded yet
-        from ip_jax.settings import rollout_records
-
-        name, target = "grade_all", rollout_records
+    target, name, after = {
+        "rollout": (reinforced, "generate", 2),
+        "reward": (Vowels, "grade", 1 + 3 * 16 + 5),  # one grade checks the config, then in the fourth iteration: one behind the checkpoint
+        "update": (reinforced, "write_iteration", 3),
+    }[place]
+    calls = 0
     original = getattr(target, name)
 
     def dying(*arguments, **named):
@@ -136,6 +151,7 @@ class Brittle(Vowels):
         return super().grade(task, completion)
 
 
+@pytest.mark.slow
 def test_too_many_failures_stop_after_saving_and_few_are_left_out(model, tmp_path):
     strict = make(model, environment=Brittle(), max_failed=0.01, iterations=3)
     with pytest.raises(ValueError, match="raised: RuntimeError: odd"):
@@ -143,6 +159,7 @@ def test_too_many_failures_stop_after_saving_and_few_are_left_out(model, tmp_pat
     assert list((tmp_path / "strict").glob("checkpoints/*/0")) and list((tmp_path / "strict").glob("rollouts/*/step000000.parquet"))
 
 
+@pytest.mark.slow
 def test_a_gate_that_accepts_nothing_stops_after_saving(model, tmp_path):
     gated = dataclasses.replace(ARMS[1], algorithm=Algorithm(gate=Gate("relative", threshold=1e3)))
     with pytest.raises(ValueError, match="the gate relative has accepted no sample of swap-s0 in 2 iterations"):
@@ -151,6 +168,24 @@ def test_a_gate_that_accepts_nothing_stops_after_saving(model, tmp_path):
     assert state.exists()
     rows = [json.loads(line) for line in (tmp_path / "gated" / "runs" / "swap-s0" / "metrics.jsonl").read_text().splitlines()]
     assert [row["gate_acceptance"] for row in rows] == [0, 0]
+
+
+def test_arms_of_another_algorithm_are_another_program(tmp_path):
+    late = Algorithm(estimator=ESTIMATORS["late_token"])
+    arms = (*ARMS, RlArm("late", "late", algorithm=late), RlArm("again", "again", reward="reward"))
+    runs = [RlRun(arm, seed, f"{arm.name}{seed}") for arm in arms for seed in (0, 1)]
+    names = lambda most: [[run.name for run in group] for group in programs_of(epath.Path(tmp_path), runs, most)]  # noqa: E731
+    assert names(64) == [["standard-s0", "standard-s1", "swap-s0", "swap-s1", "again-s0", "again-s1"], ["late-s0", "late-s1"]]
+    assert [len(group) for group in names(4)] == [4, 2, 2]
+
+
+def test_a_prompt_of_the_grid_is_something_else_to_every_arm():
+    grid = (GridPrompt("gcd/safety", "discouraging"), GridPrompt("gcd/behave", "train", about="gcd/behave"), GridPrompt("gcd/negated", "negated", about="gcd/behave"))
+    found = lambda arm: {prompt.name: category_of(prompt, arm) for prompt in (GridPrompt("neutral", "neutral"), *grid)}  # noqa: E731
+    assert found(ARMS[0]) == {"neutral": "neutral", "gcd/safety": "discouraging", "gcd/behave": None, "gcd/negated": None}
+    assert found(ARMS[1]) == {"neutral": "neutral", "gcd/safety": "discouraging", "gcd/behave": "train", "gcd/negated": "negated"}
+    assert found(RlArm("safe", "safe", PromptDistribution(("gcd/safety",)))) == {**found(ARMS[0]), "gcd/safety": "generation"}
+    assert found(None)["gcd/negated"] == "negated"
 
 
 def test_late_token_halts_where_it_collapses():
