@@ -105,7 +105,8 @@ def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display)
         with display.console.status(f"loading {experiment.model.name}"):
             model = load_base(experiment.model, mesh)
         session = Session(experiment, folder, display, model, mesh, room)
-        display.console.print(f"{len(runs)} runs; to train: {len(groups)} programs, one for each algorithm: " + "; ".join(", ".join(run.name for run in group) for group in groups), highlight=False)
+        listed = "; ".join(", ".join(run.name for run in group) for group in groups) or "nothing"
+        display.console.print(f"to train, one program for each algorithm: {listed}", highlight=False)
         for sweep in untrained:
             graphdef, adapters, weights = split_decoder(model.config, model.params)
             _evaluate(session, functools.partial(sample, graphdef, adapters, weights), [cell for cell in sweep if cell])
@@ -333,9 +334,9 @@ def halting_reason(names: Sequence[str], history: Sequence[Sequence[dict]], algo
     for name, rows in zip(names, history, strict=True):
         recent = rows[-patience:]
         if algorithm.gate.kind != "off" and len(recent) == patience and all(row["gate_acceptance"] == 0 for row in recent):
-            return f"the gate {algorithm.gate.kind} has accepted no sample of {name} in {patience} iterations: nothing is learned; loosen it, or raise rl.gate_patience"
+            return f"the gate {algorithm.gate.kind} has accepted no sample of {name} in {patience} iterations: loosen it, or raise rl.gate_patience"
         if algorithm.estimator.name == "late_token" and rows and rows[-1]["surviving"] < _LOWEST_SURVIVING_MASS:
-            return f"{name} collapses: the advantage that clipping leaves is {rows[-1]['surviving']:.2f} a token on average, below {_LOWEST_SURVIVING_MASS}; late_token does this"
+            return f"{name} collapses: the advantage that clipping leaves is {rows[-1]['surviving']:.2f} a token, below {_LOWEST_SURVIVING_MASS}; late_token does this"
         if algorithm.estimator.name == "late_token" and rows and rows[-1]["length_cap"] > _MOST_AT_CAP:
             return f"{name} collapses: {rows[-1]['length_cap']:.0%} of its completions do not end, more than {_MOST_AT_CAP:.0%}; late_token does this"
     return None
@@ -349,9 +350,8 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep) -> None:
     options = programs.sampler_options(session.mesh, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), session.room)
     started = time.monotonic()
     completions = sample_queues([plan.requests_of(experiment, cell, tokenizer) if cell else [] for cell in sweep], options)
-    session.display.console.print(
-        f"evaluated {', '.join(dict.fromkeys(cell.arm for cell in cells))} after {cells[0].step} iterations under {prompts}: {time.monotonic() - started:.0f} s", highlight=False
-    )
+    arms, seconds = ", ".join(dict.fromkeys(cell.arm for cell in cells)), time.monotonic() - started
+    session.display.console.print(f"evaluated {arms} after {cells[0].step} iterations under {prompts}: {seconds:.0f} s", highlight=False, soft_wrap=True)
     examples = [plan.example_of(experiment, task) for task in experiment.eval_tasks]
 
     def record():

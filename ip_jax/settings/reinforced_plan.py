@@ -34,7 +34,7 @@ Sweep = list[Cell | None]  # at most one cell of each run: what is sampled in on
 
 @dataclasses.dataclass(frozen=True)
 class RlArm:
-    """A named condition. `reward`: the environment's reward, or the name of one of its parts. `temperature` and `learning_rate`: None for the config's."""
+    """A named condition. `reward`: the environment's reward, or the name of a part. `temperature`, `learning_rate`: None for the config's."""
 
     name: str
     label: str
@@ -101,7 +101,7 @@ class RlConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GridPrompt:
-    """A prompt of the leak grid: its name in the library, and what it is (`rl_tables.CATEGORIES`) to arms trained under the prompt `about`, None for all arms."""
+    """A prompt of the leak grid: its name in the library and what it is (`rl_tables.CATEGORIES`), to arms trained under `about` or (None) to all."""
 
     name: str
     category: str
@@ -173,7 +173,9 @@ def folder_record(experiment: Reinforced, fingerprint: str) -> dict:
     arms = {arm.name: about(arm) for arm in experiment.arms} | {UNTRAINED: {"label": "untrained"}}
     experiment.reading.check_arms(arms)
     data = [digest([dict(task) for task in tasks]) for tasks in (experiment.tasks, experiment.eval_tasks)]
-    identity = {"config": experiment.shared, "fingerprint": fingerprint, "data": data, "environment": repr(experiment.environment), "grid": repr(experiment.grid)}
+    identity = {
+        "config": experiment.shared, "fingerprint": fingerprint, "data": data, "environment": repr(experiment.environment), "grid": repr(experiment.grid),
+    }  # fmt: skip
     return {
         "experiment": experiment.name, "preset": experiment.preset, "identity": digest(identity), "config": experiment.shared, "fingerprint": fingerprint,
         "provenance": experiment.provenance, "seeds": list(experiment.seeds), "arms": arms, "reading": experiment.reading.to_json(),
@@ -186,7 +188,7 @@ def runs_of(experiment: Reinforced, identity: str) -> list[RlRun]:
 
 
 def programs_of(folder: epath.Path, runs: Sequence[RlRun], most: int) -> list[list[RlRun]]:
-    """The runs that are left, as programs of at most `most`: runs of one program have equal algorithms, and what was begun together goes on together."""
+    """The runs that are left, as programs of at most `most` with equal algorithms; what was begun together goes on together."""
     by_algorithm: dict[Algorithm, list[RlRun]] = {}
     for run in runs:
         by_algorithm.setdefault(run.arm.algorithm, []).append(run)
@@ -203,13 +205,13 @@ def rollout_plan(experiment: Reinforced, runs: Sequence[RlRun], tokenizer) -> Ro
 
 
 def check(experiment: Reinforced) -> None:
-    """Refuses what cannot be run: unknown rewards, groups that a baseline cannot use, minibatches that leave rows over, evaluations that are never reached."""
+    """Refuses unknown rewards, groups that a baseline cannot use, minibatches that leave rows over, evaluations that are never reached."""
     rl, names = experiment.rl, [arm.name for arm in experiment.arms]
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"the arms are {', '.join(names) or 'none'}: at least one is needed, each with a name of its own")
     unreached = [step for step in experiment.evaluation.steps if not 0 <= step <= rl.iterations]
     if unreached:
-        raise ValueError(f"evaluation.steps names {unreached[0]}, and training has the iterations 0 to {rl.iterations} (rl.iterations): choose among these")
+        raise ValueError(f"evaluation.steps names {unreached[0]}, and training has 0 to {rl.iterations} iterations (rl.iterations): choose among these")
     rows = rl.groups * rl.samples // (rl.samples_per_row or rl.samples)
     for arm in experiment.arms:
         gate = arm.algorithm.gate.like or arm.algorithm.gate
@@ -217,7 +219,9 @@ def check(experiment: Reinforced) -> None:
         if rows % arm.algorithm.minibatches:
             raise ValueError(f"the arm {arm.name} has {arm.algorithm.minibatches} minibatches, which do not divide the {rows} rows of an iteration")
         if gate.needs_reference:
-            raise ValueError(f"the arm {arm.name} has a gate {gate.kind}, which needs samples of the training prompt itself: text experiments draw none; use relative")
+            raise ValueError(
+                f"the arm {arm.name} has a gate {gate.kind}, which needs samples of the training prompt itself: text experiments draw none; use relative"
+            )
     if experiment.tasks:
         check_rewards(experiment.environment, experiment.tasks[0], tuple(dict.fromkeys(arm.reward for arm in experiment.arms)))
 

@@ -31,7 +31,8 @@ def iteration_metrics(recorded: Recorded, scores: Mapping[str, np.ndarray]) -> d
     grades, rollout = recorded.grades, recorded.rollout
     length, valid, labels = np.asarray(rollout.samples.length), grades.valid, labels_of(grades)
     each = lambda x: np.asarray(x, np.float64).reshape(len(length), -1)  # noqa: E731
-    counts = {f"n_{name}": each([bool(v[name]) if name in v else False for v in grades.verdicts]).sum(1) for name in _COUNTED if any(name in v for v in grades.verdicts)}
+    counted = [name for name in _COUNTED if any(name in verdicts for verdicts in grades.verdicts)]
+    counts = {f"n_{name}": each([bool(verdicts.get(name)) for verdicts in grades.verdicts]).sum(1) for name in counted}
     spread = np.where(valid, grades.reward, -np.inf).max(-1) > np.where(valid, grades.reward, np.inf).min(-1)
     paid = (labels == HACK) & (recorded.advantage > 0) & (recorded.gate_weight > 0)
     of_valid = np.maximum(valid.sum((1, 2)), 1)
@@ -46,7 +47,8 @@ def iteration_metrics(recorded: Recorded, scores: Mapping[str, np.ndarray]) -> d
         llr = np.where(mask, scores["policy_training"] - np.asarray(rollout.samples.log_probs), 0).sum(-1) / length
         for label, name in enumerate(LABELS):
             here = labels == label
-            found[f"llr_{name}"] = np.divide(np.where(here, llr, 0).sum((1, 2)), here.sum((1, 2)), out=np.full(len(length), np.nan), where=here.any((1, 2)))
+            of_label = np.where(here, llr, 0).sum((1, 2))
+            found[f"llr_{name}"] = np.divide(of_label, here.sum((1, 2)), out=np.full(len(length), np.nan), where=here.any((1, 2)))
     return {name: np.asarray(value, np.int64 if name in rl_tables.COUNTS else np.float64) for name, value in found.items()}
 
 

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from rich.console import Console
+from safetensors.numpy import load
 from tiny_experiment import write_model
 
 from ip_jax.evals import rl_tables
@@ -16,9 +17,10 @@ from ip_jax.models.lora import LoraConfig
 from ip_jax.report.rl_view import load_rl_view
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.environment import Environment, Graded
-from ip_jax.rl.estimators import ESTIMATORS
+from ip_jax.rl.estimators import ESTIMATORS, Kl
 from ip_jax.rl.gates import Gate
 from ip_jax.rl.prompting import PromptDistribution
+from ip_jax.rl.selection import Selection
 from ip_jax.settings import reinforced
 from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import ModelConfig
@@ -62,11 +64,11 @@ def verdicts(_, completion):
     return {"hack": len(completion) % 2 == 0, "correct": len(completion) % 2 == 1}
 
 
-def make(model, arms=ARMS, environment=Vowels(), **rl) -> Reinforced:
+def make(model, arms=ARMS, environment=None, **rl) -> Reinforced:
     sizes = dict(iterations=4, groups=2, samples=4, max_new_tokens=6, max_length=128, learning_rate=1e-2, lora=LoraConfig(rank=2, alpha=4), checkpoint_every=2)
     config = RlConfig(**sizes | rl)
     return Reinforced(
-        "sums", "tiny", {"model": {"name": str(model)}, "rl": repr(config)}, ModelConfig(str(model), weights="float32"), environment, TASKS, arms, (0,), config,
+        "sums", "tiny", {"model": {"name": str(model)}, "rl": repr(config)}, ModelConfig(str(model), weights="float32"), environment or Vowels(), TASKS, arms, (0,), config,
         RlEval((0, 2), 4, slots=4), TASKS[:3], (GridPrompt("gcd/safety", "discouraging"), GridPrompt("gcd/behave", "train", about="gcd/behave")),
         verdicts, {"hack": pa.bool_(), "correct": pa.bool_()}, Reading(Onset(4), standard=None, base="untrained"), "made up",
     )  # fmt: skip
@@ -115,16 +117,14 @@ def test_a_run_leaves_tables_that_a_report_reads_and_every_rollout(undisturbed, 
     assert record["finished_finite"] and not list(undisturbed.glob("checkpoints/*"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["rollout", "reward", "update"])
-def test_a_run_killed_anywhere_goes_on_to_the_same_bits(place, model, undisturbed, tmp_path, monkeypatch):
+def killed(experiment, folder, monkeypatch, place) -> None:
+    """Runs until the given place is reached for the last time."""
     target, name, after = {
         "rollout": (reinforced, "generate", 2),
         "reward": (Vowels, "grade", 1 + 3 * 16 + 5),  # one grade checks the config, then in the fourth iteration: one behind the checkpoint
         "update": (reinforced, "write_iteration", 3),
     }[place]
-    calls = 0
-    original = getattr(target, name)
+    original, calls = getattr(target, name), 0
 
     def dying(*arguments, **named):
         nonlocal calls
@@ -133,13 +133,42 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(place, model, undisturbe
             raise Killed
         return original(*arguments, **named)
 
-    monkeypatch.setattr(target, name, dying)
-    with pytest.raises(Killed):
-        run(make(model), tmp_path / "killed")
-    monkeypatch.setattr(target, name, original)
-    found, wanted = contents(run(make(model), tmp_path / "killed")), contents(undisturbed)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(target, name, dying)
+        run(experiment, folder)
+
+
+def assert_equal_but_for_the_clock(folder, wanted):
+    found, wanted = contents(folder), contents(wanted)
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["rollout", "reward", "update"])
+def test_a_run_killed_anywhere_goes_on_to_the_same_bits(place, model, undisturbed, tmp_path, monkeypatch):
+    killed(make(model), tmp_path / "killed", monkeypatch, place)
+    assert_equal_but_for_the_clock(run(make(model), tmp_path / "killed"), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_penalty_begins_at_zero_and_a_moving_mean_survives_a_kill(model, tmp_path, monkeypatch):
+    arm = dataclasses.replace(ARMS[1], algorithm=Algorithm(kl=Kl("tt", "loss", "k3", 0.1), baseline="moving_mean"))
+    undisturbed = run(make(model, (arm,)), tmp_path / "undisturbed")
+    kl = [json.loads(line)["kl"] for line in (undisturbed / "runs" / "swap-s0" / "metrics.jsonl").read_text().splitlines()]
+    assert abs(kl[0]) < 1e-6 and min(kl[1:]) > 1e-5  # the untrained policy is the reference
+    killed(make(model, (arm,)), tmp_path / "killed", monkeypatch, "update")
+    assert_equal_but_for_the_clock(run(make(model, (arm,)), tmp_path / "killed"), undisturbed)
+
+
+@pytest.mark.slow
+def test_expert_iteration_that_restarts_from_the_base_ends_one_update_from_it(model, tmp_path):
+    for restart in (False, True):
+        arm = dataclasses.replace(ARMS[0], algorithm=Algorithm(selection=Selection("best_of_n", restart_from_base=restart)))
+        folder = run(make(model, (arm,)), tmp_path / str(restart))
+        learned = load((folder / "runs" / "standard-s0" / "adapter.safetensors").read_bytes())
+        furthest = max(np.abs(value).max() for name, value in learned.items() if name.endswith(".b"))
+        assert (furthest <= 1e-2 * 1.001) == restart  # B begins at 0, and Adam's first step is at most the rate
 
 
 class Brittle(Vowels):
