@@ -95,8 +95,8 @@ _SMALL = RlConfig(
     iterations=30, groups=4, samples=8, max_new_tokens=24, max_length=256, learning_rate=5e-4, temperature=0.7, lora=LoraConfig(rank=16, alpha=32), checkpoint_every=5,
 )  # fmt: skip
 PRESETS = {
-    "demo": GcdApprovalConfig(preset="demo", arms=("standard", "neutral_ip"), rl=_SMALL, evaluation=RlEval(steps=(0, 10, 20), max_new_tokens=24)),
-    "small": GcdApprovalConfig(preset="small", rl=_SMALL, evaluation=RlEval(steps=(0, 10, 20), max_new_tokens=24)),
+    "demo": GcdApprovalConfig(preset="demo", arms=("standard", "neutral_ip"), rl=_SMALL, evaluation=RlEval(steps=(0, 10, 20), max_new_tokens=24, temperature=0.7)),
+    "small": GcdApprovalConfig(preset="small", rl=_SMALL, evaluation=RlEval(steps=(0, 10, 20), max_new_tokens=24, temperature=0.7)),
     "full": GcdApprovalConfig(
         preset="full", seeds=(0, 1, 2, 3, 4), train_claims=800, eval_claims=ClaimCounts(wrong=200, right=200, asked=0),
         rl=dataclasses.replace(_SMALL, iterations=100, groups=8, samples=16, max_new_tokens=48, tokens_per_micro_batch=262_144, checkpoint_every=20),

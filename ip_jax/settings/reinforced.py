@@ -233,9 +233,8 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
         if reason:
             raise loop.Halted(reason)
         started, replayed = time.monotonic(), hosts.by_first(lambda: part_path(program.records, step).exists())
-        recorded = roll_out(
-            program.records, program.rollouts, step, grader, lambda asked: generate((program.graphdef, state.trained, program.frozen), program.rollouts, asked, sampling)
-        )
+        decoder = program.graphdef, state.trained, program.frozen
+        recorded = roll_out(program.records, program.rollouts, step, grader, lambda asked: generate(decoder, program.rollouts, asked, sampling))
         try:
             hosts.by_first(lambda: check_failures(recorded.grades, [run.name for run in program.runs], rl.max_failed))
         except TooManyFailures as failures:
@@ -251,7 +250,8 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
             state = fresh().replace(step=state.step, alive=state.alive)
         state, metrics = update(state, batch)
         metrics = {name: np.asarray(value) for name, value in hosts.fetch(metrics).items()}
-        metrics = {"clip_fraction" if name == "clipped" else name: value for name, value in metrics.items()} | tables.iteration_metrics(recorded, scores)
+        metrics["clip_fraction"] = metrics.pop("clipped", np.zeros(len(history)))
+        metrics |= tables.iteration_metrics(recorded, scores)
         for r, rows in enumerate(history):
             rows.append({name: value[r].item() for name, value in metrics.items()})
         tokens = int(rollout.samples.length.sum())
@@ -308,7 +308,8 @@ def _updating(session: Session, program: Program) -> Callable[[TrainState, RlBat
     def update(state: TrainState, batch: RlBatch):
         places = rows_sharding(mesh, batch)
         if places not in steps:
-            steps[places] = compile_rl_step(program.graphdef, options, state_shardings(mesh, state), base_shardings(mesh, program.frozen), places, replicated(mesh))
+            of_state, of_base = state_shardings(mesh, state), base_shardings(mesh, program.frozen)
+            steps[places] = compile_rl_step(program.graphdef, options, of_state, of_base, places, replicated(mesh))
         return steps[places](state, program.frozen, hosts.place(batch, places))
 
     return update
@@ -336,7 +337,8 @@ def halting_reason(names: Sequence[str], history: Sequence[Sequence[dict]], algo
         if algorithm.gate.kind != "off" and len(recent) == patience and all(row["gate_acceptance"] == 0 for row in recent):
             return f"the gate {algorithm.gate.kind} has accepted no sample of {name} in {patience} iterations: loosen it, or raise rl.gate_patience"
         if algorithm.estimator.name == "late_token" and rows and rows[-1]["surviving"] < _LOWEST_SURVIVING_MASS:
-            return f"{name} collapses: the advantage that clipping leaves is {rows[-1]['surviving']:.2f} a token, below {_LOWEST_SURVIVING_MASS}; late_token does this"
+            left = rows[-1]["surviving"]
+            return f"{name} collapses: the advantage that clipping leaves is {left:.2f} a token, below {_LOWEST_SURVIVING_MASS}; late_token does this"
         if algorithm.estimator.name == "late_token" and rows and rows[-1]["length_cap"] > _MOST_AT_CAP:
             return f"{name} collapses: {rows[-1]['length_cap']:.0%} of its completions do not end, more than {_MOST_AT_CAP:.0%}; late_token does this"
     return None
@@ -370,7 +372,8 @@ def _live_rows(group: Sequence[RlRun], metrics: dict[str, np.ndarray], seconds: 
         of_arm = [r for r, run in enumerate(group) if run.arm == arm]
         shown = {name: values[of_arm].astype(float) for name, values in metrics.items()}
         if "n_hack" in shown:
-            shown["hack"] = shown["n_hack"] / np.maximum(shown.get("n_hackable", shown["n"]), 1)
+            of = shown.get("n_hackable", shown["n"])
+            shown["hack"] = np.divide(shown["n_hack"], of, out=np.full(len(of), np.nan), where=of > 0)
         if "n_correct" in shown:
             shown["correct"] = shown["n_correct"] / shown["n"]
         rates = [seconds["tokens"] / max(seconds[f"{what}_seconds"], 1e-9) for what in ("rollout", "update")]
