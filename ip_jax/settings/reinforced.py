@@ -98,10 +98,9 @@ def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display)
     Raises ValueError or OSError, each with one sentence, for everything that can be checked before the model is loaded.
     """
     runs, mesh, room = prepare(experiment, folder)
-    missing = [run for run in runs if not run.is_complete(folder)]
     groups = hosts.by_first(lambda: plan.programs_of(folder, runs, experiment.rl.runs_per_program))
     untrained = hosts.by_first(lambda: incomplete(folder, _untrained_sweeps(experiment)))
-    if missing or untrained:
+    if groups or untrained:
         with display.console.status(f"loading {experiment.model.name}"):
             model = load_base(experiment.model, mesh)
         session = Session(experiment, folder, display, model, mesh, room)
@@ -198,20 +197,17 @@ def _program(session: Session, group: Sequence[RlRun], name: str) -> tuple[Progr
     """(the program of some runs, a function that gives their state at iteration 0), everything on the mesh."""
     experiment, model, mesh = session.experiment, session.model, session.mesh
     rl, seeds = experiment.rl, jnp.array([run.seed for run in group])
-    adapters = lambda: init_lora(seeds, model.config, rl.lora)  # noqa: E731
-    graphdef, trained, frozen = split_decoder(model.config, model.params, adapters(), rl.lora)
-    structure = jax.tree.structure(trained)
+    graphdef, trained, frozen = split_decoder(model.config, model.params, init_lora(seeds, model.config, rl.lora), rl.lora)
     rates = jnp.array([run.arm.learning_rate or rl.learning_rate for run in group])
     start = lambda trained: init_state(trained, rates, jnp.full(len(group), rl.weight_decay), seeds)  # noqa: E731
     start = jax.jit(start, out_shardings=state_shardings(mesh, jax.eval_shape(start, trained)))
-    leaves = jax.tree.map(np.asarray, jax.tree.leaves(trained))
     reference, _, reference_frozen = split_decoder(model.config, model.params)
     placed = lambda weights: jax.device_put(weights, base_shardings(mesh, weights))  # noqa: E731
     program = Program(
         tuple(group), group[0].arm.algorithm, plan.rollout_plan(experiment, group, model.tokenizer), session.folder / "rollouts" / name,
         session.folder / "timing" / f"{name}.jsonl", mesh, graphdef, placed(frozen), reference, placed(reference_frozen),
     )
-    return program, lambda: start(jax.tree.unflatten(structure, leaves))
+    return program, lambda: start(trained)
 
 
 def _iteration(session: Session, program: Program, fresh: Callable[[], TrainState], past: list[list[dict]], clock: dict[int, dict]) -> loop.RunStep:
