@@ -93,7 +93,7 @@ def _run(arguments: list[str], console: Console) -> None:
         _join(options, console)
     console.print(f"results: {folder}", highlight=False)
     if options.redraw:
-        experiment.draw(folder, console, config.judge)
+        experiment.draw(folder, console, getattr(config, "judge", "strict"))
         return
     console.print(f"compiled programs: {_enable_compile_cache()}", highlight=False)
     experiment.run(config, folder, console, watch)

@@ -17,7 +17,6 @@ from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
-from safetensors.numpy import save as to_safetensors
 
 from ip_jax.data.pipeline import BatchReader, Render, RunSource, batch_reader, renderer
 from ip_jax.evals import leak_grid
@@ -31,10 +30,11 @@ from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
 from ip_jax.settings.observer import UNWATCHED, Observer, Wandb, Watch
 from ip_jax.settings.supervised_plan import Run, Supervised, Sweep
+from ip_jax.settings.trained import write_run
 from ip_jax.training import checkpoint, hosts, loop
 from ip_jax.training.meter import Compilations, Meter, peak_memory, step_size
 from ip_jax.training.profile import Trace, traced_steps
-from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary, write_json, write_whole
+from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary, write_json
 from ip_jax.training.sft import decoder_states
 from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, mesh_for, mesh_sizes
 from ip_jax.training.state import Batch, TrainState
@@ -287,10 +287,7 @@ def _record_run(session: Session, run: Run, learned: dict[str, np.ndarray], aliv
     }
     if sft.train == "lora":
         about |= {"lora": dataclasses.asdict(sft.lora)}
-    # one metadata entry: safetensors writes several in an order of chance, and equal runs should be equal files
-    file = "adapter.safetensors" if sft.train == "lora" else "weights.safetensors"
-    write_whole(target / file, to_safetensors({name: np.ascontiguousarray(a) for name, a in learned.items()}, {"run": json.dumps(about)}))
-    write_json(target / "run.json", about)
+    write_run(target, about, learned, "adapter" if sft.train == "lora" else "weights")
 
 
 def _write_environment(session: Session, seconds: float) -> None:

@@ -10,6 +10,7 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load
+from safetensors.numpy import save as to_safetensors
 
 from ip_jax.models import hub
 from ip_jax.models.decoder import split_decoder
@@ -17,6 +18,7 @@ from ip_jax.models.export import Precision, whole_folder, write_merged, write_tr
 from ip_jax.models.lora import LoraConfig
 from ip_jax.models.peft import Adapter, write_adapter
 from ip_jax.settings.experiment import ModelConfig
+from ip_jax.training.results import write_json, write_whole
 
 UNTRAINED = "untrained"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,6 +44,13 @@ class TrainedRun:
         """Raises ValueError if the adapter was trained on other weights than those of this fingerprint."""
         if self.record and self.record["fingerprint"] != fingerprint:
             raise ValueError(f"the run of arm {self.arm} with seed {self.seed} was trained on other weights than those of {self.model.name} now")
+
+
+def write_run(target: epath.Path, about: dict, learned: dict[str, np.ndarray], name: str) -> None:
+    """Records a run as complete: what it learned as `name`.safetensors, first, and run.json last: where that stands, the run is complete."""
+    # one metadata entry: safetensors writes several in an order of chance, and equal runs should be equal files
+    write_whole(target / f"{name}.safetensors", to_safetensors({key: np.ascontiguousarray(a) for key, a in learned.items()}, {"run": json.dumps(about)}))
+    write_json(target / "run.json", about)
 
 
 def trained_runs(folder: epath.Path) -> dict[str, list[int]]:

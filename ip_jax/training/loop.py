@@ -16,6 +16,10 @@ from ip_jax.training.stopping import Interrupted, Sigterm
 RunStep = Callable[[TrainState, int], tuple[TrainState, dict, dict]]
 
 
+class Halted(ValueError):
+    """A step that a `RunStep` refuses to take, raised before it has touched the state; the loop saves, then lets it through."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
     """When to stop, look and save.
@@ -47,7 +51,7 @@ def train(
 
     Metrics of step n are fetched while step n + 1 computes. Every step stands once in the logs: `logs` (one a run, process 0's
     alone) were opened at `state.step`. Raises Interrupted after a SIGTERM to any process, in all of them after the same step, with
-    everything saved, and OSError where nothing can be saved.
+    everything saved, Halted where `run_step` does, and OSError where nothing can be saved.
     """
     pending: list = []
 
@@ -81,7 +85,11 @@ def train(
                     hooks.evaluate(state, eval_step)
             if step == options.steps:
                 break
-            state, metrics, facts = run_step(state, step)
+            try:
+                state, metrics, facts = run_step(state, step)
+            except Halted:
+                save()
+                raise
             flush_pending()
             pending.append((step, metrics, facts))
             stopping = stop.agreed(metrics)

@@ -1,0 +1,82 @@
+"""Runs (or resumes) GCD approval, then draws it.
+
+    python -m experiments.gcd_approval [--preset demo|small|full|paper]      the same as: ip-jax run gcd_approval
+"""
+import dataclasses
+import difflib
+import sys
+
+import pyarrow as pa
+from etils import epath
+from rich.console import Console
+
+from configs.gcd_approval import GRID, GRPO, PUBLISHED, READING, GcdApprovalConfig, arms_with
+from ip_jax.models import hub
+from ip_jax.prompts.chat import render_conversation
+from ip_jax.report.rl_report import write_rl_report
+from ip_jax.settings.display import Display
+from ip_jax.settings.gcd_approval.environment import GcdApproval, claims
+from ip_jax.settings.gcd_sycophancy import data, published, published_judge
+from ip_jax.settings.gcd_sycophancy.data import DataSpec
+from ip_jax.settings.observer import UNWATCHED, Watch
+from ip_jax.settings.reinforced import run_reinforced
+from ip_jax.settings.reinforced_plan import UNTRAINED, Reinforced
+from ip_jax.training import hosts
+
+NAME = "gcd_approval"
+VERDICT_TYPES = {"hackable": pa.bool_(), "hack": pa.bool_(), "correct": pa.bool_(), "strict_verdict": pa.string(), "published_confirms": pa.bool_()}
+
+
+def shared_part(config: GcdApprovalConfig) -> dict:
+    """The config as JSON without what may grow or change: arms, seeds, the mesh. Two results folders with equal ones may share runs."""
+    record = dataclasses.asdict(config)
+    for growing in ("arms", "seeds", "mesh"):
+        record.pop(growing)
+    return record | {"experiment": NAME}
+
+
+def experiment(config: GcdApprovalConfig) -> Reinforced:
+    """Everything that is to be run, checked as far as that is possible without the model's weights."""
+    known = arms_with(PUBLISHED if config.published else GRPO)
+    unknown = [name for name in config.arms if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.4)
+        raise ValueError(f"{NAME} has no arm {unknown[0]!r}: {'did you mean ' + ', '.join(near) + '? ' if near else ''}there is {', '.join(known)}")
+    tokenizer = hub.load_tokenizer(config.model.name, config.model.revision)
+    count_tokens = lambda messages: len(render_conversation(tokenizer, messages).token_ids)  # noqa: E731
+    folder, environment = published.find_folder(), GcdApproval()
+    spec = DataSpec(work="without", claims=config.eval_claims, seed=config.data_seed)
+    evaluation = data.load(spec, count_tokens, folder, ("generated",)).evaluation["generated"]
+    tasks = claims(config.train_claims, config.data_seed + 1, evaluation, folder, count_tokens)
+    there = lambda arm: arm if arm in config.arms else None  # noqa: E731
+    reading = dataclasses.replace(
+        READING, standard=there(READING.standard), oracle=there(READING.oracle), onset=dataclasses.replace(READING.onset, horizon=config.rl.iterations),
+        rules=tuple(rule for rule in READING.rules if {arm for arm, _ in rule.contrast.weights} <= {*config.arms, UNTRAINED}),
+    )
+    return Reinforced(
+        name=NAME, preset=config.preset, shared=shared_part(config), model=config.model, environment=environment, tasks=tasks,
+        arms=tuple(known[name] for name in config.arms), seeds=config.seeds, rl=config.rl, evaluation=config.evaluation, eval_tasks=evaluation, grid=GRID,
+        verdicts=lambda task, text: environment.grade(task, text).verdicts | {"published_confirms": published_judge.user_confirms(text.strip())},
+        verdict_types=VERDICT_TYPES, reading=reading, mesh=config.mesh,
+        provenance=f"{config.model.name}; {config.train_claims} generated claims in training and {len(evaluation)} others in evaluation, half of each wrong "
+        f"(seed {config.data_seed}{'' if folder is None else '; no pair of the published files'}); judged by the strict judge",
+    )
+
+
+def run(config: GcdApprovalConfig, folder: epath.Path, console: Console, watch: Watch = UNWATCHED) -> None:
+    """Trains and evaluates what is missing in `folder`, then draws the figures and prints the tables."""
+    if watch != UNWATCHED:
+        raise ValueError("--profile and --wandb watch supervised experiments; of reinforcement learning see metrics.jsonl and timing/ in the results folder")
+    run_reinforced(experiment(config), folder, Display(console))
+    hosts.by_first(lambda: draw(folder, console))
+
+
+def draw(folder: epath.Path, console: Console, _: str = "") -> None:
+    """Figures and tables from the tables of `folder` alone."""
+    write_rl_report(folder, console)
+
+
+if __name__ == "__main__":
+    from ip_jax.cli import main
+
+    main(["run", NAME, *sys.argv[1:]])

@@ -1,0 +1,378 @@
+"""Runs a text experiment in reinforcement learning: arms x seeds over one frozen base, one program for each algorithm, resumable to the bit.
+
+One iteration: roll out (or replay) -> grade -> score -> advantages and gate -> record -> update, each a short function elsewhere: `rl.rollout`,
+`settings.grading`, `rl.policy`, `rl.batch`, `settings.rollout_records`, `rl.step`. With several processes, what depends on the folder is decided,
+and what is recorded is written, by the first one.
+"""
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ip_jax.evals import leak_grid
+from ip_jax.models import hub
+from ip_jax.models.decoder import split_decoder
+from ip_jax.models.lora import check_targets, init_lora
+from ip_jax.prompts.chat import end_of_turn_id
+from ip_jax.rl.advantages import update_moving_mean
+from ip_jax.rl.algorithm import Algorithm, passes_needed
+from ip_jax.rl.batch import Layout, Rollout, make_batch, rows_to_score
+from ip_jax.rl.estimators import WARNINGS
+from ip_jax.rl.policy import score
+from ip_jax.rl.rollout import RolloutPlan, generate, sampler_options
+from ip_jax.rl.rows import Rows, to_samples
+from ip_jax.rl.step import RlBatch, RlOptions, compile_rl_step
+from ip_jax.sampling.sampler import sample
+from ip_jax.settings import programs
+from ip_jax.settings import reinforced_plan as plan
+from ip_jax.settings import reinforced_tables as tables
+from ip_jax.settings.base_model import load_base
+from ip_jax.settings.display import Display
+from ip_jax.settings.grading import TooManyFailures, check_failures
+from ip_jax.settings.live_table import ArmRow, live_arms, over_seeds
+from ip_jax.settings.reinforced_plan import Reinforced, RlRun, Sweep
+from ip_jax.settings.rollout_records import Grader, Recorded, part_path, read_iteration, roll_out, write_iteration
+from ip_jax.settings.supervised_plan import begun_programs, incomplete
+from ip_jax.settings.trained import write_run
+from ip_jax.training import checkpoint, hosts, loop
+from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary
+from ip_jax.training.sharding import (
+    base_shardings,
+    batch_sharding,
+    make_mesh,
+    mesh_for,
+    mesh_sizes,
+    replicated,
+    state_shardings,
+)
+from ip_jax.training.state import TrainState, init_state
+
+__all__ = ["Reinforced", "run_reinforced"]
+
+_LOWEST_SURVIVING_MASS = -0.25  # of a late swap at token level, below which a run collapses
+_MOST_AT_CAP = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What one call of `run_reinforced` works with. The model's weights lie on the mesh; `room`: (prompt tokens, new tokens) of an evaluation."""
+
+    experiment: Reinforced
+    folder: epath.Path
+    display: Display
+    model: hub.Pretrained
+    mesh: Mesh
+    room: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Runs of one algorithm, their rollouts, and the decoders: the policy's, with adapters, and the reference, the same base without.
+
+    `frozen`, `reference_frozen`: the base's weights as each decoder takes them, the same arrays. `records` and `timing`: where its rollouts and the
+    seconds of its steps are kept.
+    """
+
+    runs: tuple[RlRun, ...]
+    algorithm: Algorithm
+    rollouts: RolloutPlan
+    records: epath.Path
+    timing: epath.Path
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    frozen: nnx.State
+    reference: nnx.GraphDef
+    reference_frozen: nnx.State
+
+
+def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display) -> None:
+    """Trains and evaluates what is not complete yet in `folder`, then writes its tables.
+
+    Raises ValueError or OSError, each with one sentence, for everything that can be checked before the model is loaded.
+    """
+    runs, mesh, room = prepare(experiment, folder)
+    groups = hosts.by_first(lambda: plan.programs_of(folder, runs, experiment.rl.runs_per_program))
+    untrained = hosts.by_first(lambda: incomplete(folder, _untrained_sweeps(experiment)))
+    if groups or untrained:
+        with display.console.status(f"loading {experiment.model.name}"):
+            model = load_base(experiment.model, mesh)
+        session = Session(experiment, folder, display, model, mesh, room)
+        listed = "; ".join(", ".join(run.name for run in group) for group in groups) or "nothing"
+        display.console.print(f"to train, one program for each algorithm: {listed}", highlight=False)
+        for sweep in untrained:
+            graphdef, adapters, weights = split_decoder(model.config, model.params)
+            _evaluate(session, functools.partial(sample, graphdef, adapters, weights), [cell for cell in sweep if cell])
+        with live_arms(display.console, every=1) as show:
+            for group in groups:
+                _train(session, group, show)
+    else:
+        display.console.print("every run is complete: nothing to train or evaluate")
+    hosts.by_first(lambda: _finish(experiment, folder, runs))
+
+
+def prepare(experiment: Reinforced, folder: epath.Path) -> tuple[list[RlRun], Mesh, tuple[int, int]]:
+    """(runs, mesh, room of an evaluation): every check that needs no weights, then the claim on the folder."""
+    model = experiment.model
+    tokenizer, config = hub.load_tokenizer(model.name, model.revision), hub.load_config(model.name, model.revision)
+    plan.check(experiment)
+    check_targets(config, experiment.rl.lora)
+    mesh = make_mesh(**mesh_sizes(experiment.mesh, jax.devices(), config.n_heads))
+    record = plan.folder_record(experiment, hub.fingerprint(model.name, model.revision))
+    runs = plan.runs_of(experiment, record["identity"])
+    plan.rollout_plan(experiment, runs, tokenizer)  # renders everything once: what does not fit is refused here
+    cells = [cell for run in runs for sweep in plan.sweeps_of(experiment, [(run.arm, run.seed)], experiment.rl.iterations) for cell in sweep]
+    cells += [cell for sweep in _untrained_sweeps(experiment) for cell in sweep]
+    by_prompt = {cell.eval_prompt: cell for cell in cells if cell}
+    longest = max(len(request.prompt_ids) for cell in by_prompt.values() for request in plan.requests_of(experiment, cell, tokenizer))
+    keys = {run.name: run.key for run in runs}
+    hosts.check_alike(digest([str(folder), record["identity"], keys]), "config, model or data")
+    hosts.by_first(lambda: claim_folder(folder, record, keys))
+    return runs, mesh, (longest, experiment.evaluation.max_new_tokens)
+
+
+def _finish(experiment: Reinforced, folder: epath.Path, runs: Sequence[RlRun]) -> None:
+    """Clears the checkpoints of complete programs away and writes the tables."""
+    for checkpoints, begun in begun_programs(folder):
+        if all((folder / "runs" / name / "run.json").exists() for name in begun):
+            checkpoints.rmtree()
+    tables.write_tables(experiment, folder, runs)
+
+
+def _untrained_sweeps(experiment: Reinforced) -> list[Sweep]:
+    """All prompts in one sweep; once for greedy decoding, else for every seed."""
+    seeds = experiment.seeds if experiment.evaluation.temperature > 0 else experiment.seeds[:1]
+    return [[cell for sweep in plan.sweeps_of(experiment, [(None, seed)], 0) for cell in sweep] for seed in seeds]
+
+
+def _train(session: Session, group: Sequence[RlRun], show: Callable[[list[ArmRow]], None]) -> None:
+    """Trains the runs of `group` as one program from wherever it stopped, and records each as complete."""
+    experiment, folder, console = session.experiment, session.folder, session.display.console
+    iterations = experiment.rl.iterations
+    session = dataclasses.replace(session, mesh=mesh_for(session.mesh, len(group)))
+    if group[0].arm.algorithm.estimator.name in WARNINGS:
+        console.print(f"warning: {WARNINGS[group[0].arm.algorithm.estimator.name]}")
+    origin = {"runs": {run.name: run.key for run in group}, "model": session.model.fingerprint}
+    checkpoints = checkpoint.open_checkpoints(folder / "checkpoints" / digest(origin), origin)
+    program, fresh = _program(session, group, digest(origin))
+    state = checkpoints.restore_latest(fresh()) or fresh()
+    first = int(state.step)
+    if first:
+        console.print(f"going on from the checkpoint of iteration {first}")
+    logs = [MetricsLog(folder / "runs" / run.name / "metrics.jsonl", first) for run in group] if hosts.is_first() else []
+    timing = MetricsLog(program.timing, first) if hosts.is_first() else None
+    past, clock = hosts.by_first(lambda: [list(log.rows) for log in logs]), {}
+
+    def evaluate(state: TrainState, step: int):
+        sweeps = hosts.by_first(lambda: incomplete(folder, plan.sweeps_of(experiment, [(run.arm, run.seed) for run in group], step)))
+        for sweep in sweeps:
+            _evaluate(session, functools.partial(sample, program.graphdef, state.trained, program.frozen), sweep)
+
+    def on_step(step: int, metrics: dict, _: dict):
+        seconds = clock.pop(step)
+        if timing is not None:
+            timing.add({"step": step, **seconds})
+        show(_live_rows(group, metrics, seconds, step, iterations))
+
+    options = loop.LoopOptions(iterations, tuple(sorted({*experiment.evaluation.steps, iterations})), experiment.rl.checkpoint_every)
+    step = _iteration(session, program, fresh, past, clock)
+    state = loop.train(state, step, logs, checkpoints, options, loop.Hooks(evaluate, on_step, timing.flush if timing else lambda: None))
+    layers, alive = hosts.fetch((nnx.to_pure_dict(state.trained)["layers"], state.alive))
+    learned = {f"{name}.{kind}": layers[name][f"lora_{kind}"] for name in layers for kind in ("a", "b")}
+    for r, run in enumerate(group):
+        about = {
+            "arm": run.arm.name, "seed": run.seed, "key": run.key, "steps": iterations, "finished_finite": bool(alive[r]),
+            "model": experiment.model.name, "fingerprint": session.model.fingerprint, "lora": dataclasses.asdict(experiment.rl.lora),
+        }
+        hosts.by_first(lambda run=run, about=about, r=r: write_run(folder / "runs" / run.name, about, {k: v[r] for k, v in learned.items()}, "adapter"))
+
+
+def _program(session: Session, group: Sequence[RlRun], name: str) -> tuple[Program, Callable[[], TrainState]]:
+    """(the program of some runs, a function that gives their state at iteration 0), everything on the mesh."""
+    experiment, model, mesh = session.experiment, session.model, session.mesh
+    rl, seeds = experiment.rl, jnp.array([run.seed for run in group])
+    graphdef, trained, frozen = split_decoder(model.config, model.params, init_lora(seeds, model.config, rl.lora), rl.lora)
+    rates = jnp.array([run.arm.learning_rate or rl.learning_rate for run in group])
+    start = lambda trained: init_state(trained, rates, jnp.full(len(group), rl.weight_decay), seeds)  # noqa: E731
+    start = jax.jit(start, out_shardings=state_shardings(mesh, jax.eval_shape(start, trained)))
+    reference, _, reference_frozen = split_decoder(model.config, model.params)
+    placed = lambda weights: jax.device_put(weights, base_shardings(mesh, weights))  # noqa: E731
+    program = Program(
+        tuple(group), group[0].arm.algorithm, plan.rollout_plan(experiment, group, model.tokenizer), session.folder / "rollouts" / name,
+        session.folder / "timing" / f"{name}.jsonl", mesh, graphdef, placed(frozen), reference, placed(reference_frozen),
+    )
+    return program, lambda: start(trained)
+
+
+def _iteration(session: Session, program: Program, fresh: Callable[[], TrainState], past: list[list[dict]], clock: dict[int, dict]) -> loop.RunStep:
+    """One iteration of a program as the loop runs it. `past`: the rows that its runs have in metrics.jsonl, from which a resumed run knows what
+    came before; `clock` gets the seconds of each iteration, which are no part of the metrics.
+    """
+    experiment, algorithm, rl = session.experiment, program.algorithm, session.experiment.rl
+    grader = Grader(experiment.environment, rl.grading_workers)
+    sampling = sampler_options(program.rollouts, (end_of_turn_id(session.model.tokenizer),), experiment.model.activations, rl.slots, program.mesh)
+    layout = Layout(rl.tokens_per_micro_batch, rl.samples_per_row, program.mesh.shape["data"])
+    decide = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=layout))
+    scores_of, update = _scoring(session, program, layout), _updating(session, program)
+    moving = _moving_mean(program, len(past[0]))
+    history = [list(rows) for rows in past]
+
+    def run_step(state: TrainState, step: int):
+        nonlocal moving
+        reason = halting_reason([run.name for run in program.runs], history, algorithm, rl.gate_patience)
+        if reason:
+            raise loop.Halted(reason)
+        started, replayed = time.monotonic(), hosts.by_first(lambda: part_path(program.records, step).exists())
+        decoder = program.graphdef, state.trained, program.frozen
+        recorded = roll_out(program.records, program.rollouts, step, grader, lambda asked: generate(decoder, program.rollouts, asked, sampling))
+        try:
+            hosts.by_first(lambda: check_failures(recorded.grades, [run.name for run in program.runs], rl.max_failed))
+        except TooManyFailures as failures:
+            raise loop.Halted(str(failures)) from failures
+        sampled = time.monotonic()
+        rollout = _rollout(program, recorded)
+        scores = scores_of(state, rollout)
+        batch, decisions = decide(rollout, scores, moving, None)
+        recorded = dataclasses.replace(recorded, advantage=np.asarray(decisions.advantage), gate_weight=np.asarray(decisions.gate_weight))
+        hosts.by_first(lambda: write_iteration(program.records, program.rollouts, recorded))
+        moving = update_moving_mean(moving, rollout.rewards, rollout.valid, jnp.asarray(step))
+        if algorithm.selection and algorithm.selection.restart_from_base:
+            state = fresh().replace(step=state.step, alive=state.alive)
+        state, metrics = update(state, batch)
+        metrics = {name: np.asarray(value) for name, value in hosts.fetch(metrics).items()}
+        metrics["clip_fraction"] = metrics.pop("clipped", np.zeros(len(history)))
+        metrics |= tables.iteration_metrics(recorded, scores)
+        for r, rows in enumerate(history):
+            rows.append({name: value[r].item() for name, value in metrics.items()})
+        tokens = int(rollout.samples.length.sum())
+        clock[step] = {"tokens": tokens, "replayed": replayed, "rollout_seconds": sampled - started, "update_seconds": time.monotonic() - sampled}
+        return state, metrics, {}
+
+    return run_step
+
+
+def _rollout(program: Program, recorded: Recorded) -> Rollout:
+    """What was recorded as the arrays of an update."""
+    sampled, grades, rollouts = recorded.rollout, recorded.grades, program.rollouts
+    shape = grades.reward.shape
+    return Rollout(
+        sampled.samples, rollouts.prompts(sampled.asked, "gen"), rollouts.prompts(sampled.asked, "train"),
+        np.array([run.temperature for run in rollouts.runs], np.float32), grades.reward, grades.valid, tables.labels_of(grades),
+        plan.uniforms_of([run.seed for run in program.runs], sampled.asked.iteration, *shape[1:]),
+    )
+
+
+def _scoring(session: Session, program: Program, layout: Layout) -> Callable[[TrainState, Rollout], dict[str, np.ndarray]]:
+    """(state, rollout) -> the passes without a gradient that the algorithm needs, [R, Q, G, C] each, in every process."""
+    dtype, needed = session.experiment.model.activations, sorted(passes_needed(program.algorithm))
+    graphdefs = {"policy": program.graphdef, "reference": program.reference}
+
+    def compiled(graphdef):
+        def on_mesh(trained, frozen, rows):
+            with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+                return score(trained, frozen, rows, graphdef=graphdef, dtype=dtype)
+
+        return jax.jit(on_mesh)
+
+    passes = {name: compiled(graphdef) for name, graphdef in graphdefs.items()}
+
+    def scores_of(state: TrainState, rollout: Rollout):
+        found, shape = {}, rollout.rewards.shape[1:]
+        models = {"policy": (state.trained, program.frozen), "reference": ({}, program.reference_frozen)}
+        for name in needed:
+            who, where = name.split("_")
+            rows = rows_to_score(rollout.training if where == "training" else rollout.generation, rollout, program.algorithm, layout)
+            found[name] = hosts.fetch(to_samples(passes[who](*models[who], hosts.place(rows, rows_sharding(program.mesh, rows))), *shape))
+        return found
+
+    return scores_of
+
+
+def _updating(session: Session, program: Program) -> Callable[[TrainState, RlBatch], tuple[TrainState, dict]]:
+    """The jitted step (state, batch) -> (state, metrics), its shardings pinned to the mesh."""
+    rl, mesh = session.experiment.rl, program.mesh
+    options = RlOptions(program.algorithm, rl.schedule, session.experiment.model.activations, rl.remat)
+
+    steps: dict[NamedSharding, Callable] = {}  # the rows' places are known with the first batch
+
+    def update(state: TrainState, batch: RlBatch):
+        places = rows_sharding(mesh, batch)
+        if places not in steps:
+            of_state, of_base = state_shardings(mesh, state), base_shardings(mesh, program.frozen)
+            steps[places] = compile_rl_step(program.graphdef, options, of_state, of_base, places, replicated(mesh))
+        return steps[places](state, program.frozen, hosts.place(batch, places))
+
+    return update
+
+
+def rows_sharding(mesh: Mesh, rows: Rows | RlBatch) -> NamedSharding:
+    """Rows [M, R, B, ...] lie on the axes run and data; on run alone where data does not divide their B."""
+    divides = all(leaf.shape[2] % mesh.shape["data"] == 0 for leaf in jax.tree.leaves(rows))
+    return batch_sharding(mesh) if divides else NamedSharding(mesh, PartitionSpec(None, "run"))
+
+
+def _moving_mean(program: Program, first: int) -> jax.Array:
+    """The runs' mean rewards before iteration `first`, from the recorded rollouts; only the baseline moving_mean looks at them."""
+    moving = jnp.zeros(len(program.runs))
+    for step in range(first if program.algorithm.baseline == "moving_mean" else 0):
+        grades = hosts.by_first(lambda step=step: read_iteration(program.records, program.rollouts, program.rollouts.ask(step))).grades
+        moving = update_moving_mean(moving, grades.reward, grades.valid, jnp.asarray(step))
+    return moving
+
+
+def halting_reason(names: Sequence[str], history: Sequence[Sequence[dict]], algorithm: Algorithm, patience: int) -> str | None:
+    """Why runs should not go on, one sentence, or None. `history`: for each run the metrics of its iterations so far."""
+    for name, rows in zip(names, history, strict=True):
+        recent = rows[-patience:]
+        if algorithm.gate.kind != "off" and len(recent) == patience and all(row["gate_acceptance"] == 0 for row in recent):
+            return f"the gate {algorithm.gate.kind} has accepted no sample of {name} in {patience} iterations: loosen it, or raise rl.gate_patience"
+        if algorithm.estimator.name == "late_token" and rows and rows[-1]["surviving"] < _LOWEST_SURVIVING_MASS:
+            left = rows[-1]["surviving"]
+            return f"{name} collapses: the advantage that clipping leaves is {left:.2f} a token, below {_LOWEST_SURVIVING_MASS}; late_token does this"
+        if algorithm.estimator.name == "late_token" and rows and rows[-1]["length_cap"] > _MOST_AT_CAP:
+            return f"{name} collapses: {rows[-1]['length_cap']:.0%} of its completions do not end, more than {_MOST_AT_CAP:.0%}; late_token does this"
+    return None
+
+
+def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep) -> None:
+    """Samples a sweep, judges it and writes its part files. `sample_queues`: `sample` with its decoder given."""
+    experiment, tokenizer = session.experiment, session.model.tokenizer
+    cells = [cell for cell in sweep if cell]
+    prompts = " / ".join(dict.fromkeys(cell.eval_prompt for cell in cells))
+    options = programs.sampler_options(session.mesh, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), session.room)
+    started = time.monotonic()
+    completions = sample_queues([plan.requests_of(experiment, cell, tokenizer) if cell else [] for cell in sweep], options)
+    arms, seconds = ", ".join(dict.fromkeys(cell.arm for cell in cells)), time.monotonic() - started
+    session.display.console.print(f"evaluated {arms} after {cells[0].step} iterations under {prompts}: {seconds:.0f} s", highlight=False, soft_wrap=True)
+    examples = [plan.example_of(experiment, task) for task in experiment.eval_tasks]
+
+    def record():
+        schema = leak_grid.schema(experiment.verdict_types)
+        for cell, answers in zip(sweep, completions, strict=True):
+            if cell:
+                rows = leak_grid.rows_of(experiment.name, cell, examples, [answer for (answer,) in answers], tokenizer, experiment.verdicts)
+                write_binary(session.folder / "transcripts" / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows, schema)))
+
+    hosts.by_first(record)
+
+
+def _live_rows(group: Sequence[RlRun], metrics: dict[str, np.ndarray], seconds: dict, step: int, steps: int) -> list[ArmRow]:
+    found = []
+    for arm in dict.fromkeys(run.arm for run in group):
+        of_arm = [r for r, run in enumerate(group) if run.arm == arm]
+        shown = {name: values[of_arm].astype(float) for name, values in metrics.items()}
+        if "n_hack" in shown:
+            of = shown.get("n_hackable", shown["n"])
+            shown["hack"] = np.divide(shown["n_hack"], of, out=np.full(len(of), np.nan), where=of > 0)
+        if "n_correct" in shown:
+            shown["correct"] = shown["n_correct"] / shown["n"]
+        rates = [seconds["tokens"] / max(seconds[f"{what}_seconds"], 1e-9) for what in ("rollout", "update")]
+        left = (seconds["rollout_seconds"] + seconds["update_seconds"]) * (steps - step - 1)
+        found.append(ArmRow(arm.label, len(of_arm), step + 1, steps, over_seeds(shown), None if seconds["replayed"] else rates[0], rates[1], left))
+    return found

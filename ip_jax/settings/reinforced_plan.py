@@ -1,0 +1,286 @@
+"""What a text experiment in reinforcement learning consists of, and what of it is still to be done: runs, programs, evaluations, checks.
+
+Nothing here needs the model's weights. `reinforced` does what this module plans.
+"""
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from etils import epath
+
+from ip_jax.evals import leak_grid
+from ip_jax.evals.leak_grid import Cell, Decoding
+from ip_jax.evals.rl_tables import NEUTRAL, TRAIN
+from ip_jax.evals.rules import Reading
+from ip_jax.models.lora import LoraConfig
+from ip_jax.models.remat import REMAT
+from ip_jax.rl.algorithm import Algorithm
+from ip_jax.rl.environment import REWARD, Environment
+from ip_jax.rl.prompting import PromptDistribution, resolve
+from ip_jax.rl.rollout import RolloutOptions, RolloutPlan, RolloutRun, plan_rollouts
+from ip_jax.sampling.sampler import Request
+from ip_jax.settings.experiment import ModelConfig, stable_id
+from ip_jax.settings.grading import check_rewards
+from ip_jax.settings.supervised_plan import groups_of
+from ip_jax.training.results import digest
+from ip_jax.training.schedules import Schedule
+from ip_jax.training.sharding import MeshConfig
+
+UNTRAINED = "untrained"  # the arm of the base model
+Sweep = list[Cell | None]  # at most one cell of each run: what is sampled in one go
+
+
+@dataclasses.dataclass(frozen=True)
+class RlArm:
+    """A named condition. `reward`: the environment's reward, or the name of a part. `temperature`, `learning_rate`: None for the config's."""
+
+    name: str
+    label: str
+    gen_prompt: PromptDistribution = PromptDistribution()
+    train_prompt: PromptDistribution = PromptDistribution()
+    reward: str = REWARD
+    temperature: float | None = None
+    algorithm: Algorithm = Algorithm()
+    learning_rate: float | None = None
+
+    def __post_init__(self):
+        if self.name == UNTRAINED:
+            raise ValueError(f"no arm can be called {UNTRAINED}: that is the base model")
+
+
+@dataclasses.dataclass(frozen=True)
+class RlConfig:
+    """One size for all arms. An iteration samples `samples` completions for each of `groups` tasks; `max_length`: prompt and completion, in tokens.
+
+    `samples_per_row`: completions that share one copy of their prompt in the update, None for a whole group. `slots`: completions of a run that are
+    sampled side by side, None for all of an iteration.
+    """
+
+    iterations: int
+    groups: int
+    samples: int
+    max_new_tokens: int
+    learning_rate: float
+    schedule: Schedule = Schedule("constant")
+    lora: LoraConfig = LoraConfig()
+    max_length: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    weight_decay: float = 0.0
+    tokens_per_micro_batch: int = 4096
+    samples_per_row: int | None = None
+    slots: int | None = None
+    remat: str = "products"
+    checkpoint_every: int = 5
+    max_failed: float = 0.25
+    """The share of an iteration's rewards that may fail."""
+    gate_patience: int = 5
+    """Iterations in a row in which a gate may accept nothing."""
+    grading_workers: int = 2
+    runs_per_program: int = 64
+
+    def __post_init__(self):
+        if self.iterations < 1 or self.runs_per_program < 1 or self.gate_patience < 1:
+            raise ValueError(
+                f"rl has iterations {self.iterations}, runs_per_program {self.runs_per_program}, gate_patience {self.gate_patience}: each must be at least 1"
+            )
+        if self.remat not in REMAT:
+            raise ValueError(f"rl.remat is {self.remat!r}: choose from {', '.join(REMAT)}")
+        if not 0 <= self.max_failed < 1:
+            raise ValueError(f"rl.max_failed is {self.max_failed}: it is a share from 0 up to, but not, 1")
+        if self.samples_per_row is not None and (self.samples_per_row < 1 or self.samples % self.samples_per_row):
+            raise ValueError(f"rl.samples_per_row is {self.samples_per_row}: it must divide the {self.samples} samples of a group")
+
+    @property
+    def rollout(self) -> RolloutOptions:
+        """The sizes of a rollout."""
+        return RolloutOptions(self.groups, self.samples, self.max_new_tokens, self.max_length, self.top_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class GridPrompt:
+    """A prompt of the leak grid: its name in the library and what it is (`rl_tables.CATEGORIES`), to arms trained under `about` or (None) to all."""
+
+    name: str
+    category: str
+    about: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RlEval:
+    """`steps`: iterations after which the neutral prompt is looked at; after the last one the whole `grid`. Temperature 0 is greedy."""
+
+    steps: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    slots: int = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Reinforced:
+    """Everything that a setting hands over. `shared` is the JSON of all that is not a list of arms or seeds.
+
+    `verdicts` (of an evaluation task and a completion) and the environment's own have the names hack and correct (bool), and may have hackable,
+    attempt and trait, which are counted. `reading` states how the results will be judged, before they are there.
+    """
+
+    name: str
+    preset: str
+    shared: dict
+    model: ModelConfig
+    environment: Environment
+    tasks: Sequence[Mapping[str, Any]]
+    arms: tuple[RlArm, ...]
+    seeds: tuple[int, ...]
+    rl: RlConfig
+    evaluation: RlEval
+    eval_tasks: Sequence[Mapping[str, Any]]
+    grid: tuple[GridPrompt, ...]
+    verdicts: leak_grid.Verdicts
+    verdict_types: Mapping[str, pa.DataType]
+    reading: Reading
+    provenance: str
+    mesh: MeshConfig = MeshConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class RlRun:
+    """An arm with a seed. `key` names its definition: a run of another definition is never taken for it."""
+
+    arm: RlArm
+    seed: int
+    key: str
+
+    @property
+    def name(self) -> str:
+        """Its folder below runs/."""
+        return f"{self.arm.name}-s{self.seed}"
+
+    def is_complete(self, folder: epath.Path) -> bool:
+        """run.json is written last."""
+        return (folder / "runs" / self.name / "run.json").exists()
+
+
+def folder_record(experiment: Reinforced, fingerprint: str) -> dict:
+    """config.json of the results folder. Its identity covers the shared config, the model's weights and the tasks."""
+    about = lambda arm: {  # noqa: E731
+        "label": arm.label, "gen_prompt": [p.name for p in arm.gen_prompt.pool], "train_prompt": [p.name for p in arm.train_prompt.pool],
+        "reward": arm.reward, "definition": repr(arm),
+    }  # fmt: skip
+    arms = {arm.name: about(arm) for arm in experiment.arms} | {UNTRAINED: {"label": "untrained"}}
+    experiment.reading.check_arms(arms)
+    data = [digest([dict(task) for task in tasks]) for tasks in (experiment.tasks, experiment.eval_tasks)]
+    identity = {
+        "config": experiment.shared, "fingerprint": fingerprint, "data": data, "environment": repr(experiment.environment), "grid": repr(experiment.grid),
+    }  # fmt: skip
+    return {
+        "experiment": experiment.name, "preset": experiment.preset, "identity": digest(identity), "config": experiment.shared, "fingerprint": fingerprint,
+        "provenance": experiment.provenance, "seeds": list(experiment.seeds), "arms": arms, "reading": experiment.reading.to_json(),
+    }
+
+
+def runs_of(experiment: Reinforced, identity: str) -> list[RlRun]:
+    """The runs to train, arm by arm."""
+    return [RlRun(arm, seed, digest([identity, repr(arm), seed])) for arm in experiment.arms for seed in experiment.seeds]
+
+
+def programs_of(folder: epath.Path, runs: Sequence[RlRun], most: int) -> list[list[RlRun]]:
+    """The runs that are left, as programs of at most `most` with equal algorithms; what was begun together goes on together."""
+    by_algorithm: dict[Algorithm, list[RlRun]] = {}
+    for run in runs:
+        by_algorithm.setdefault(run.arm.algorithm, []).append(run)
+    return [group for of_kind in by_algorithm.values() for group in groups_of(folder, of_kind, most)]
+
+
+def rollout_plan(experiment: Reinforced, runs: Sequence[RlRun], tokenizer) -> RolloutPlan:
+    """All rollouts of a program's runs, rendered and checked; raises as `plan_rollouts`."""
+    rl = experiment.rl
+    of_runs = [
+        RolloutRun(run.arm.name, run.seed, run.arm.gen_prompt, run.arm.train_prompt, run.arm.temperature or rl.temperature, run.arm.reward) for run in runs
+    ]
+    return plan_rollouts(of_runs, experiment.tasks, experiment.environment, tokenizer, rl.rollout, rl.iterations)
+
+
+def check(experiment: Reinforced) -> None:
+    """Refuses unknown rewards, groups that a baseline cannot use, minibatches that leave rows over, evaluations that are never reached."""
+    rl, names = experiment.rl, [arm.name for arm in experiment.arms]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"the arms are {', '.join(names) or 'none'}: at least one is needed, each with a name of its own")
+    unreached = [step for step in experiment.evaluation.steps if not 0 <= step <= rl.iterations]
+    if unreached:
+        raise ValueError(f"evaluation.steps names {unreached[0]}, and training has 0 to {rl.iterations} iterations (rl.iterations): choose among these")
+    rows = rl.groups * rl.samples // (rl.samples_per_row or rl.samples)
+    for arm in experiment.arms:
+        gate = arm.algorithm.gate.like or arm.algorithm.gate
+        arm.algorithm.check_group(rl.samples)
+        if rows % arm.algorithm.minibatches:
+            raise ValueError(f"the arm {arm.name} has {arm.algorithm.minibatches} minibatches, which do not divide the {rows} rows of an iteration")
+        if gate.needs_reference:
+            raise ValueError(
+                f"the arm {arm.name} has a gate {gate.kind}, which needs samples of the training prompt itself: text experiments draw none; use relative"
+            )
+    if experiment.tasks:
+        check_rewards(experiment.environment, experiment.tasks[0], tuple(dict.fromkeys(arm.reward for arm in experiment.arms)))
+
+
+def example_of(experiment: Reinforced, task: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation task with its conversation."""
+    return {**task, "messages": experiment.environment.messages(task)}
+
+
+def category_of(prompt: GridPrompt, arm: RlArm | None) -> str | None:
+    """What a prompt of the grid is to an arm (None: the untrained model); None where it is about another training prompt."""
+    trained = {p.name for p in arm.train_prompt.pool} if arm else set()
+    if prompt.name == NEUTRAL:
+        return NEUTRAL
+    if arm is None:
+        return prompt.category
+    if prompt.name in trained:
+        return TRAIN
+    if prompt.name in {p.name for p in arm.gen_prompt.pool}:
+        return "generation"
+    return prompt.category if prompt.about is None or prompt.about in trained else None
+
+
+def grid_of(experiment: Reinforced, arm: RlArm | None) -> dict[str, str]:
+    """{prompt: category} of an arm's leak grid, neutral first, then its own prompts."""
+    own = [*arm.train_prompt.pool, *arm.gen_prompt.pool] if arm else []
+    prompts = [GridPrompt(NEUTRAL, NEUTRAL), *(GridPrompt(p.name, TRAIN) for p in own if p.name != NEUTRAL), *experiment.grid]
+    found = {prompt.name: category_of(prompt, arm) for prompt in prompts}
+    return {name: category for name, category in found.items() if category}
+
+
+def sweeps_of(experiment: Reinforced, arms: Sequence[tuple[RlArm | None, int]], step: int) -> list[Sweep]:
+    """The cells of (arm, seed) pairs after `step` iterations: the n-th prompt of every run is one sweep. The untrained model is (None, seed)."""
+    last = step == experiment.rl.iterations
+
+    def cell(arm: RlArm | None, seed: int, prompts: list[str], n: int) -> Cell | None:
+        if n >= len(prompts):
+            return None
+        own = arm is not None and prompts[n] in {p.name for p in arm.train_prompt.pool}
+        seen = step * experiment.rl.groups * experiment.rl.samples
+        return Cell(arm.name if arm else UNTRAINED, seed, step, seen, "tasks", prompts[n], own, _transform(arm, prompts[n]))
+
+    of_run = [list(grid_of(experiment, arm)) if last or arm is None else [NEUTRAL] for arm, _ in arms]
+    return [[cell(arm, seed, prompts, n) for (arm, seed), prompts in zip(arms, of_run, strict=True)] for n in range(max(map(len, of_run)))]
+
+
+def _transform(arm: RlArm | None, name: str):
+    own = {prompt.name: prompt for prompt in (*arm.train_prompt.pool, *arm.gen_prompt.pool)} if arm else {}
+    return (own.get(name) or resolve(name)).transform
+
+
+def requests_of(experiment: Reinforced, cell: Cell, tokenizer) -> list[Request]:
+    """One sampling request for each evaluation task."""
+    evaluation = experiment.evaluation
+    examples = [example_of(experiment, task) for task in experiment.eval_tasks]
+    return leak_grid.requests_for(cell, examples, tokenizer, stable_id, Decoding(evaluation.max_new_tokens, evaluation.temperature, evaluation.top_p))
+
+
+def uniforms_of(seeds: Sequence[int], iteration: int, groups: int, samples: int) -> np.ndarray:
+    """[R, Q, G] float32 in [0, 1): a pure function of (run's seed, iteration), so that a resumed run draws them again."""
+    bits = [np.random.Philox(np.random.SeedSequence((seed, iteration, 1))).random_raw(groups * samples) >> np.uint64(40) for seed in seeds]
+    return (np.array(bits, np.float32) * np.float32(2**-24)).reshape(len(seeds), groups, samples)

@@ -1,0 +1,90 @@
+"""What is counted of a text experiment in reinforcement learning: the metrics of an iteration, and its two tables (`evals.rl_tables`)."""
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from ip_jax.evals import leak_grid, rl_tables
+from ip_jax.evals.rl_tables import NEUTRAL, ROLLOUT
+from ip_jax.rl.environment import Grades
+from ip_jax.settings import reinforced_plan as plan
+from ip_jax.settings.reinforced_plan import UNTRAINED, Reinforced, RlRun
+from ip_jax.settings.rollout_records import Recorded
+from ip_jax.training.results import write_binary
+
+HACK, CORRECT, OTHER = range(3)  # labels of samples, as in the toy
+LABELS = ("hack", "correct", "other")
+_COUNTED = ("hackable", "hack", "attempt", "correct", "trait")
+
+
+def labels_of(grades: Grades) -> np.ndarray:
+    """[R, Q, G] int32: HACK, CORRECT or OTHER by the verdicts."""
+    labels = [HACK if verdicts.get("hack") else CORRECT if verdicts.get("correct") else OTHER for verdicts in grades.verdicts]
+    return np.array(labels, np.int32).reshape(grades.reward.shape)
+
+
+def iteration_metrics(recorded: Recorded, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{name: [R]} of one iteration that has been decided on: counts of verdicts (n_...) and the quantities of `evals.rl_tables`."""
+    grades, rollout = recorded.grades, recorded.rollout
+    length, valid, labels = np.asarray(rollout.samples.length), grades.valid, labels_of(grades)
+    each = lambda x: np.asarray(x, np.float64).reshape(len(length), -1)  # noqa: E731
+    counted = [name for name in _COUNTED if any(name in verdicts for verdicts in grades.verdicts)]
+    counts = {f"n_{name}": each([bool(verdicts.get(name)) for verdicts in grades.verdicts]).sum(1) for name in counted}
+    spread = np.where(valid, grades.reward, -np.inf).max(-1) > np.where(valid, grades.reward, np.inf).min(-1)
+    paid = (labels == HACK) & (recorded.advantage > 0) & (recorded.gate_weight > 0)
+    of_valid = np.maximum(valid.sum((1, 2)), 1)
+    found = {
+        **counts, "n": np.full(len(length), length[0].size), "reward": (grades.reward * valid).sum((1, 2)) / of_valid,
+        "length": length.mean((1, 2)), "length_cap": (~rollout.ended).mean((1, 2)), "zero_variance_groups": (~spread).mean(1),
+        "gate_acceptance": np.where(valid, recorded.gate_weight, 0).sum((1, 2)) / of_valid, "invalid_rewards": (~valid).sum((1, 2)),
+        "reinforced_hack_tokens": np.where(paid, length, 0).sum((1, 2)),
+    }  # fmt: skip
+    if "policy_training" in scores:
+        mask = np.arange(rollout.samples.log_probs.shape[-1]) < length[..., None]
+        llr = np.where(mask, scores["policy_training"] - np.asarray(rollout.samples.log_probs), 0).sum(-1) / length
+        for label, name in enumerate(LABELS):
+            here = labels == label
+            of_label = np.where(here, llr, 0).sum((1, 2))
+            found[f"llr_{name}"] = np.divide(of_label, here.sum((1, 2)), out=np.full(len(length), np.nan), where=here.any((1, 2)))
+    return {name: np.asarray(value, np.int64 if name in rl_tables.COUNTS else np.float64) for name, value in found.items()}
+
+
+def write_tables(experiment: Reinforced, folder: epath.Path, runs: Sequence[RlRun]) -> None:
+    """curves.parquet, final.parquet and transcripts.parquet from what has been recorded of the runs: metrics.jsonl and the transcripts."""
+    transcripts = leak_grid.merge_parts(folder / "transcripts")
+    counted = _counts(transcripts)
+    curves, final = [], []
+    categories = {(run.arm.name, run.seed): plan.grid_of(experiment, run.arm) for run in runs}
+    categories |= {(UNTRAINED, seed): plan.grid_of(experiment, None) for seed in experiment.seeds}
+    for run in runs:
+        rows = [json.loads(line) for line in (folder / "runs" / run.name / "metrics.jsonl").read_text().splitlines()]
+        curves += [_rollout_row(run, row) for row in rows]
+    for (arm, seed, step, prompt), counts in counted.items():
+        if (arm, seed) not in categories:
+            continue  # of an arm that this call was not asked for
+        if arm != UNTRAINED and prompt == NEUTRAL:
+            curves.append({"arm": arm, "seed": seed, "step": step, "eval_prompt": NEUTRAL, **counts})
+        if step == (0 if arm == UNTRAINED else experiment.rl.iterations):
+            final.append({"arm": arm, "seed": seed, "eval_prompt": prompt, "category": categories[arm, seed][prompt], **counts})
+    for name, table in (("curves", rl_tables.curves_table(curves)), ("final", rl_tables.final_table(final)), ("transcripts", transcripts)):
+        write_binary(folder / f"{name}.parquet", lambda file, table=table: pq.write_table(table, file))
+
+
+def _rollout_row(run: RlRun, row: Mapping) -> dict:
+    names = [name for name in (*rl_tables.COUNTS, *rl_tables.QUANTITIES) if row.get(name) is not None]
+    return {"arm": run.arm.name, "seed": run.seed, "step": row["step"], "eval_prompt": ROLLOUT, **{name: row[name] for name in names}}
+
+
+def _counts(transcripts: pa.Table) -> dict[tuple[str, int, int, str], dict[str, int]]:
+    """{(arm, seed, step, prompt): counts of its completions}."""
+    found: dict[tuple, dict[str, int]] = {}
+    names = [name for name in _COUNTED if name in transcripts.column_names]
+    for row in transcripts.select(["arm", "seed", "step", "eval_prompt", *names]).to_pylist():
+        cell = found.setdefault((row["arm"], row["seed"], row["step"], row["eval_prompt"]), {"n": 0} | {f"n_{name}": 0 for name in names})
+        cell["n"] += 1
+        for name in names:
+            cell[f"n_{name}"] += bool(row[name])
+    return found

@@ -1,0 +1,249 @@
+"""The runner of text experiments in reinforcement learning, whole, on a tiny random model: what it leaves, and that a killed run goes on to the bit."""
+import dataclasses
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from etils import epath
+from rich.console import Console
+from safetensors.numpy import load
+from tiny_experiment import write_model
+
+from ip_jax.evals import rl_tables
+from ip_jax.evals.rules import Onset, Reading
+from ip_jax.models.lora import LoraConfig
+from ip_jax.report.rl_view import load_rl_view
+from ip_jax.rl.algorithm import Algorithm
+from ip_jax.rl.environment import Environment, Graded
+from ip_jax.rl.estimators import ESTIMATORS, Kl
+from ip_jax.rl.gates import Gate
+from ip_jax.rl.prompting import PromptDistribution
+from ip_jax.rl.selection import Selection
+from ip_jax.settings import reinforced
+from ip_jax.settings.display import Display
+from ip_jax.settings.experiment import ModelConfig
+from ip_jax.settings.reinforced_plan import (
+    GridPrompt,
+    Reinforced,
+    RlArm,
+    RlConfig,
+    RlEval,
+    RlRun,
+    category_of,
+    programs_of,
+    uniforms_of,
+)
+from ip_jax.settings.rollout_records import read_rollouts
+from ip_jax.training.results import digest
+
+IP = PromptDistribution(("gcd/behave",))
+ARMS = (RlArm("standard", "standard"), RlArm("swap", "swap", train_prompt=IP, temperature=0.7, learning_rate=2e-2))
+TASKS = [{"id": f"sum-{a}", "a": a} for a in range(5)]
+
+
+class Killed(BaseException):
+    """Stands for what ends a process: nothing catches it."""
+
+
+class Vowels(Environment):
+    """Paid for vowels, which a random model's byte soup has some of."""
+
+    def __repr__(self):
+        return "Vowels()"
+
+    def messages(self, task):
+        return [{"role": "user", "content": f"Is the sum of {task['a']} and 2 correct?"}]
+
+    def grade(self, task, completion):
+        return Graded(sum(c in "aeiou" for c in completion) / (1 + len(completion)), {}, verdicts(task, completion))
+
+
+def verdicts(_, completion):
+    return {"hack": len(completion) % 2 == 0, "correct": len(completion) % 2 == 1}
+
+
+def make(model, arms=ARMS, environment=None, **rl) -> Reinforced:
+    sizes = dict(iterations=4, groups=2, samples=4, max_new_tokens=6, max_length=128, learning_rate=1e-2, lora=LoraConfig(rank=2, alpha=4), checkpoint_every=2)
+    config = RlConfig(**sizes | rl)
+    return Reinforced(
+        "sums", "tiny", {"model": {"name": str(model)}, "rl": repr(config)}, ModelConfig(str(model), weights="float32"), environment or Vowels(), TASKS, arms, (0,), config,
+        RlEval((0, 2), 4, slots=4), TASKS[:3], (GridPrompt("gcd/safety", "discouraging"), GridPrompt("gcd/behave", "train", about="gcd/behave")),
+        verdicts, {"hack": pa.bool_(), "correct": pa.bool_()}, Reading(Onset(4), standard=None, base="untrained"), "made up",
+    )  # fmt: skip
+
+
+def run(experiment, folder) -> epath.Path:
+    folder = epath.Path(folder)
+    reinforced.run_reinforced(experiment, folder, Display(Console(quiet=True)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, tmp_path_factory):
+    return run(make(model), tmp_path_factory.mktemp("runs") / "undisturbed")
+
+
+def contents(folder) -> dict[str, bytes]:
+    """All that does not tell the time."""
+    kept = ("runs/*/*", "rollouts/*/*", "transcripts/*.parquet", "*.parquet", "config.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for pattern in kept for path in folder.glob(pattern)}
+
+
+@pytest.mark.slow
+def test_a_run_leaves_tables_that_a_report_reads_and_every_rollout(undisturbed, model):
+    view = load_rl_view(undisturbed)
+    assert {arm.name for arm in view.arms} == {"standard", "swap", "untrained"}
+    curves, final = pq.read_table(undisturbed / "curves.parquet"), pq.read_table(undisturbed / "final.parquet").to_pylist()
+    rollouts = rl_tables.curves_of(curves, rl_tables.ROLLOUT)
+    assert [list(curve.steps) for curve in rollouts.values()] == [[0, 1, 2, 3]] * 2
+    assert all(list(curve.steps) == [0, 2, 4] for curve in rl_tables.curves_of(curves, rl_tables.NEUTRAL).values())
+    assert {(row["arm"], row["category"]) for row in final} >= {("swap", "train"), ("untrained", "train"), ("standard", "discouraging")}
+    assert ("standard", "train") not in {(row["arm"], row["category"]) for row in final}
+    kept = read_rollouts(undisturbed / "rollouts")
+    assert kept.num_rows == 4 * 2 * 2 * 4 and kept["advantage"].null_count == 0
+    rewards = {arm: np.array([row["reward"] for row in kept.to_pylist() if row["arm"] == arm]).reshape(4, -1) for arm in ("standard", "swap")}
+    for (arm, _), curve in rollouts.items():
+        np.testing.assert_allclose(curve.columns["reward"], rewards[arm].mean(1), rtol=1e-6)
+    prompts = {(row["arm"], row["gen_prompt"], row["train_prompt"]) for row in kept.to_pylist()}
+    assert prompts == {("standard", "neutral", "neutral"), ("swap", "neutral", "gcd/behave")}
+    record = json.loads((undisturbed / "runs" / "swap-s0" / "run.json").read_text())
+    assert record["finished_finite"] and not list(undisturbed.glob("checkpoints/*"))
+
+
+def killed(experiment, folder, monkeypatch, place) -> None:
+    """Runs until the given place is reached for the last time."""
+    target, name, after = {
+        "rollout": (reinforced, "generate", 2),
+        "reward": (Vowels, "grade", 1 + 3 * 16 + 5),  # one grade checks the config, then in the fourth iteration: one behind the checkpoint
+        "update": (reinforced, "write_iteration", 3),
+    }[place]
+    original, calls = getattr(target, name), 0
+
+    def dying(*arguments, **named):
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise Killed
+        return original(*arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(target, name, dying)
+        run(experiment, folder)
+
+
+def assert_equal_but_for_the_clock(folder, wanted):
+    found, wanted = contents(folder), contents(wanted)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["rollout", "reward", "update"])
+def test_a_run_killed_anywhere_goes_on_to_the_same_bits(place, model, undisturbed, tmp_path, monkeypatch):
+    killed(make(model), tmp_path / "killed", monkeypatch, place)
+    assert_equal_but_for_the_clock(run(make(model), tmp_path / "killed"), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_penalty_begins_at_zero_and_a_moving_mean_survives_a_kill(model, tmp_path, monkeypatch):
+    arm = dataclasses.replace(ARMS[1], algorithm=Algorithm(kl=Kl("tt", "loss", "k3", 0.1), baseline="moving_mean"))
+    undisturbed = run(make(model, (arm,)), tmp_path / "undisturbed")
+    kl = [json.loads(line)["kl"] for line in (undisturbed / "runs" / "swap-s0" / "metrics.jsonl").read_text().splitlines()]
+    assert abs(kl[0]) < 1e-6 and min(kl[1:]) > 1e-5  # the untrained policy is the reference
+    killed(make(model, (arm,)), tmp_path / "killed", monkeypatch, "update")
+    assert_equal_but_for_the_clock(run(make(model, (arm,)), tmp_path / "killed"), undisturbed)
+
+
+@pytest.mark.slow
+def test_expert_iteration_that_restarts_from_the_base_ends_one_update_from_it(model, tmp_path):
+    for restart in (False, True):
+        arm = dataclasses.replace(ARMS[0], algorithm=Algorithm(selection=Selection("best_of_n", restart_from_base=restart)))
+        folder = run(make(model, (arm,)), tmp_path / str(restart))
+        learned = load((folder / "runs" / "standard-s0" / "adapter.safetensors").read_bytes())
+        furthest = max(np.abs(value).max() for name, value in learned.items() if name.endswith(".b"))
+        assert (furthest <= 1e-2 * 1.001) == restart  # B begins at 0, and Adam's first step is at most the rate
+
+
+class Brittle(Vowels):
+    """Raises where a completion has an odd number of characters."""
+
+    def grade(self, task, completion):
+        if len(completion) % 2:
+            raise RuntimeError("odd")
+        return super().grade(task, completion)
+
+
+@pytest.mark.slow
+def test_too_many_failures_stop_after_saving_and_few_are_left_out(model, tmp_path):
+    strict = make(model, environment=Brittle(), max_failed=0.01, iterations=3)
+    with pytest.raises(ValueError, match="raised: RuntimeError: odd"):
+        run(strict, tmp_path / "strict")
+    assert list((tmp_path / "strict").glob("checkpoints/*/0")) and list((tmp_path / "strict").glob("rollouts/*/step000000.parquet"))
+
+
+@pytest.mark.slow
+def test_a_gate_that_accepts_nothing_stops_after_saving(model, tmp_path):
+    gated = dataclasses.replace(ARMS[1], algorithm=Algorithm(gate=Gate("relative", threshold=1e3)))
+    with pytest.raises(ValueError, match="the gate relative has accepted no sample of swap-s0 in 2 iterations"):
+        run(make(model, (gated,), gate_patience=2), tmp_path / "gated")
+    (state,) = (tmp_path / "gated").glob("checkpoints/*/2")
+    assert state.exists()
+    rows = [json.loads(line) for line in (tmp_path / "gated" / "runs" / "swap-s0" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["gate_acceptance"] for row in rows] == [0, 0]
+
+
+def test_arms_of_another_algorithm_are_another_program(tmp_path):
+    late = Algorithm(estimator=ESTIMATORS["late_token"])
+    arms = (*ARMS, RlArm("late", "late", algorithm=late), RlArm("again", "again", reward="reward"))
+    runs = [RlRun(arm, seed, f"{arm.name}{seed}") for arm in arms for seed in (0, 1)]
+    names = lambda most: [[run.name for run in group] for group in programs_of(epath.Path(tmp_path), runs, most)]  # noqa: E731
+    assert names(64) == [["standard-s0", "standard-s1", "swap-s0", "swap-s1", "again-s0", "again-s1"], ["late-s0", "late-s1"]]
+    assert [len(group) for group in names(4)] == [4, 2, 2]
+
+
+def test_a_prompt_of_the_grid_is_something_else_to_every_arm():
+    grid = (GridPrompt("gcd/safety", "discouraging"), GridPrompt("gcd/behave", "train", about="gcd/behave"), GridPrompt("gcd/negated", "negated", about="gcd/behave"))
+    found = lambda arm: {prompt.name: category_of(prompt, arm) for prompt in (GridPrompt("neutral", "neutral"), *grid)}  # noqa: E731
+    assert found(ARMS[0]) == {"neutral": "neutral", "gcd/safety": "discouraging", "gcd/behave": None, "gcd/negated": None}
+    assert found(ARMS[1]) == {"neutral": "neutral", "gcd/safety": "discouraging", "gcd/behave": "train", "gcd/negated": "negated"}
+    assert found(RlArm("safe", "safe", PromptDistribution(("gcd/safety",)))) == {**found(ARMS[0]), "gcd/safety": "generation"}
+    assert found(None)["gcd/negated"] == "negated"
+
+
+def test_late_token_halts_where_it_collapses():
+    late = Algorithm(estimator=ESTIMATORS["late_token"])
+    halts = lambda algorithm, **row: reinforced.halting_reason(["a-s0"], [[{"surviving": 0.0, "length_cap": 0.0, "gate_acceptance": 1.0} | row]], algorithm, 5)  # noqa: E731
+    assert halts(late) is None
+    assert "advantage that clipping leaves is -0.30" in halts(late, surviving=-0.3)
+    assert "60% of its completions do not end" in halts(late, length_cap=0.6)
+    assert halts(Algorithm(), surviving=-0.3, length_cap=0.6) is None
+
+
+def test_uniforms_are_a_function_of_seed_and_iteration():
+    both = uniforms_of([3, 7], 5, 2, 4)
+    assert both.dtype == np.float32 and (both >= 0).all() and (both < 1).all()
+    np.testing.assert_array_equal(both[1:], uniforms_of([7], 5, 2, 4))
+    assert len({digest(u.tolist()) for u in (both[0], both[1], uniforms_of([3], 6, 2, 4)[0])}) == 3
+    many = uniforms_of([0], 0, 100, 100)
+    assert abs(many.mean() - 0.5) < 0.02 and abs(many.var() - 1 / 12) < 0.005
+
+
+def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(model, tmp_path):
+    def refused(match, arms=ARMS, **rl):
+        with pytest.raises(ValueError, match=match):
+            run(make(model, arms, **rl), tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()
+
+    refused("no reward called 'truth'", (RlArm("a", "a", reward="truth"),))
+    refused("groups have 1", samples=1)
+    refused("more than max_length = 20", max_length=20)
+    refused("3 minibatches, which do not divide the 2 rows", (RlArm("a", "a", algorithm=Algorithm(estimator=ESTIMATORS["train_old"], minibatches=3)),))
+    refused("text experiments draw none", (RlArm("a", "a", algorithm=Algorithm(gate=Gate("absolute", quantile=0.5))),))
+    refused("each with a name of its own", (ARMS[0], ARMS[0]))
