@@ -128,6 +128,7 @@ def _draw_bar(ax: Axes, y: float, bar: Bar, light: bool) -> None:
 
 
 def draw_interval(ax: Axes, y: float, point: Point, colour: str, width: float, cap: float) -> None:
+    """The point's interval as a horizontal bar with caps, in axes units of `y`."""
     halo = [withStroke(linewidth=width + 1.2, foreground="white", alpha=0.75)]
     ax.hlines(y, point.low, point.high, color=colour, linewidth=width, zorder=4, path_effects=halo)
     if cap:
@@ -167,6 +168,7 @@ def _names(ax: Axes, blocks: Sequence[Block], labels: bool) -> None:
 
 
 def write_title(ax: Axes, title: str) -> None:
+    """The panel's title, above its left edge."""
     head, _, tail = title.partition("\n")
     ax.annotate(head, (0, 1), (0, 19 if tail else 6), "axes fraction", textcoords="offset points", fontsize=10, fontweight="bold")
     ax.annotate(tail, (0, 1), (0, 6), "axes fraction", textcoords="offset points", fontsize=8, color=SOFT)
