@@ -13,8 +13,10 @@ NAME = FIGURE.name
 shared_part = FIGURE.shared_part
 
 
-def run(config: ToyFigure, folder: epath.Path, console: Console, _: Watch = UNWATCHED) -> None:
+def run(config: ToyFigure, folder: epath.Path, console: Console, watch: Watch = UNWATCHED) -> None:
     """Trains what is missing in `folder`, then draws the figures and prints the tables."""
+    if watch != UNWATCHED:
+        raise ValueError("--profile and --wandb watch supervised experiments; of the toy see curves.parquet and timing/ in the results folder")
     FIGURE.run(config, folder, console)
 
 

@@ -48,8 +48,10 @@ class Subject:
 
 def subject_of(config, model: str | None, experiment_of: Callable) -> Subject:
     """The subject of a config. `experiment_of(config)` gives the Supervised of a config with data; `model` is the name of another
-    model to plan for.
+    model to plan for. Raises ValueError for a config that trains by reinforcement.
     """
+    if not hasattr(config, "sft"):
+        raise ValueError("plan compiles supervised training, and this config trains by reinforcement, whose step and rollouts it does not know yet")
     if model:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=model, revision=None))
     if isinstance(config, Shapes):
