@@ -93,7 +93,7 @@ def bar_panel(ax: Axes, blocks: Sequence[Block], title: str, limits: tuple[float
     height = panel_height(blocks)
     ax.set(xlim=limits, ylim=(height, 0), yticks=[])
     ax.spines["left"].set_visible(False)
-    _title(ax, title)
+    write_title(ax, title)
     if all(bar.point is None for block in blocks for bar in block.bars):
         ax.set_xticks([])
         ax.spines["bottom"].set_color(FAINT)
@@ -118,16 +118,16 @@ def _draw_bar(ax: Axes, y: float, bar: Bar, light: bool) -> None:
     centre, height = (y - 0.14, 0.54) if bar.reference else (y, 0.7)
     ax.barh(centre, bar.point.value, height, color=_tint(bar.colour) if light else bar.colour, edgecolor=bar.colour, linewidth=0.9, zorder=2)
     dots = len(bar.seeds) > 1
-    _interval(ax, centre - 0.1 * dots, bar.point, INK, 1.1, cap=0.13)
+    draw_interval(ax, centre - 0.1 * dots, bar.point, INK, 1.1, cap=0.13)
     if dots:
         ax.scatter(bar.seeds, [centre + 0.17] * len(bar.seeds), s=6, facecolor="white", edgecolor=INK, linewidth=0.5, zorder=5, clip_on=False)
     if bar.reference:
         below = y + 0.29
-        _interval(ax, below, bar.reference, SOFT, 0.7, cap=0.0)
+        draw_interval(ax, below, bar.reference, SOFT, 0.7, cap=0.0)
         ax.scatter([bar.reference.value], [below], s=22, marker="D", facecolor="white", edgecolor=INK, linewidth=0.9, zorder=6, clip_on=False)
 
 
-def _interval(ax: Axes, y: float, point: Point, colour: str, width: float, cap: float) -> None:
+def draw_interval(ax: Axes, y: float, point: Point, colour: str, width: float, cap: float) -> None:
     halo = [withStroke(linewidth=width + 1.2, foreground="white", alpha=0.75)]
     ax.hlines(y, point.low, point.high, color=colour, linewidth=width, zorder=4, path_effects=halo)
     if cap:
@@ -166,7 +166,7 @@ def _names(ax: Axes, blocks: Sequence[Block], labels: bool) -> None:
         )
 
 
-def _title(ax: Axes, title: str) -> None:
+def write_title(ax: Axes, title: str) -> None:
     head, _, tail = title.partition("\n")
     ax.annotate(head, (0, 1), (0, 19 if tail else 6), "axes fraction", textcoords="offset points", fontsize=10, fontweight="bold")
     ax.annotate(tail, (0, 1), (0, 6), "axes fraction", textcoords="offset points", fontsize=8, color=SOFT)
@@ -174,7 +174,7 @@ def _title(ax: Axes, title: str) -> None:
 
 def dose_panel(ax: Axes, lines: Sequence[Line], title: str, xlabel: str, limits: tuple[float, float] = (0.0, 1.0)) -> None:
     """Numbers against a dose: a line with its interval band for each arm, thin lines for single seeds, names at the right ends."""
-    _title(ax, title)
+    write_title(ax, title)
     ticks = [limits[0], (limits[0] + limits[1]) / 2, limits[1]]
     ax.set(ylim=limits, yticks=ticks)
     ax.set_xlabel(xlabel, fontsize=8, color=SOFT)

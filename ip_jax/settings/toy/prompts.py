@@ -4,6 +4,7 @@ A prompt is "valence verb qualifier object", such as "please use the hack" and "
 each other, and with the family of the opposite valence.
 """
 import dataclasses
+import functools
 import itertools
 import zlib
 
@@ -38,7 +39,18 @@ def members(family: str, held_out: bool = False) -> tuple[str, ...]:
     return tuple(prompt for prompt in _all_members(family) if _is_held_out(prompt) == held_out)
 
 
+@functools.cache
+def family_of(prompt: str) -> str:
+    """The family of which a prompt is a member. Raises ValueError for a prompt of none."""
+    for family in FAMILIES:
+        if prompt in _all_members(family):
+            return family
+    raise ValueError(f"the toy's prompt {prompt!r} belongs to none of its families: {', '.join(FAMILIES)}")
+
+
 def _all_members(family: str) -> list[str]:
+    if family == "neutral":
+        return [NEUTRAL]
     if family not in FAMILIES:
         raise ValueError(f"the toy has no prompt family {family!r}: choose from {', '.join(FAMILIES)}")
     if family in _DRAWN:

@@ -1,0 +1,282 @@
+"""The tables of an RL experiment: the same rows as Markdown for docs and for the terminal, and every number as CSV.
+
+Hacked-run counts come first, means after them; what was not measured is a dash, what has no meaning says "undefined" with the reason below.
+"""
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ip_jax.evals import measures, stats
+from ip_jax.evals.measures import Estimate, Number, Undefined
+from ip_jax.evals.rl_tables import CATEGORIES, NEUTRAL, TRAIN
+from ip_jax.evals.rules import Verdict
+from ip_jax.report.rl_view import VERDICTS, ArmNumbers, RlView
+
+INDICES = {"split_brain": "split-brain gap", "suppression": "S_H", "retention": "S_C", "selectivity": "SI", "conditionalisation": "CI"}
+
+TRAINING = {  # quantity -> head, what is made of a run's steps
+    "reward": ("reward, last", lambda values: values[-1]),
+    "kl": ("KL, last", lambda values: values[-1]),
+    "entropy": ("entropy, last", lambda values: values[-1]),
+    "length": ("length, last", lambda values: values[-1]),
+    "length_cap": ("at the length cap, mean", np.mean),
+    "zero_variance_groups": ("zero-variance groups, mean", np.mean),
+    "gate_acceptance": ("gate acceptance, mean", np.mean),
+    "clip_fraction": ("clip fraction, mean", np.mean),
+    "invalid_rewards": ("invalid rewards, sum", np.sum),
+    "reinforced_hack_tokens": ("reinforced hack tokens, sum", np.sum),
+    "gradient_coupling": ("gradient coupling, first", lambda values: values[0]),
+}
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of finished texts."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def text_tables(view: RlView) -> list[TextTable]:
+    """All tables that have a number, in the order in which they are to be read."""
+    found = [_runs_table(view), _rates_table(view), _indices_table(view), _leak_table(view), _training_table(view), _llr_table(view)]
+    return [table for table in found if table.rows and len(table.columns) > 1]
+
+
+def _runs_table(view: RlView) -> TextTable:
+    learned = {True: "yes", False: "no", None: "–"}
+    rows = (
+        (arm.label, f"{arm.hacked.k}/{arm.hacked.n} {_interval(arm.hacked, 100)}", _p(arm.p), _estimate(arm.onset), learned[arm.learned], arm.word or "–")
+        for arm in view.arms if arm.hacked
+    )  # fmt: skip
+    return TextTable(
+        "Hacked runs", ("arm", "hacked runs [exact, %]", "p against standard", f"restricted mean onset (of {view.reading.onset.horizon})", "hack learned at x_t", "verdict"),
+        tuple(rows),
+    )  # fmt: skip
+
+
+def _rates_table(view: RlView) -> TextTable:
+    shown = [verdict for verdict in VERDICTS if any((verdict, NEUTRAL) in arm.rates for arm in view.arms)]
+    heads = (f"{verdict}: {view.name_of(verdict)}" if view.name_of(verdict) != verdict else verdict for verdict in shown)
+    heads = ("P(hack given not correct)" if head == "lambda" else head for head in heads)
+    rows = ((arm.label, *(_rate(arm, verdict, NEUTRAL) for verdict in shown)) for arm in view.arms if ("hack", NEUTRAL) in arm.rates)
+    return TextTable("Under x_0 at the end, in %: mean over runs [bootstrap over seeds]", ("arm", *heads), tuple(rows))
+
+
+def _indices_table(view: RlView) -> TextTable:
+    shown = [index for index in INDICES if any(index in arm.others for arm in view.arms)]
+    rows = (
+        (arm.label, *(_estimate(arm.others.get(index)) for index in shown), f"{_share(arm.worst[1])} under {arm.worst[0]}" if arm.worst else "–")
+        for arm in view.arms if arm.others or arm.worst
+    )  # fmt: skip
+    return TextTable("Indices [bootstrap over seeds], and the prompt with the highest hack rate", ("arm", *(INDICES[index] for index in shown), "L_max"), tuple(rows))
+
+
+def _leak_table(view: RlView) -> TextTable:
+    shown = [category for category in CATEGORIES if any(("hack", category) in arm.rates for arm in view.arms)]
+    rows = ((arm.label, *(_rate(arm, "hack", category) for category in shown)) for arm in view.arms if arm.rates)
+    return TextTable("Leak grid: hack at the end by kind of evaluation prompt, in %, mean over runs [bootstrap over seeds]", ("arm", *(c.replace("_", " ") for c in shown)), tuple(rows))
+
+
+def _training_table(view: RlView) -> TextTable:
+    """What training itself logged: of a run its last step, its mean or its sum, then the mean over runs."""
+    columns: dict[str, dict[str, str]] = {}
+    for quantity, (head, reduce) in TRAINING.items():
+        for arm in view.arms:
+            curves = {seed: curve.columns[quantity] for (name, seed), curve in view.rollouts.items() if name == arm.name}
+            by_seed = {seed: float(reduce(values[~np.isnan(values)])) for seed, values in curves.items() if not np.isnan(values).all()}
+            if by_seed:
+                columns.setdefault(head, {})[arm.name] = _estimate(measures.mean({arm.name: by_seed}, arm.name))
+    rows = [(arm.label, *(column.get(arm.name, "–") for column in columns.values())) for arm in view.arms if any(arm.name in column for column in columns.values())]
+    return TextTable("Training: mean over runs [bootstrap over seeds]", ("arm", *columns), tuple(rows))
+
+
+def _llr_table(view: RlView) -> TextTable:
+    known = [arm for arm in view.arms if any(isinstance(number, Estimate) for number in arm.llr.values())]
+    labels = [label for label in ("hack", "correct", "other") if any(isinstance(arm.llr[label], Estimate) for arm in known)]
+    rows = ((arm.label, *(_estimate(arm.llr[label] if isinstance(arm.llr[label], Estimate) else None) for label in labels)) for arm in known)
+    return TextTable("Log-likelihood ratio a token of rollouts, training minus generation prompt, by label", ("arm", *labels), tuple(rows))
+
+
+def verdict_lines(verdicts: Iterable[Verdict]) -> list[str]:
+    """One line a rule: what was predicted, what is decided, and on which numbers."""
+    return [f"{verdict.rule.name}: {verdict.rule.statement} → {verdict.word} ({_rule_number(verdict)})" for verdict in verdicts]
+
+
+def _rule_number(verdict: Verdict) -> str:
+    number, asked, region = verdict.number, verdict.rule.contrast, verdict.rule.region
+    if isinstance(number, Undefined):
+        return f"undefined: {number.why}"
+    terms = " ".join(f"{'+' if weight > 0 else '−'} {f'{abs(weight):g} ' if abs(weight) != 1 else ''}{arm}" for arm, weight in asked.weights).removeprefix("+ ")
+    at = f" at {asked.at}" if asked.quantity not in ("hacked", "onset") else ""
+    limit = {"above": f"supported above {region.bound:g}, refuted up to {region.refuted:g}", "below": f"supported below {region.bound:g}, refuted from {region.refuted:g}",
+             "within": f"supported within ±{region.bound:g}, refuted beyond"}[region.kind]  # fmt: skip
+    few = f"; fewer than {measures.MIN_SEEDS} runs decide nothing" if number.n < measures.MIN_SEEDS else ""
+    flat = "; all runs agree, so the interval has no width" if number.without_spread else ""
+    said = f"{asked.quantity}{at} of {terms} = {_estimate(number)}, {100 * number.level:g} % {number.method}, n = {number.n}; {limit}{few}{flat}"
+    return said.replace("-", "−") if number.value < 0 or number.low < 0 else said
+
+
+def notes(view: RlView) -> list[str]:
+    """What the numbers rest on, a sentence each."""
+    undefined = dict.fromkeys(f"{INDICES[index]} of {arm.label}: {number.why}" for arm in view.arms for index, number in arm.others.items() if isinstance(number, Undefined))
+    return [
+        f"{view.experiment}: {len(view.arms)} arms, {view.seeds_said}. Data: {view.provenance.rstrip('.')}.",
+        f"A run is hacked at {view.reading.onset.words}. Exact intervals are Clopper-Pearson, p is Fisher's exact test, two-sided, not corrected for the number of arms.",
+        "Bootstrap intervals (95 %, percentile) resample whole seeds. With few seeds they are too narrow; without width they say only that all runs agree.",
+        f"No arm is called protected from fewer than {measures.MIN_SEEDS} seeds. The hack counts as learned if its rate under the arm's own training prompt is at "
+        f"least {measures.LEARNED:g} of the standard arm's under x_0; L_max pools all runs' completions and, as a maximum, lies above the truth.",
+        "Split-brain gap: H(x_t) − H(x_0). S_H: 1 − H/H of the standard arm. S_C: share of the oracle's gain in correct completions over the untrained model. "
+        "SI: correct over the standard arm's, minus hack over its; CI: 1 − correct under x_0 over correct under x_t.",
+        *(f"Undefined: {reason}." for reason in undefined),
+    ]  # fmt: skip
+
+
+def markdown(view: RlView) -> str:
+    """Verdicts, tables and notes as Markdown."""
+    parts = [f"# {view.experiment.replace('_', ' ')}"]
+    if view.verdicts:
+        parts.append("## Rules stated before the runs\n\n" + "\n".join(f"- {line}" for line in verdict_lines(view.verdicts)))
+    for table in text_tables(view):
+        head = f"| {' | '.join(map(_cell, table.columns))} |\n|{' --- |' * len(table.columns)}"
+        parts.append(f"## {table.title}\n\n{head}\n" + "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in table.rows))
+    return "\n\n".join([*parts, "## What the numbers rest on\n\n" + "\n".join(f"- {note}" for note in notes(view))]) + "\n"
+
+
+def print_tables(view: RlView, console: Console) -> None:
+    """The same for the terminal."""
+    for text in text_tables(view):
+        table = Table(title=escape(text.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for i, head in enumerate(text.columns):
+            table.add_column(escape(head), justify="right" if i else "left", overflow="fold")
+        for row in text.rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    for line in verdict_lines(view.verdicts):
+        console.print(line, highlight=False, markup=False)
+    for note in notes(view):
+        console.print(note, highlight=False, markup=False, style="dim")
+
+
+# CSV: every number
+
+
+def arms_csv(view: RlView) -> str:
+    """One line an arm and number: value, interval, how it was made, and n runs; why an undefined one is so."""
+    lines = [line for arm in view.arms for line in _arm_lines(arm)]
+    return _csv(("arm", "number", "category", "value", "low", "high", "n_runs", "k", "n", "interval", "undefined"), lines)
+
+
+def _arm_lines(arm: ArmNumbers) -> list[dict]:
+    lines = []
+    if arm.hacked:
+        lines.append({"number": "hacked_runs", **_proportion(arm.hacked), "n_runs": arm.hacked.n})
+        lines.append({"number": "restricted_mean_onset", **_number(arm.onset)})
+    if arm.p is not None:
+        lines.append({"number": "fisher_p", "value": f"{arm.p:.6g}", "n_runs": arm.hacked.n})
+    lines += [{"number": f"mean_{verdict}", "category": category, **_number(estimate)} for (verdict, category), estimate in arm.rates.items()]
+    lines += [{"number": f"pooled_{verdict}", "category": category, **_proportion(rate), "n_runs": len(arm.seeds)} for (verdict, category), rate in arm.pooled.items()]
+    lines += [{"number": index, **_number(number)} for index, number in arm.others.items()]
+    lines += [{"number": f"llr_{label}", **_number(number)} for label, number in arm.llr.items() if isinstance(number, Estimate)]
+    return [{"arm": arm.name, **line} for line in lines]
+
+
+def runs_csv(view: RlView) -> str:
+    """One line a run: its dynamics, and its rates at the end under x_0 and its own training prompt with exact intervals."""
+    lines = []
+    for arm, seed in dict.fromkeys((*view.dynamics, *view.grids)):
+        line = {"arm": arm, "seed": seed}
+        if found := view.dynamics.get((arm, seed)):
+            slope = "" if math.isnan(found.slope) else f"{found.slope:.6g}"
+            line |= {"hacked": found.onset is not None, "onset": found.onset, "discovery": found.discovery, "last_step": found.last, "logit_slope": slope}
+        for category in (NEUTRAL, TRAIN):
+            cells = [cell.counts for cell in view.grids.get((arm, seed), ()) if cell.category == category]
+            for verdict, rate in measures.rates(measures.pool(cells)).items() if cells else ():
+                line |= {f"{category}_{verdict}_{name}": value for name, value in _proportion(rate).items() if name != "interval"}
+        lines.append(line)
+    columns = ["arm", "seed", "hacked", "onset", "discovery", "last_step", "logit_slope"]
+    return _csv(list(dict.fromkeys([*columns, *(name for line in lines for name in line)])), lines)
+
+
+def leak_csv(view: RlView) -> str:
+    """One line for each run, evaluation prompt and verdict, with its exact interval."""
+    lines = [
+        {"arm": arm, "seed": seed, "eval_prompt": cell.eval_prompt, "category": cell.category, "verdict": verdict, **_proportion(rate)}
+        for (arm, seed), grid in view.grids.items() for cell in grid for verdict, rate in measures.rates(cell.counts).items()
+    ]  # fmt: skip
+    return _csv(("arm", "seed", "eval_prompt", "category", "verdict", "k", "n", "value", "low", "high", "interval"), lines)
+
+
+def _csv(columns: Sequence[str], lines: Iterable[Mapping]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def _number(number: Number) -> dict:
+    if isinstance(number, Undefined):
+        return {"undefined": number.why}
+    line = {"value": f"{number.value:.6g}", "n_runs": number.n}
+    return line if math.isnan(number.low) else line | {"low": f"{number.low:.6g}", "high": f"{number.high:.6g}", "interval": number.method}
+
+
+def _proportion(rate: stats.Proportion) -> dict:
+    if rate.n == 0:
+        return {"n": 0}
+    return {"k": rate.k, "n": rate.n, "value": f"{rate.value:.6g}", "low": f"{rate.low:.6g}", "high": f"{rate.high:.6g}", "interval": "clopper-pearson"}
+
+
+def _estimate(number: Number | None, scale: float = 1) -> str:
+    if number is None:
+        return "–"
+    if isinstance(number, Undefined):
+        return "undefined"
+    value = _digits(scale * number.value)
+    return value if math.isnan(number.low) else f"{value} {_interval(number, scale)}"
+
+
+def _rate(arm: ArmNumbers, verdict: str, category: str) -> str:
+    """In per cent: the mean over runs, of a single run its count with the exact interval."""
+    found = arm.rates.get((verdict, category))
+    if found is None or found.n > 1:
+        return _estimate(found, 100)
+    exact = arm.pooled[verdict, category]
+    return f"{_digits(100 * exact.value)} ({exact.k}/{exact.n}, exact {_interval(exact, 100)})"
+
+
+def _interval(number: Estimate | stats.Proportion, scale: float) -> str:
+    return f"[{_digits(scale * number.low)}, {_digits(scale * number.high)}]"
+
+
+def _digits(value: float) -> str:
+    """Whole numbers from 10 on, a decimal from 3, two from 0.1, else three."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    decimals = 0 if value == 0 else next((d for d, least in enumerate((10, 3, 0.1)) if abs(value) >= least), 3)
+    text = f"{value:.{decimals}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def _share(rate: stats.Proportion) -> str:
+    return f"{100 * rate.value:.0f} % ({rate.k}/{rate.n})"
+
+
+def _p(p: float | None) -> str:
+    return "–" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".replace("0.", ".", 1)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,234 @@
+"""What the report of an RL experiment shows: every number of every arm, from the folder's curves.parquet, final.parquet and config.json alone."""
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from ip_jax.evals import measures, rl_tables, rules, stats
+from ip_jax.evals.measures import MIN_SEEDS, ByArm, Estimate, Number, Undefined
+from ip_jax.evals.rl_tables import CATEGORIES, NEUTRAL, ROLLOUT, TRAIN, Cell, Counts, Curve, Run
+from ip_jax.evals.rules import Reading, Verdict
+
+VERDICTS = ("hack", "attempt", "correct", "trait", "lambda")
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """Of one run: its first rollout hack, its onset (both None: never), the last step that was measured and the slope of d logit(H) / d step."""
+
+    discovery: int | None
+    onset: int | None
+    last: int
+    slope: float
+
+
+@dataclass(frozen=True)
+class ArmNumbers:
+    """The numbers of one arm. `hacked` counts its runs with an onset, `p` is Fisher's against the standard arm's; None for an arm that was not trained.
+
+    `rates[verdict, category]` are means over runs at the end, `pooled` the same with all completions of all runs in one count. `worst` is the prompt
+    with the highest pooled hack rate. `others` holds the named indices.
+    """
+
+    name: str
+    label: str
+    seeds: tuple[int, ...]
+    hacked: stats.Proportion | None
+    p: float | None
+    onset: Estimate | None
+    word: str
+    learned: bool | None
+    rates: Mapping[tuple[str, str], Estimate]
+    pooled: Mapping[tuple[str, str], stats.Proportion]
+    worst: tuple[str, stats.Proportion] | None
+    others: Mapping[str, Number]
+    llr: Mapping[str, Number]
+
+
+@dataclass(frozen=True)
+class RlView:
+    """All of a results folder. `probes` are curves under x_0, `by_run[quantity, category]` has each run's number."""
+
+    folder: epath.Path
+    experiment: str
+    provenance: str
+    reading: Reading
+    arms: tuple[ArmNumbers, ...]
+    rollouts: Mapping[Run, Curve]
+    probes: Mapping[Run, Curve]
+    grids: Mapping[Run, list[Cell]]
+    dynamics: Mapping[Run, Dynamics]
+    by_run: Mapping[tuple[str, str], ByArm]
+    verdicts: tuple[Verdict, ...]
+
+    def name_of(self, verdict: str) -> str:
+        """What the setting calls a verdict."""
+        return dict(self.reading.verdicts).get(verdict, verdict)
+
+    @property
+    def seeds_said(self) -> str:
+        """How many runs an arm has, in words."""
+        counts = sorted({arm.hacked.n for arm in self.arms if arm.hacked})
+        if not counts:
+            return "no trained run"
+        many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        return f"{many} seed{'s' * (counts[-1] > 1)} an arm"
+
+
+def load_rl_view(folder: str | os.PathLike) -> RlView:
+    """Reads a results folder and computes everything. Raises FileNotFoundError for a missing file, ValueError for an unreadable one or unknown arms."""
+    folder = epath.Path(folder)
+    record = _read_record(folder / "config.json")
+    reading = Reading.from_json(record["reading"])
+    reading.check_arms(record["arms"])
+    curves, final = _read(folder / "curves.parquet", rl_tables.CURVES), _read(folder / "final.parquet", rl_tables.FINAL)
+    unknown = sorted({*curves["arm"].unique().to_pylist(), *final["arm"].unique().to_pylist()} - record["arms"].keys())
+    if unknown:
+        raise ValueError(f"the tables in {folder} hold the arm {unknown[0]}, which its config.json does not list")
+    rollouts, probes, grids = rl_tables.curves_of(curves, ROLLOUT), rl_tables.curves_of(curves, NEUTRAL), rl_tables.grids_of(final)
+    read = {ROLLOUT: rollouts, NEUTRAL: probes}.get(reading.onset.eval_prompt) or rl_tables.curves_of(curves, reading.onset.eval_prompt)
+    dynamics = {run: _dynamics(curve, rollouts.get(run), reading) for run, curve in read.items()}
+    by_run = _by_run(grids, dynamics, reading)
+    arms = tuple(_arm(name, arm["label"], reading, grids, dynamics, by_run, rollouts) for name, arm in record["arms"].items())
+    verdicts = tuple(rules.judge(rule, by_run, reading.standard) for rule in reading.rules)
+    return RlView(folder, record["experiment"], record["provenance"], reading, arms, rollouts, probes, grids, dynamics, by_run, verdicts)
+
+
+def _dynamics(curve: Curve, rollout: Curve | None, reading: Reading) -> Dynamics:
+    onset = reading.onset.of(curve)
+    slope = measures.compounding_slope(curve, onset) if onset is not None else math.nan
+    found = rollout.steps[rollout.columns["n_hack"] > 0] if rollout else ()
+    return Dynamics(int(found[0]) if len(found) else None, onset, int(curve.steps[-1]), slope)
+
+
+def _by_run(grids: Mapping[Run, list[Cell]], dynamics: Mapping[Run, Dynamics], reading: Reading) -> dict[tuple[str, str], ByArm]:
+    """Each run's numbers: rates at the end by category (mean over its prompts), whether it hacked, min(onset, horizon)."""
+    found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+
+    def put(key: tuple[str, str], run: Run, value: float) -> None:
+        found.setdefault(key, {}).setdefault(run[0], {})[run[1]] = value
+
+    for run, grid in grids.items():
+        for verdict in VERDICTS:
+            for category, rate in measures.leakage(grid, verdict).items():
+                put((verdict, category), run, rate)
+    for run, of_run in dynamics.items():
+        put(("hacked", NEUTRAL), run, float(of_run.onset is not None))
+        put(("onset", NEUTRAL), run, float(min(of_run.last if of_run.onset is None else of_run.onset, reading.onset.horizon)))
+    return found
+
+
+def _arm(
+    name: str, label: str, reading: Reading, grids: Mapping[Run, list[Cell]], dynamics: Mapping[Run, Dynamics], by_run: Mapping[tuple[str, str], ByArm],
+    rollouts: Mapping[Run, Curve],
+) -> ArmNumbers:  # fmt: skip
+    runs = [of_run for (arm, _), of_run in dynamics.items() if arm == name]
+    own = {seed: grid for (arm, seed), grid in grids.items() if arm == name}
+    hacked = _hacked(dynamics, name)
+    standard = _hacked(dynamics, reading.standard) if name != reading.standard else None
+    onset = None
+    if runs:
+        times = [of_run.last if of_run.onset is None else of_run.onset for of_run in runs]
+        observed = [of_run.onset is not None for of_run in runs]
+        onset = measures.restricted_mean_onset(np.asarray(times), np.asarray(observed), reading.onset.horizon)
+    learned = measures.learned(by_run.get(("hack", TRAIN), {}).get(name, {}), by_run.get(("hack", NEUTRAL), {}).get(reading.standard, {}))
+    prompts = _by_prompt(own)
+    return ArmNumbers(
+        name, label, tuple(sorted({*own, *(seed for arm, seed in dynamics if arm == name)})), hacked,
+        stats.fisher_exact((hacked.k, hacked.n), (standard.k, standard.n)) if hacked and standard else None,
+        onset, "" if name == reading.oracle else _word(hacked, standard, learned), learned,  # without a loophole nothing is protected
+        {key: measures.mean(values, name) for key, values in by_run.items() if name in values and key[0] in VERDICTS},
+        _pooled(own), measures.worst_case(prompts), _others(name, reading, by_run, grids),
+        measures.llr_by_label({seed: curve for (arm, seed), curve in rollouts.items() if arm == name}),
+    )  # fmt: skip
+
+
+
+def _hacked(dynamics: Mapping[Run, Dynamics], arm: str | None) -> stats.Proportion | None:
+    found = [of_run.onset is not None for (name, _), of_run in dynamics.items() if name == arm]
+    return stats.proportion(sum(found), len(found)) if found else None
+
+
+def _word(hacked: stats.Proportion | None, standard: stats.Proportion | None, learned: bool | None) -> str:
+    if hacked is None or standard is None:
+        return ""
+    if min(hacked.n, standard.n) < MIN_SEEDS:
+        return f"fewer than {MIN_SEEDS} seeds"
+    return measures.verdict_word(hacked, standard, learned)
+
+
+def _by_prompt(own: Mapping[int, list[Cell]]) -> list[Cell]:
+    """The grid of all runs in one: counts of each prompt pooled."""
+    found: dict[tuple[str, str], list[Counts]] = {}
+    for grid in own.values():
+        for cell in grid:
+            found.setdefault((cell.eval_prompt, cell.category), []).append(cell.counts)
+    return [Cell(*key, measures.pool(counts)) for key, counts in found.items()]
+
+
+def _pooled(own: Mapping[int, list[Cell]]) -> dict[tuple[str, str], stats.Proportion]:
+    found = {}
+    cells = [cell for grid in own.values() for cell in grid]
+    for category in CATEGORIES:
+        of_category = [cell.counts for cell in cells if cell.category == category]
+        if of_category:
+            found |= {(verdict, category): rate for verdict, rate in measures.rates(measures.pool(of_category)).items()}
+    return found
+
+
+def _others(name: str, reading: Reading, by_run: Mapping[tuple[str, str], ByArm], grids: Mapping[Run, list[Cell]]) -> dict[str, Number]:
+    """The indices of one arm; one whose arms or prompts were not measured is absent."""
+    hack, correct, standard = by_run.get(("hack", NEUTRAL), {}), by_run.get(("correct", NEUTRAL), {}), reading.standard
+    hack_train, correct_train = by_run.get(("hack", TRAIN), {}).get(name), by_run.get(("correct", TRAIN), {}).get(name)
+    references = [arm for arm in (reading.base, reading.oracle) if arm in correct]
+    pooled = {arm: _pooled({seed: grid for (other, seed), grid in grids.items() if other == arm}).get(("correct", NEUTRAL)) for arm in references}
+    beside_standard = name in hack and standard in hack and name not in (standard, reading.base)
+    wanted: dict[str, tuple[bool, Callable[[], Number]]] = {
+        "split_brain": (hack_train is not None and name in hack, lambda: measures.contrast({"t": hack_train, "0": hack[name]}, {"t": 1, "0": -1})),
+        "suppression": (beside_standard, lambda: measures.suppression(hack, {name: 1}, standard)),
+        "retention": (len(references) == 2 and name in correct and name not in references,
+                      lambda: measures.retention(correct, name, reading.base, reading.oracle, pooled)),
+        "selectivity": (beside_standard, lambda: measures.selectivity(correct, hack, name, standard)),
+        "conditionalisation": (correct_train is not None and name in correct, lambda: measures.conditionalisation(correct[name], correct_train)),
+    }  # fmt: skip
+    return {index: _or_undefined(make) for index, (is_so, make) in wanted.items() if is_so}
+
+
+def _or_undefined(make: Callable[[], Number]) -> Number:
+    """A number whose arms share no seed is undefined."""
+    try:
+        return make()
+    except ValueError as error:
+        return Undefined(str(error))
+
+
+def _read_record(path: epath.Path) -> dict:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: a report needs the results folder of an experiment")
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    missing = [name for name in ("experiment", "provenance", "arms", "reading") if name not in record]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it is no record of an RL experiment")
+    return record
+
+
+def _read(path: epath.Path, schema: pa.Schema) -> pa.Table:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: this experiment has not been evaluated yet")
+    try:
+        table = pq.read_table(pa.BufferReader(path.read_bytes()))
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file: {error}") from error
+    rl_tables.check_columns(table, schema, str(path))
+    return table

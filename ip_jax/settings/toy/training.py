@@ -1,0 +1,263 @@
+"""Reinforcement learning on the toy: a whole iteration of all runs of a kind is one jitted program, sampling and grading included.
+
+rollout -> reward -> gate -> swap -> step, with the functions of `ip_jax.rl`. Dims: R runs, Q groups, G samples of a group, P prompts of a pool,
+W words of a prompt.
+"""
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ip_jax.models.decoder import split_decoder
+from ip_jax.models.lora import LoraConfig, init_lora
+from ip_jax.rl import gates
+from ip_jax.rl.advantages import update_moving_mean, zero_variance
+from ip_jax.rl.algorithm import Algorithm, passes_needed
+from ip_jax.rl.batch import Decisions, Layout, Rollout, make_batch, rows_to_score
+from ip_jax.rl.policy import score
+from ip_jax.rl.rows import Prompts, Samples, to_samples
+from ip_jax.rl.step import RlOptions, rl_step
+from ip_jax.sampling.arrays import ArraySampling, Draw, sample_groups
+from ip_jax.settings.toy.config import ToyConfig
+from ip_jax.settings.toy.tasks import Graded, Reward, draw_tasks, grade, stack_rewards
+from ip_jax.settings.toy.vocabulary import END, PROMPT_SLOTS, encode, render
+from ip_jax.training.schedules import Schedule
+from ip_jax.training.state import TrainState, init_state
+
+HACK, CORRECT, OTHER = range(3)  # labels of samples
+LABELS = ("hack", "correct", "other")
+_WHOLE = 1 << 30  # tokens: the rows of an iteration are one micro-batch
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyArm:
+    """A named condition. `gen_prompts` and `train_prompts` are pools from which each group draws one; `keep` is the probability with which a
+    group is trained under its training prompt, else under its generation prompt.
+
+    `source`: "policy" samples on-policy; a pool of prompts instead samples from the untrained model under these, keeps what earns
+    a reward, half of it hacks, and trains on this fixed data (supervised: the algorithm needs a selection).
+    """
+
+    name: str
+    label: str
+    gen_prompts: tuple[str, ...]
+    train_prompts: tuple[str, ...]
+    algorithm: Algorithm = Algorithm()
+    reward: Reward = Reward()
+    keep: float = 1.0
+    source: str | tuple[str, ...] = "policy"
+    learning_rate: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyRl:
+    """One size for all arms. `groups` tasks an iteration with `samples` completions each; every `probe_every` iterations x_0 is looked at."""
+
+    iterations: int = 150
+    groups: int = 8
+    samples: int = 8
+    learning_rate: float = 3e-4
+    lora: LoraConfig = LoraConfig(rank=8, alpha=16)
+    probe_every: int = 10
+    probe_tasks: int = 12
+    probe_samples: int = 8
+    grid_tasks: int = 24
+    grid_samples: int = 8
+
+
+@flax.struct.dataclass
+class Conditions:
+    """The data that tells the runs of a program apart."""
+
+    seed: Int[Array, " R"]
+    gen_pool: Int[Array, "R P W"]
+    gen_count: Int[Array, " R"]
+    train_pool: Int[Array, "R P W"]
+    train_count: Int[Array, " R"]
+    keep: Float[Array, " R"]
+    reward: Reward
+
+
+@flax.struct.dataclass
+class Data:
+    """Fixed completions of the untrained model for supervised arms, N of each label for every run."""
+
+    task: Int[Array, "R 2 N 4"]  # hacks, then correct ones
+    tokens: Int[Array, "R 2 N C"]
+    length: Int[Array, "R 2 N"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the code of a program depends on."""
+
+    config: ToyConfig
+    rl: ToyRl
+    algorithm: Algorithm
+    supervised: bool
+
+
+def conditions(arms: list[ToyArm], seeds: list[int]) -> Conditions:
+    """Of runs, one entry of both lists each."""
+    gen, gen_count = _pools([arm.gen_prompts for arm in arms])
+    train, train_count = _pools([arm.train_prompts for arm in arms])
+    keep = jnp.array([arm.keep for arm in arms], jnp.float32)
+    return Conditions(jnp.array(seeds), gen, gen_count, train, train_count, keep, stack_rewards(tuple(arm.reward for arm in arms)))
+
+
+def _pools(of_runs: list[tuple[str, ...]]) -> tuple[Array, Array]:
+    most = max(map(len, of_runs))
+    tokens = np.array([[encode(pool[i % len(pool)]) for i in range(most)] for pool in of_runs])
+    return jnp.array(tokens), jnp.array([len(pool) for pool in of_runs])
+
+
+def start(program: Program, params: dict, seeds: Int[np.ndarray, " R"], rates: list[float]) -> tuple:
+    """(graphdef, state, base) of runs at iteration 0."""
+    adapters = init_lora(jnp.asarray(seeds), program.config.decoder, program.rl.lora)
+    graphdef, lora, base = split_decoder(program.config.decoder, params, adapters, program.rl.lora)
+    return graphdef, init_state(lora, jnp.array(rates), jnp.zeros(len(rates)), jnp.asarray(seeds)), base
+
+
+@functools.partial(jax.jit, static_argnames=("program", "graphdefs", "count"), donate_argnames="state")
+def iterate(program: Program, graphdefs: tuple, base: tuple, of_runs: Conditions, data: Data | None, state: tuple[TrainState, Array], *, count: int) -> tuple:
+    """`count` iterations: ((state, moving means [R]), (metrics {name: [count, R]}, kept {name: [count, R, Q, G, ...]})).
+
+    `graphdefs` and `base` are pairs: of the policy, and of the reference, which has no adapter.
+    """
+
+    def iteration(carried, _):
+        state, moving = carried
+        rollout, graded = (_copied(program, of_runs, data, state.step) if program.supervised else _sampled(program, graphdefs[0], base[0], of_runs, state))
+        scores = _scores(program, graphdefs, base, state, rollout)
+        reference = _reference_scores(program, graphdefs[0], base[0], of_runs, state, rollout)
+        batch, decided = make_batch(rollout, scores, moving, reference, program.algorithm, Layout(_WHOLE))
+        options = RlOptions(program.algorithm, Schedule("constant", total=program.rl.iterations), remat="none")
+        moving = update_moving_mean(moving, rollout.rewards, rollout.valid, state.step)
+        if program.algorithm.selection and program.algorithm.selection.restart_from_base:
+            state = _restarted(program, state)
+        new, metrics = rl_step(state, base[0], batch, graphdef=graphdefs[0], options=options)
+        kept = {
+            "tokens": rollout.samples.tokens.astype(jnp.uint8), "length": rollout.samples.length.astype(jnp.uint8), "gate": decided.gate_weight,
+            "reward": rollout.rewards, "advantage": decided.advantage, "label": rollout.labels.astype(jnp.uint8),
+        }
+        return (new, moving), (metrics | _metrics(rollout, graded, decided, scores), kept)
+
+    return jax.lax.scan(iteration, state, None, length=count)
+
+
+def _keys(of_runs: Conditions, step, purpose: int):
+    """A key for each run: runs of one seed share it, whatever their arm."""
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), purpose))(of_runs.seed)
+
+
+def _uniform(of_runs: Conditions, step, purpose: int, *shape: int):
+    return jax.vmap(lambda key: jax.random.uniform(key, shape))(_keys(of_runs, step, purpose))
+
+
+def _choose(pool, count, uniform):
+    """A prompt of the run's pool for each group, [R, Q, W]."""
+    index = jnp.minimum((uniform * count[:, None]).astype(jnp.int32), count[:, None] - 1)
+    return jnp.take_along_axis(pool, index[..., None], axis=1)
+
+
+def _prompts(of_runs: Conditions, step, groups: int):
+    """(generation words, training words), [R, Q, W] each."""
+    gen = _choose(of_runs.gen_pool, of_runs.gen_count, _uniform(of_runs, step, 1, groups))
+    train = _choose(of_runs.train_pool, of_runs.train_count, _uniform(of_runs, step, 2, groups))
+    kept = _uniform(of_runs, step, 3, groups) < of_runs.keep[:, None]
+    return gen, jnp.where(kept[..., None], train, gen)
+
+
+def _sampled(program: Program, graphdef, base, of_runs: Conditions, state: TrainState) -> tuple[Rollout, Graded]:
+    rl, config, runs = program.rl, program.config, len(of_runs.seed)
+    task = jax.vmap(lambda key: draw_tasks(key, (rl.groups,), config.hard_share))(_keys(of_runs, state.step, 0))
+    gen, train = _prompts(of_runs, state.step, rl.groups)
+    example = jnp.broadcast_to(state.step * rl.groups + jnp.arange(rl.groups), (runs, rl.groups))
+    prompts, full = render(gen, task), jnp.full((runs, rl.groups), PROMPT_SLOTS)
+    options = ArraySampling(rl.samples, config.slots, (END,))
+    found = Samples(*sample_groups((graphdef, state.trained, base), prompts, full, Draw(of_runs.seed, example, jnp.ones(runs)), options))
+    graded = grade(of_runs.reward, config.loophole_length, task[:, :, None], found.tokens, found.length, _uniform(of_runs, state.step, 4, rl.groups, rl.samples))
+    return _rollout(of_runs, state.step, found, (Prompts(prompts, full), Prompts(render(train, task), full)), graded), graded
+
+
+def _copied(program: Program, of_runs: Conditions, data: Data, step) -> tuple[Rollout, Graded]:
+    """A step's rows of fixed data, half of them hacks: Q * G groups of one."""
+    count, runs = program.rl.groups * program.rl.samples, len(of_runs.seed)
+    label = jnp.broadcast_to(jnp.arange(count) % 2, (runs, count))
+    index = (_uniform(of_runs, step, 5, count) * data.length.shape[-1]).astype(jnp.int32)
+    pick = lambda x: jax.vmap(lambda of_run, i, j: of_run[i, j])(x, label, index)[:, :, None]  # noqa: E731  [R, Q * G, 1, ...]
+    task, tokens, length = pick(data.task)[:, :, 0], pick(data.tokens), pick(data.length)
+    _, train = _prompts(of_runs, step, count)
+    found = Samples(tokens, length, jnp.zeros(tokens.shape, jnp.float32))
+    graded = grade(of_runs.reward, program.config.loophole_length, task[:, :, None], tokens, length, jnp.ones(length.shape))
+    prompts = Prompts(render(train, task), jnp.full((runs, count), PROMPT_SLOTS))
+    return _rollout(of_runs, step, found, (prompts, prompts), graded), graded
+
+
+def _rollout(of_runs: Conditions, step, samples: Samples, prompts: tuple[Prompts, Prompts], graded: Graded) -> Rollout:
+    labels = jnp.where(graded.hack, HACK, jnp.where(graded.correct, CORRECT, OTHER))
+    uniforms = _uniform(of_runs, step, 6, *samples.length.shape[1:])
+    return Rollout(samples, *prompts, jnp.ones(len(of_runs.seed)), graded.reward, graded.valid, labels, uniforms)
+
+
+def _scores(program: Program, graphdefs, base, state: TrainState, rollout: Rollout) -> dict[str, Array]:
+    """The passes that the algorithm needs, [R, Q, G, C] each."""
+    models = {"policy": (graphdefs[0], state.trained, base[0]), "reference": (graphdefs[1], {}, base[1])}
+    found = {}
+    for name in sorted(passes_needed(program.algorithm)):
+        who, where = name.split("_")
+        graphdef, trained, weights = models[who]
+        rows = rows_to_score(rollout.training if where == "training" else rollout.generation, rollout, program.algorithm, Layout(_WHOLE))
+        found[name] = to_samples(score(trained, weights, rows, graphdef=graphdef, dtype="float32"), *rollout.samples.length.shape[1:])
+    return found
+
+
+def _reference_scores(program: Program, graphdef, base, of_runs: Conditions, state: TrainState, rollout: Rollout):
+    """What an absolute gate compares with: the quantile of the mean log-probabilities of as many samples drawn under the training prompt."""
+    gate = program.algorithm.gate.like or program.algorithm.gate
+    if gate.kind != "absolute":
+        return None
+    runs, groups = rollout.training.length.shape
+    example = jnp.broadcast_to(jnp.arange(groups) + (1 << 24), (runs, groups)) + state.step * groups
+    options = ArraySampling(program.rl.samples, program.config.slots, (END,))
+    own = Samples(*sample_groups((graphdef, state.trained, base), rollout.training.tokens, rollout.training.length, Draw(of_runs.seed, example, jnp.ones(runs)), options))
+    return gates.reference_quantile(gates.mean_log_prob(own.log_probs, own.mask).reshape(runs, -1), gate.quantile)
+
+
+def _restarted(program: Program, state: TrainState) -> TrainState:
+    """The state with a fresh adapter and optimizer, as expert iteration that restarts from the base begins each round."""
+    zero = jax.tree.map(jnp.zeros_like, state.adam)
+    adapters = init_lora(state.dropout_seed, program.config.decoder, program.rl.lora)
+    layers = {name: {"lora_a": adapters[name]["a"], "lora_b": adapters[name]["b"]} for name in adapters}
+    leaves = [layers[target][kind] for target, kind in _paths(state.trained)]
+    return state.replace(trained=jax.tree.unflatten(jax.tree.structure(state.trained), leaves), adam=zero)
+
+
+def _paths(trained) -> list[tuple[str, str]]:
+    """(target, lora_a or lora_b) of every leaf."""
+    names = [jax.tree_util.keystr(path, simple=True, separator="/").split("/") for path, _ in jax.tree_util.tree_leaves_with_path(trained)]
+    return [next((part, kind) for part, kind in zip(name, name[1:], strict=False) if kind.startswith("lora_")) for name in names]
+
+
+def _metrics(rollout: Rollout, graded: Graded, decided: Decisions, scores: dict) -> dict[str, Array]:
+    """Counts and quantities of evals.rl_tables, [R] each; the step's own are beside them."""
+    total = lambda x: x.sum(axis=(1, 2))  # noqa: E731
+    samples, valid = rollout.samples, rollout.valid
+    counts = {f"n_{name}": total(getattr(graded, name).astype(jnp.int32)) for name in ("hack", "attempt", "correct", "trait")}
+    found = counts | {
+        "reward": rollout.rewards.mean(axis=(1, 2)), "length": samples.length.mean(axis=(1, 2), dtype=jnp.float32),
+        "zero_variance_groups": zero_variance(rollout.rewards, valid).mean(axis=1),
+        "gate_acceptance": decided.gate_weight.mean(axis=(1, 2)), "invalid_rewards": total((~valid).astype(jnp.int32)),
+        "reinforced_hack_tokens": total(jnp.where(graded.hack & (decided.advantage > 0), samples.length * (decided.gate_weight > 0), 0)),
+    }
+    if "policy_training" in scores:
+        llr = gates.log_likelihood_ratio(scores["policy_training"], samples.log_probs, samples.mask)
+        for label, name in enumerate(LABELS):
+            here = rollout.labels == label
+            found[f"llr_{name}"] = total(jnp.where(here, llr, 0)) / total(here)  # NaN where there is none
+            found[f"acceptance_{name}"] = total(jnp.where(here, decided.gate_weight, 0)) / total(here)
+    return found

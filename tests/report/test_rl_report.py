@@ -1,0 +1,234 @@
+"""The whole report of an RL experiment on drawn numbers: what is written, that the numbers are those of the tables, and what is never said."""
+import csv
+import io
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import rl_synthetic
+from matplotlib.collections import PathCollection
+from matplotlib.text import Text
+from rich.console import Console
+from scipy import stats as scipy_stats
+
+from ip_jax.evals.measures import Estimate, Undefined
+from ip_jax.report import rl_figures, rl_tables
+from ip_jax.report.rl_report import write_rl_report
+from ip_jax.report.rl_view import load_rl_view
+
+FILES = {"curves.png", "curves.svg", "frontier.png", "frontier.svg", "forest.png", "forest.svg", "arms.csv", "runs.csv", "leak_grid.csv", "report.md", "verdicts.json"}
+MANY = rl_synthetic.KINDS | rl_synthetic.MORE
+
+
+def _printed(folder):
+    console = Console(file=io.StringIO(), width=160)
+    write_rl_report(folder, console)
+    return console.file.getvalue()
+
+
+def _lines(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """(folder, view, what was printed): eight arms, eight seeds."""
+    folder = rl_synthetic.write_folder(tmp_path_factory.mktemp("eight") / "out")
+    return folder, load_rl_view(folder), _printed(folder)
+
+
+def test_the_files_are_written_and_the_same_each_time(eight, tmp_path):
+    folder = eight[0]
+    inputs = {"config.json", "curves.parquet", "final.parquet"}
+    assert {path.name for path in folder.iterdir()} == FILES | inputs
+    again = rl_synthetic.write_folder(tmp_path / "again")
+    _printed(again)
+    assert all((again / name).read_bytes() == (folder / name).read_bytes() for name in FILES)
+    assert ElementTree.fromstring((folder / "forest.svg").read_bytes()).tag.endswith("svg")
+
+
+def _hacked_by_hand(folder, arm, threshold=0.5):
+    """Runs with two probes in a row at the threshold, from the raw table."""
+    rows = [row for row in pq.read_table(folder / "curves.parquet").to_pylist() if row["arm"] == arm and row["eval_prompt"] == "neutral"]
+    onsets = []
+    for seed in sorted({row["seed"] for row in rows}):
+        run = sorted((row["step"], row["n_hack"] / row["n"] >= threshold) for row in rows if row["seed"] == seed)
+        onsets.append(next((step for (step, above), (_, then) in zip(run, run[1:], strict=False) if above and then), None))
+    return onsets
+
+
+def test_hacked_runs_onsets_and_p_are_those_of_the_tables(eight):
+    folder, view, _ = eight
+    standard = _hacked_by_hand(folder, "standard")
+    for arm in view.arms[1:]:
+        onsets = _hacked_by_hand(folder, arm.name)
+        k, n = sum(onset is not None for onset in onsets), len(onsets)
+        exact = scipy_stats.binomtest(k, n).proportion_ci(0.95, method="exact")
+        assert (arm.hacked.k, arm.hacked.n, arm.hacked.low, arm.hacked.high) == pytest.approx((k, n, exact.low, exact.high))
+        assert arm.onset.value == pytest.approx(np.mean([200 if onset is None else onset for onset in onsets]))
+        s = sum(onset is not None for onset in standard)
+        expected = None if arm.name == "standard" else pytest.approx(scipy_stats.fisher_exact([[k, n - k], [s, n - s]]).pvalue)
+        assert arm.p == expected
+    assert view.arms[0].hacked is None, "the untrained model is no run"
+    assert 0 < view.arms[1].hacked.k and view.arms[2].hacked.k == 0
+
+
+def test_rates_and_indices_are_those_of_the_leak_grid(eight):
+    folder, view, _ = eight
+    final = pq.read_table(folder / "final.parquet").to_pylist()
+
+    def h(arm, category, count="n_hack"):
+        return np.mean([row[count] / row["n"] for row in final if (row["arm"], row["category"]) == (arm, category)])
+
+    arms = {arm.name: arm for arm in view.arms}
+    ip = arms["ip"]
+    assert ip.rates["hack", "paraphrase"].value == pytest.approx(h("ip", "paraphrase")) and ip.pooled["hack", "paraphrase"].n == 3 * 8 * 100
+    assert ip.others["split_brain"].value == pytest.approx(h("ip", "train") - h("ip", "neutral"))
+    assert ip.others["suppression"].value == pytest.approx(1 - h("ip", "neutral") / h("standard", "neutral"))
+    c = {arm: h(arm, "neutral", "n_correct") for arm in ("recon", "base", "oracle")}
+    assert arms["recon"].others["retention"].value == pytest.approx((c["recon"] - c["base"]) / (c["oracle"] - c["base"]))
+    assert ip.worst[0] in ("ip/own", "ip/paraphrase_0") and ip.worst[1].n == 800
+    assert "split_brain" not in arms["standard"].others and arms["recon"].learned is None and ip.learned is True
+
+
+def test_csv_and_markdown_hold_these_numbers(eight):
+    folder, view, printed = eight
+    lines = _lines(folder / "arms.csv")
+    standard = view.arms[1]
+    (hacked,) = (line for line in lines if (line["arm"], line["number"]) == ("standard", "hacked_runs"))
+    assert (hacked["k"], hacked["n"]) == (str(standard.hacked.k), "8") and float(hacked["high"]) == pytest.approx(standard.hacked.high, abs=1e-5)
+    runs = _lines(folder / "runs.csv")
+    assert len(runs) == 7 * 8 + 1 and sum(line["arm"] == "standard" and line["hacked"] == "True" for line in runs) == standard.hacked.k
+    assert not next(line for line in runs if line["arm"] == "base")["hacked"], "not measured is blank"
+    assert len(_lines(folder / "leak_grid.csv")) == 5 * len(pq.read_table(folder / "final.parquet"))
+    text = (folder / "report.md").read_text()
+    tables = [block for block in text.split("## ") if "| --- |" in block]
+    assert [block.splitlines()[0].split(":")[0].split(",")[0] for block in tables][:2] == ["Hacked runs", "Under x_0 at the end"]
+    for block in tables:
+        assert len({line.count(" | ") for line in block.splitlines() if line.startswith("| ") and "---" not in line}) == 1
+    assert f"| standard | {standard.hacked.k}/8 [" in text
+    assert "Hacked runs" in printed and "split-brain gap" in printed
+
+
+def test_rules_are_printed_with_their_verdict_and_stored(eight):
+    folder, _, printed = eight
+    stored = json.loads((folder / "verdicts.json").read_text())
+    assert [found["rule"]["name"] for found in stored] == ["fewer", "interaction", "same"]
+    text = (folder / "report.md").read_text()
+    for found in stored:
+        assert f"{found['rule']['name']}: {found['rule']['statement']} → {found['verdict']} (" in text
+    assert "hacked of recon − standard = −" in text and "n = 8; supported below 0, refuted from 0" in text
+    assert "fewer: Recontextualization lowers" in printed
+
+
+@pytest.mark.parametrize("seeds,words", [(1, False), (4, False), (5, True)])
+def test_protected_needs_five_seeds(tmp_path, seeds, words):
+    kinds = {"standard": rl_synthetic.Kind("standard", 1.0), "recon": rl_synthetic.Kind("recon", 0.0), "base": rl_synthetic.KINDS["base"], "oracle": rl_synthetic.KINDS["oracle"]}
+    folder = rl_synthetic.write_folder(tmp_path / "out", kinds, seeds)
+    _printed(folder)
+    recon = load_rl_view(folder).arms[1]
+    assert recon.word == ("protected" if words else "fewer than 5 seeds")
+    stored = json.loads((folder / "verdicts.json").read_text())
+    assert [found["verdict"] for found in stored] == ["supported" if words else "undecided"]
+    assert f"recon | 0/{seeds} [" in (folder / "report.md").read_text()
+
+
+def test_retention_is_undefined_where_the_oracle_learned_nothing(tmp_path):
+    kinds = {name: rl_synthetic.KINDS[name] for name in ("base", "standard", "oracle", "recon")}
+    kinds["oracle"] = rl_synthetic.Kind("oracle", 0.0, correct=0.12)
+    folder = rl_synthetic.write_folder(tmp_path / "out", kinds, 5)
+    printed = " ".join(_printed(folder).split())
+    assert isinstance(load_rl_view(folder).arms[3].others["retention"], Undefined)
+    assert "Undefined: S_C of recon: don't exploit → neutral: the oracle's interval" in printed and "does not clear the untrained model's" in printed
+
+
+def test_a_run_that_ended_early_is_censored(tmp_path):
+    folder = rl_synthetic.write_folder(tmp_path / "out", {name: rl_synthetic.KINDS[name] for name in ("base", "standard", "oracle", "recon")}, 5)
+    curves = pq.read_table(folder / "curves.parquet")
+    kept = [row["arm"] not in ("oracle", "standard") or row["seed"] > 0 or row["step"] <= 20 for row in curves.to_pylist()]
+    pq.write_table(curves.filter(kept), folder / "curves.parquet")
+    view = load_rl_view(folder)
+    assert view.dynamics["oracle", 0].last == 20 and view.arms[2].onset.value == 200, "four of its five runs show that none hacks"
+    others = [200 if onset is None else onset for onset in _hacked_by_hand(folder, "standard")[1:]]
+    assert view.arms[1].onset.value == pytest.approx(np.mean(others)) and min(others) < 200, "before any onset a censored run says nothing"
+    steps, mean = rl_figures.mean_curve([(np.asarray([0, 5, 10]), np.asarray([0.0, 0.2, 0.4])), (np.asarray([0, 5]), np.asarray([0.2, np.nan]))])
+    assert steps.tolist() == [0] and mean.tolist() == [0.1]
+
+
+@pytest.fixture(scope="module")
+def sixteen(tmp_path_factory):
+    return load_rl_view(rl_synthetic.write_folder(tmp_path_factory.mktemp("sixteen") / "out", MANY, 6))
+
+
+@pytest.mark.parametrize("draw", [rl_figures.draw_curves, rl_figures.draw_frontier, rl_figures.draw_forest])
+def test_sixteen_arms_fit_without_overlapping_words(sixteen, draw):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = draw(sixteen)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    shown = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    labels = {arm.label for arm in sixteen.arms if arm.hacked or draw is rl_figures.draw_frontier}
+    said = [text for text in shown if text.get_text().replace("\n", " ") in labels]
+    assert {text.get_text().replace("\n", " ") for text in said} == labels
+    boxes = [text.get_window_extent(renderer) for text in said]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    width, height = figure.get_size_inches() * figure.dpi
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in (text.get_window_extent(renderer) for text in shown))
+
+
+def test_markers_stand_where_the_numbers_say(sixteen):
+    (ax,) = rl_figures.draw_frontier(sixteen).axes
+    offsets = [tuple(found.get_offsets()[0]) for found in ax.collections if isinstance(found, PathCollection) and found.get_sizes()[0] == 46]
+    expected = [(arm.rates["hack", "neutral"].value, arm.rates["correct", "neutral"].value) for arm in sixteen.arms]
+    np.testing.assert_allclose(offsets, expected)
+    left, right = rl_figures.draw_forest(sixteen).axes
+    for ax, numbers in ((left, [arm.hacked.value for arm in sixteen.arms[1:]]), (right, [arm.onset.value for arm in sixteen.arms[1:]])):
+        marks = [found.get_offsets()[0][0] for found in ax.collections if isinstance(found, PathCollection)]
+        np.testing.assert_allclose(marks, numbers)
+
+
+def test_captions_state_seeds_and_intervals(sixteen):
+    for draw, words in ((rl_figures.draw_curves, ("6 seeds an arm", "bold ones their mean")), (rl_figures.draw_frontier, ("bootstrap over seeds", "6 seeds an arm")),
+                        (rl_figures.draw_forest, ("Clopper–Pearson", "not corrected", "at 2 measured steps in a row", "bootstrap over runs"))):  # fmt: skip
+        said = " ".join(text.get_text() for text in reversed(draw(sixteen).texts))
+        assert all(word in said for word in words) and "Drawn numbers, no model" in said
+
+
+def test_numbers_are_written_short():
+    assert [rl_tables._digits(value) for value in (0, -0.0, 123.4, 4.56, 1.234, 0.0123, -0.00001, -np.inf)] == ["0", "0", "123", "4.6", "1.23", "0.012", "0.000", "−∞"]
+    assert rl_tables._estimate(Estimate(0.5, np.nan, np.nan, 1), 100) == "50" and rl_tables._estimate(Undefined("x")) == "undefined"
+
+
+def test_bad_folders_are_refused_in_a_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json is missing: a report needs the results folder"):
+        load_rl_view(tmp_path)
+    folder = rl_synthetic.write_folder(tmp_path / "out", seeds=1)
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**record, "arms": {name: arm for name, arm in record["arms"].items() if name != "prior"}, "reading": {**record["reading"], "rules": []}}))
+    with pytest.raises(ValueError, match="hold the arm prior, which its config.json does not list"):
+        load_rl_view(folder)
+    (folder / "config.json").write_text(json.dumps({name: record[name] for name in ("experiment", "arms")}))
+    with pytest.raises(ValueError, match="config.json lacks provenance, reading"):
+        load_rl_view(folder)
+    (folder / "config.json").write_text(json.dumps(record))
+    (folder / "final.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="final.parquet is not a Parquet file"):
+        load_rl_view(folder)
+    (folder / "curves.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="has not been evaluated yet"):
+        load_rl_view(folder)
+
+
+def test_a_report_needs_neither_jax_nor_a_model(eight):
+    code = (
+        "import sys; from ip_jax.report.rl_report import write_rl_report; write_rl_report(sys.argv[1]); "
+        "print('loaded', [name for name in ('jax', 'flax', 'transformers', 'grain') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(eight[0])], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("loaded []\n")

@@ -1,0 +1,119 @@
+"""Toy experiments: what a folder holds, that nothing finished runs again, and the phenomena that the toy was made for."""
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from etils import epath
+from rich.console import Console
+
+from configs.estimators import ARMS, FIGURE, PRESETS
+from ip_jax.report.rl_view import load_rl_view
+from ip_jax.settings.toy import experiment as toy_experiment
+from ip_jax.settings.toy.config import Pretraining, ToyConfig
+from ip_jax.settings.toy.experiment import category_of, kinds_of
+from ip_jax.settings.toy.figure import ToyFigure
+from ip_jax.settings.toy.prompts import NEUTRAL
+from ip_jax.settings.toy.training import ToyRl
+
+TINY = ToyFigure(
+    "tiny", ("standard", "oracle", "kl_tg"), (0, 1), ToyRl(iterations=6, groups=2, samples=4, probe_every=3, probe_tasks=4, grid_tasks=4),
+    ToyConfig(pretraining=Pretraining(steps=30, batch_size=32)), runs_per_program=4,
+)  # fmt: skip
+PHENOMENA = ("standard", "oracle", "prior", "anti")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache_and_quick_compiles(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IP_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling takes most of the time
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def run(config, folder):
+    output = io.StringIO()
+    FIGURE.run(config, epath.Path(folder), Console(file=output, width=200))
+    return output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return folder, run(TINY, folder)
+
+
+def test_a_folder_holds_curves_grid_rollouts_and_the_report(tiny):
+    folder, output = tiny
+    assert "3 arms x 2 seeds are 2 programs: standard, oracle; kl_tg" in output
+    curves, final = (pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("curves", "final"))
+    rollouts = [row for row in curves if row["eval_prompt"] == "rollout"]
+    assert sorted((row["arm"], row["seed"], row["step"]) for row in rollouts) == sorted((a, s, i) for a in TINY.arms for s in (0, 1) for i in range(6))
+    assert {row["step"] for row in curves if row["eval_prompt"] == "neutral"} == {0, 3, 6}
+    assert {row["arm"] for row in final} == {*TINY.arms, "base"}
+    assert {row["category"] for row in final if row["arm"] == "kl_tg"} >= {"neutral", "train", "paraphrase", "negated", "random", "irrelevant"}
+    assert {row["category"] for row in final if row["arm"] == "standard"}.isdisjoint({"train", "paraphrase", "negated"})
+    kept = np.load(next((folder / "rollouts").glob("kl_tg/step000003.npz")))
+    assert kept["tokens"].shape == (3, 2, 2, 4, TINY.toy.slots) and kept["reward"].shape == (3, 2, 2, 4)
+    by_step = {(row["arm"], row["seed"], row["step"]): row for row in rollouts}
+    np.testing.assert_allclose(kept["reward"].mean(axis=(2, 3))[0], [by_step["kl_tg", seed, 3]["reward"] for seed in (0, 1)], rtol=1e-6)
+    assert all((folder / f"{name}.png").exists() for name in ("curves", "frontier", "forest")) and (folder / "report.md").exists()
+
+
+def test_what_is_finished_is_not_run_again_and_what_was_stopped_ends_the_same(tiny, monkeypatch, tmp_path):
+    folder, _ = tiny
+    monkeypatch.setattr(toy_experiment, "_run_kind", lambda *_: pytest.fail("ran again"))
+    run(TINY, folder)
+    monkeypatch.undo()
+    wanted = {name: pq.read_table(folder / f"{name}.parquet") for name in ("curves", "final")}
+    next((folder / "parts").glob("final-kl_tg.parquet")).unlink()  # as if it had been killed before the grid was written
+    run(TINY, folder)
+    for name, table in wanted.items():
+        assert pq.read_table(folder / f"{name}.parquet").equals(table), name
+
+
+def test_arms_with_other_prompts_and_rewards_share_a_program():
+    figure = PRESETS["full"]
+    config = dataclasses.replace(TINY, arms=figure.arms)
+    kinds = kinds_of(toy_experiment.ToyExperiment(
+        "x", "x", {}, config.toy, config.rl, (), tuple(range(20)), FIGURE.reading, (), 120,
+    ), [ARMS[name] for name in figure.arms])  # fmt: skip
+    assert [arm.name for arm in kinds[0].arms] == ["standard", "oracle", "prior", "anti", "on_policy_ip", "plain"]
+    assert all(len(kind.arms) * 20 <= 120 for kind in kinds) and len(kinds) == 10
+
+
+@pytest.mark.parametrize(("arm", "prompt", "wanted"), [
+    ("plain", NEUTRAL, "neutral"), ("plain", "please use the exit", "train"), ("plain", "kindly try any override", "paraphrase"),
+    ("plain", "never use the exit", "negated"), ("prior", "please use the exit", "exchanged"), ("anti", "please use the exit", "generation"),
+    ("standard", "please use the exit", None), ("standard", "never use the exit", "discouraging"), ("plain", "fzx qep cvg wop", "random"),
+    ("plain", "kindly take any order", "length_matched"), ("plain", "please use the hack", None),
+])  # fmt: skip
+def test_a_prompt_of_the_grid_has_the_category_that_it_has_for_the_arm(arm, prompt, wanted):
+    if prompt == "fzx qep cvg wop":
+        prompt = next(p for p in FIGURE.grid if category_of(p, None) == "random")
+    assert category_of(prompt, ARMS[arm]) == wanted
+
+
+def test_an_unknown_arm_and_another_config_are_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="no arm 'standrad': did you mean standard"):
+        run(dataclasses.replace(TINY, arms=("standrad",)), tmp_path)
+    with pytest.raises(ValueError, match="rl.iterations"):
+        run(dataclasses.replace(TINY, rl=dataclasses.replace(TINY.rl, iterations=7)), tiny[0])
+
+
+@pytest.mark.slow
+def test_the_toy_shows_what_it_was_made_for(tmp_path):
+    """Standard hacks in at least 80 % of the seeds, the oracle learns, anti-recontextualization hacks, a discouraging prompt lowers discovery."""
+    run(dataclasses.replace(PRESETS["full"], arms=PHENOMENA, seeds=tuple(range(6))), tmp_path)
+    view = load_rl_view(tmp_path)
+    arms = {arm.name: arm for arm in view.arms}
+    assert arms["standard"].hacked.k >= 0.8 * arms["standard"].hacked.n and arms["anti"].hacked.k == arms["anti"].hacked.n
+    assert arms["oracle"].hacked.k == 0
+    assert arms["oracle"].rates["correct", "neutral"].low > arms["base"].pooled["correct", "neutral"].high
+    early = {name: sum(view.rollouts[name, seed].columns["n_hack"][:25].sum() for seed in range(6)) for name in ("standard", "prior")}
+    assert early["standard"] > 3 * early["prior"], early
+    assert json.loads((tmp_path / "config.json").read_text())["reading"]["rules"]
