@@ -14,7 +14,7 @@ from ip_jax.rl.rows import Prompts, Samples, to_samples
 from ip_jax.rl.step import RlBatch, RlOptions, rl_gradients
 from ip_jax.training.schedules import Schedule
 
-GENERATION, TRAINING = rl.prompts([1, 2, 3]), rl.prompts([3, 0, 1, 2])
+GENERATION, TRAINING = (rl.prompts(ids, slots=4) for ids in ([1, 2, 3], [3, 0, 1, 2]))  # in as many slots, which compile once
 ONE_ROW = Layout(tokens_per_micro_batch=10**6)
 CONSTANT = Schedule("constant", total=100)
 SUMS = dict(baseline="none", aggregation=Aggregation("seq_mean_token_sum"))
@@ -58,7 +58,7 @@ def step_gradients(trained, batch: RlBatch, algorithm: Algorithm) -> tuple[np.nd
     """(gradients of the runs' losses as vectors [R, n] in float64, sums). What `rl_gradients` does not look at makes no program of its own."""
     runs = batch.policy.tokens.shape[1]
     looked_at = ("estimator", "kl", "entropy_bonus", "epochs", "minibatches")
-    seen = Algorithm(**{name: getattr(algorithm, name) for name in looked_at})
+    seen = Algorithm(**{name: getattr(algorithm, name) for name in looked_at if algorithm.selection is None})
     graphdef, _, base = rl.policy(runs)
     gradients, sums = _gradients(trained, base, batch, graphdef=graphdef, options=options_of(seen))
     return rl.flat(gradients), jax.device_get(sums)

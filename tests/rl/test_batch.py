@@ -177,12 +177,15 @@ def unflat(vectors: np.ndarray, like):
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-@pytest.mark.parametrize(("estimator", "per_completion"), [
-    (ESTIMATORS["plain"], False), (ESTIMATORS["plain"], True), (Estimator("ratio_noise", old="noise", noise=0.3), False),
-], ids=["plain", "a prompt a completion", "noise"])  # fmt: skip
-def test_rejected_samples_are_trained_where_they_were_sampled(estimator, per_completion):
-    """The sum of two updates, each of its own samples under its own prompts; with a prompt a group, or one a completion."""
-    rollout = random_rollout()
+@pytest.mark.parametrize("case", ["plain", "noise", "a prompt a completion", "unlike micro-batches"])
+def test_rejected_samples_are_trained_where_they_were_sampled(case):
+    """The sum of two updates, each of its own samples under its own prompts; whatever the rows of either are."""
+    rollout, per_completion = random_rollout(), case == "a prompt a completion"
+    estimator = Estimator("unclipped_noise", old="noise", noise=0.3) if case == "noise" else ESTIMATORS["plain"]
+    together = ONE_ROW
+    if case == "unlike micro-batches":  # of four rows, and of two
+        together = Layout(tokens_per_micro_batch=RUNS * 4 * (4 + OF_GROUP * SLOTS))
+        rollout = rollout.replace(generation=rl.prompts(*GENERATION, runs=RUNS, slots=12))
     rollout = rollout.replace(uniforms=jnp.asarray(np.random.default_rng(2).uniform(size=rollout.rewards.shape), jnp.float32))
     labels = jnp.asarray(np.random.default_rng(3).integers(0, 2, rollout.rewards.shape), jnp.int32)
     if per_completion:
@@ -190,7 +193,7 @@ def test_rejected_samples_are_trained_where_they_were_sampled(estimator, per_com
     gate = Gate("oracle", accepted_labels=(1,), rejected="train_at_gen")
     back, dropped = (Algorithm(estimator, gate=dataclasses.replace(gate, rejected=rejected)) for rejected in ("train_at_gen", "drop"))
     trained, layout = rl.policy(RUNS)[1], Layout(tokens_per_micro_batch=10**6, samples_per_row=1 if per_completion else None)
-    found = gradients_of(trained, rollout.replace(labels=labels), back, dataclasses.replace(layout, samples_per_row=None))
+    found = gradients_of(trained, rollout.replace(labels=labels), back, together)
     accepted = gradients_of(trained, rollout.replace(labels=labels), dropped, layout)
     rejected = gradients_of(trained, rollout.replace(labels=1 - labels, training=rollout.generation), dropped, layout)
     assert_same(found, accepted + rejected, 1e-5)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rl_models as rl
+from flax import nnx
 from rl_steps import GENERATION, ONE_ROW, SUMS, TRAINING, assert_same, batch_of, graded, gradients_of, log_probs_of, passes, scores_weighted, step_gradients, weighted
 
 from ip_jax.rl.advantages import Aggregation
@@ -13,6 +14,8 @@ from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.batch import make_batch
 from ip_jax.rl.estimators import ESTIMATORS, Kl
 from ip_jax.rl.gates import Gate
+from ip_jax.rl.policy import completion_log_probs
+from ip_jax.rl.selection import Selection
 
 REWARDS = np.random.default_rng(0).normal(0.5, 1.0, 16).astype(np.float32)
 PLAIN = Algorithm(ESTIMATORS["plain"], **SUMS)
@@ -52,14 +55,17 @@ def expected_gradient(trained, algorithm: Algorithm, training=TRAINING, moving=N
     return step_gradients(trained, weighted(batch, probabilities(trained, GENERATION)), algorithm)[0]
 
 
+@jax.jit
+@jax.grad
+def _gradient_of_expected_reward(trained, prompts):
+    return jnp.sum(jnp.exp(rl.sequence_log_probs(trained, prompts, rl.everything())) * REWARDS)
+
+
 def gradient_of_expected_reward(trained, prompts) -> np.ndarray:
-    def value(trained):
-        return jnp.sum(jnp.exp(rl.sequence_log_probs(trained, prompts, rl.everything())) * REWARDS)
-
-    return rl.flat(jax.jit(jax.grad(value))(trained))
+    return rl.flat(_gradient_of_expected_reward(trained, prompts))
 
 
-@pytest.mark.parametrize("name", ["importance_token", "importance_sequence", "train_old"])
+@pytest.mark.parametrize("name", [pytest.param("importance_token", marks=pytest.mark.slow), "importance_sequence", "train_old"])
 def test_without_a_swap_the_estimators_agree(trained, name):
     """Old log-probabilities of another pass put the ratio at 1 up to rounding; where the pass is the same one it is 1 exactly."""
     rollout = graded(sampled(trained), GENERATION, GENERATION, REWARDS)
@@ -153,14 +159,12 @@ def test_a_stochastic_gate_at_the_supremum_gives_the_policy_gradient_at_the_trai
 
 def test_selection_of_best_samples_isolates_the_distillation_in_groups_of_one(trained):
     """Best of 1 keeps everything, so its update is the supervised one on samples of x_g: grad KL(sg pi(. | x_g) || pi(. | x_t))."""
-    from ip_jax.rl.selection import Selection
-
     algorithm = Algorithm(selection=Selection("filtered"), aggregation=SUMS["aggregation"])
     p = probabilities(trained, GENERATION)
     assert_same(expected_gradient(trained, algorithm), -scores_weighted(trained, TRAINING, rl.everything(), p))
 
 
-@pytest.mark.parametrize("place", ["loss", "reward"])
+@pytest.mark.parametrize("place", ["loss", pytest.param("reward", marks=pytest.mark.slow)])
 def test_gg_kl_is_zero_at_the_reference(place):
     """With B = 0 the policy is the reference. The rows are those of the generation prompt, and the policy's own have no reward."""
     trained = jax.tree.map_with_path(lambda path, x: jnp.zeros_like(x) if "lora_b" in jax.tree_util.keystr(path) else x, rl.policy()[1])
@@ -177,8 +181,9 @@ def test_gg_kl_is_zero_at_the_reference(place):
     assert np.abs(gradients_of(trained, rollout, swapped)).max() > 1e-3  # under a swap tg is context distillation from the first step on
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-@pytest.mark.parametrize("context", ["tt", "gg", "tg"])
+@pytest.mark.parametrize(("context", "estimator"), [
+    ("tt", "k3"), ("gg", "k3"), ("tg", "k3"), *(pytest.param(context, k, marks=pytest.mark.slow) for context in ("tt", "gg", "tg") for k in ("k1", "k2")),
+])  # fmt: skip
 def test_kl_in_the_loss_equals_its_formula(trained, context, estimator):
     """The loss and its gradient, from log-probabilities of the policy and the reference under the prompts that the context names."""
     algorithm = Algorithm(kl=Kl(context, "loss", estimator, beta=0.3), **SUMS)
@@ -195,16 +200,34 @@ def test_kl_in_the_loss_equals_its_formula(trained, context, estimator):
     assert_same(found, 0.3 / 16 * token_scores_weighted(trained, prompts[context[0]], slope), 1e-3)
 
 
-def token_scores_weighted(trained, prompts, weights) -> np.ndarray:
-    """sum of weights [1, 1, 16, 2] * grad log pi(token): sequences' scores and those of their first tokens, by reverse mode."""
-    from flax import nnx
-
-    from ip_jax.rl.policy import completion_log_probs
-
+@jax.jit
+@jax.grad
+def _token_score_sum(trained, prompts, weights):
     graphdef, _, base = rl.policy()
     rows = jax.tree.map(lambda x: x[0], rl.rows_of(prompts, rl.everything()))
-    total = lambda trained: jnp.sum(jnp.float32(weights) * completion_log_probs(nnx.merge(graphdef, trained, base), rows, "float32", "none"))  # noqa: E731
-    return rl.flat(jax.jit(jax.grad(total))(trained))
+    return jnp.sum(weights * completion_log_probs(nnx.merge(graphdef, trained, base), rows, "float32", "none"))
+
+
+def token_scores_weighted(trained, prompts, weights) -> np.ndarray:
+    """sum of weights [1, 1, 16, 2] * grad log pi(token)."""
+    return rl.flat(_token_score_sum(trained, prompts, jnp.float32(weights)))
+
+
+@pytest.mark.parametrize("estimator", ["k3", pytest.param("k1", marks=pytest.mark.slow)])
+def test_beside_an_auxiliary_loss_the_gg_penalty_shares_the_rows_of_the_policy_loss(trained, estimator):
+    """The sum of three losses, of which two are taken from one pass under the generation prompt."""
+    auxiliary, kl = ESTIMATORS["auxiliary"], Kl("gg", "loss", estimator, 0.3)
+    rollout = graded(sampled(trained), GENERATION, TRAINING, REWARDS)
+    batch = batch_of(trained, rollout, Algorithm(auxiliary, kl, **SUMS))
+    assert batch.kl is None
+    np.testing.assert_array_equal(batch.policy.prompt[0, 0], GENERATION.tokens[0])
+    found, sums = step_gradients(trained, batch, Algorithm(auxiliary, kl, **SUMS))
+    best = np.eye(16)[REWARDS.argmax()]
+    policy = scores_weighted(trained, GENERATION, rl.everything(), REWARDS / 16)
+    copied = scores_weighted(trained, TRAINING, rl.everything(), best)
+    penalty, kl_sums = step_gradients(trained, batch_of(trained, rollout.replace(rewards=0 * rollout.rewards), Algorithm(kl=kl, **SUMS)), Algorithm(kl=kl, **SUMS))
+    assert_same(found, penalty - policy - copied)
+    np.testing.assert_allclose(sums["kl"], kl_sums["kl"], rtol=1e-4)
 
 
 def test_kl_in_the_reward_is_taken_from_the_advantage(trained):
@@ -225,8 +248,8 @@ def test_groups_without_variance_give_exactly_no_gradient(trained, baseline):
 
 
 @pytest.mark.parametrize("algorithm", [
-    Algorithm(), Algorithm(kl=Kl("gg", "loss", "k3", 0.1)), Algorithm(kl=Kl("gg", "reward", "k1", 0.1)), Algorithm(ESTIMATORS["auxiliary"]),
-], ids=["plain", "gg in the loss", "gg in the reward", "auxiliary"])
+    Algorithm(), Algorithm(kl=Kl("gg", "loss", "k3", 0.3)), Algorithm(ESTIMATORS["auxiliary"], Kl("gg", "loss", "k3", 0.3)),
+], ids=["plain", "gg in the loss", "auxiliary"])  # fmt: skip
 def test_an_invalid_sample_changes_nothing(trained, algorithm):
     """Its reward is NaN, and what it says, how long it is and what the sampler said of it do not matter."""
     samples = sampled(trained)
