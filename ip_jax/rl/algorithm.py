@@ -43,17 +43,21 @@ class Algorithm:
 
     def _contradictions(self) -> dict[str, bool]:
         name, gated = self.estimator.name, self.gate.kind != "off"
-        several = self.updates > 1
+        several, in_reward = self.updates > 1, self.kl.place == "reward"
         return {
             f"{name} compares a pass with itself, so from the second update of an iteration on it forgets that the policy has moved: use train_old, or "
             "one epoch and one minibatch": several and self.estimator.old in ("itself", "noise") and not self.selection,
             f"{name} trains its policy loss at the generation prompt, where there is nothing to gate: use gate off": gated and self.estimator.auxiliary is not None,
+            f"{name} trains its policy loss at the generation prompt, and kl.context is {self.kl.context!r}: its penalty is gg": self.kl.context in ("tt", "tg")
+            and self.estimator.auxiliary is not None,
+            f"gate.rejected is {self.gate.rejected} and the loss has the penalty {self.kl.context}, whose policy is at the training prompt: samples that go back to "
+            "the generation prompt have none there: use gg, or put it in the reward": self.gate.rejected != "drop" and self.kl.context in ("tt", "tg") and not in_reward,
             f"gate.rejected is {self.gate.rejected} and minibatches {self.minibatches}: samples that go back to the generation prompt are updated with the "
             "others, in one minibatch": self.gate.rejected != "drop" and self.minibatches > 1,
             "a selection copies samples and has no ratio, penalty, gate or PMI weight: use plain, without kl and with gate off": self.selection is not None
             and (name != "plain" or self.kl.context != "none" or gated or self.pmi is not None),
             f"kl.estimator is {self.kl.estimator!r} and its place the reward: there only k1 is added up along a sequence": self.kl.context != "none"
-            and self.kl.place == "reward" and self.kl.estimator != "k1",
+            and in_reward and self.kl.estimator != "k1",
         }
 
     @property
@@ -67,6 +71,13 @@ class Algorithm:
         if self.estimator.old == "training" and self.updates == 1:
             return dataclasses.replace(self.estimator, old="itself")
         return self.estimator
+
+    @property
+    def penalty_shares_rows(self) -> bool:
+        """Whether the policy loss and the KL penalty compare log-probabilities under one prompt, so that one pass serves both; gg in the loss
+        has rows of its own where the policy loss is at the training prompt.
+        """
+        return self.kl.context in ("tt", "tg") or (self.kl.context == "gg" and self.kl.place == "loss" and self.estimator.auxiliary is not None)
 
     def check_group(self, of_group: int) -> None:
         """Raises ValueError for groups of `of_group` samples that the baseline cannot work with."""

@@ -54,7 +54,7 @@ class Decisions:
 
 def rows_to_score(prompts: Prompts, rollout: Rollout, algorithm: Algorithm, layout: Layout) -> Rows:
     """The rollout's samples under `prompts`, for a pass without a gradient."""
-    return _rows(prompts, rollout, None, algorithm, layout)
+    return _rows(prompts, rollout, None, 1, layout)
 
 
 def make_batch(
@@ -71,7 +71,7 @@ def make_batch(
         chosen = select(rollout.rewards, valid, algorithm.selection)
         copied = Decisions(chosen.astype(jnp.float32), jnp.ones(valid.shape, jnp.float32))
         weight = aggregation_weights(samples.length, chosen, slots, algorithm.aggregation)
-        return RlBatch(_rows(rollout.training, rollout, _signal(copied.advantage, weight), algorithm, layout)), copied
+        return RlBatch(_rows(rollout.training, rollout, _signal(copied.advantage, weight), algorithm.minibatches, layout)), copied
 
     training = scores.get("policy_training")
     accepted = gates.gate_weights(
@@ -101,15 +101,18 @@ def _update_rows(rollout: Rollout, scores, advantage, weights, algorithm: Algori
         old = jnp.broadcast_to(jnp.log(1 + estimator.noise * (2 * rollout.uniforms - 1))[..., None], weight.shape)
     elif algorithm.estimator_of_update.old == "training":
         old = scores["policy_training"]
-    rows = lambda prompts, *signal: _rows(prompts, rollout, _signal(*signal), algorithm, layout)  # noqa: E731
+    sent_back = algorithm.gate.rejected != "drop"
+    if sent_back:  # rows under either prompt are cut alike
+        layout = dataclasses.replace(layout, samples_per_row=min(_in_row(prompts, samples, layout) for prompts in (rollout.training, rollout.generation)))
+    rows = lambda prompts, *signal: _rows(prompts, rollout, _signal(*signal), algorithm.minibatches, layout)  # noqa: E731
     if estimator.auxiliary is not None:
-        best = select(rollout.rewards, rollout.valid, Selection())
+        best = select(rollout.rewards, rollout.valid & (samples.length > 0), Selection())
         copied = aggregation_weights(samples.length, best, weight.shape[-1], algorithm.aggregation)
         policy = rows(rollout.generation, of_tokens, at_training, old, reference)
         return RlBatch(policy, auxiliary=rows(rollout.training, best.astype(jnp.float32), copied))
     policy = rows(rollout.training, of_tokens, at_training, old, reference)
-    if algorithm.gate.rejected != "drop":
-        back = rows(rollout.generation, of_tokens, at_generation, samples.log_probs, reference)
+    if sent_back:
+        back = rows(rollout.generation, of_tokens, at_generation, old if estimator.old == "noise" else samples.log_probs, reference)
         policy = jax.tree.map(lambda *parts: jnp.concatenate(parts), *_same_width(policy, back))
     in_loss_at_generation = algorithm.kl.context == "gg" and algorithm.kl.place == "loss"
     return RlBatch(policy, kl=rows(rollout.generation, of_tokens, weight, old, reference) if in_loss_at_generation else None)
@@ -124,23 +127,43 @@ def _signal(advantage, weight, old=None, reference=None) -> Signal:
     return Signal(full(advantage), weight, full(old), full(reference))
 
 
-def _rows(prompts: Prompts, rollout: Rollout, signal: Signal | None, algorithm: Algorithm, layout: Layout) -> Rows:
+def _in_row(prompts: Prompts, samples: Samples, layout: Layout) -> int:
+    """Completions of a row: no more than share a prompt."""
+    of_group, per_prompt = samples.length.shape[2], samples.length.shape[1] * samples.length.shape[2] // prompts.length.shape[1]
+    return min(layout.samples_per_row or of_group, per_prompt)
+
+
+def _rows(prompts: Prompts, rollout: Rollout, signal: Signal | None, minibatches: int, layout: Layout) -> Rows:
+    """Rows in micro-batches; each of `minibatches` has its own, with equally many rows."""
     samples = rollout.samples
     runs, groups, of_group, slots = samples.tokens.shape
-    in_row = min(layout.samples_per_row or of_group, groups * of_group // prompts.length.shape[1])
-    tokens = prompts.tokens.shape[-1] + in_row * slots
-    per_minibatch = -(-groups * of_group // in_row // algorithm.minibatches)
-    micro = algorithm.minibatches * micro_batches_of(per_minibatch, tokens, runs, layout.tokens_per_micro_batch, layout.multiple)
-    return lay_out(prompts, samples, rollout.temperature, signal, micro, in_row)
+    in_row = _in_row(prompts, samples, layout)
+    count, left_over = divmod(groups * of_group // in_row, minibatches)
+    if left_over:
+        raise ValueError(f"an iteration's {groups * of_group // in_row} rows ({groups} groups, {in_row} samples a row) do not divide into {minibatches} minibatches")
+    micro = micro_batches_of(count, prompts.tokens.shape[-1] + in_row * slots, runs, layout.tokens_per_micro_batch, layout.multiple)
+    return _cut(lay_out(prompts, samples, rollout.temperature, signal, minibatches, in_row), micro, layout.multiple)
+
+
+def _cut(rows: Rows, micro_batches: int, multiple: int) -> Rows:
+    """Each leading part of `rows` cut into `micro_batches` with a multiple of `multiple` rows."""
+    count = -(-rows.length.shape[2] // micro_batches)
+    count += -count % multiple
+
+    def fold(x):
+        parts, runs, _, *dims = x.shape
+        return jnp.moveaxis(x.reshape(parts, runs, micro_batches, count, *dims), 2, 1).reshape(-1, runs, count, *dims)
+
+    return jax.tree.map(fold, _padded(rows, micro_batches * count))
+
+
+def _padded(rows: Rows, count: int) -> Rows:
+    """`rows` with `count` rows a micro-batch; the new ones are empty, but for a temperature: logits over 0 are NaN, and so is their gradient."""
+    more = lambda x, mode: jnp.pad(x, [(0, 0), (0, 0), (0, count - x.shape[2])] + [(0, 0)] * (x.ndim - 3), mode=mode)  # noqa: E731
+    return jax.tree.map(lambda x: more(x, "constant"), rows).replace(temperature=more(rows.temperature, "edge"))
 
 
 def _same_width(*of_rows: Rows) -> list[Rows]:
     """Rows whose prompts have as many slots, and micro-batches as many rows."""
-    slots, rows = (max(r.prompt.shape[axis] for r in of_rows) for axis in (3, 2))
-
-    def widened(r: Rows) -> Rows:
-        more_rows = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, rows - x.shape[2])] + [(0, 0)] * (x.ndim - 3))  # noqa: E731
-        prompt = jnp.pad(r.prompt, [(0, 0)] * 3 + [(0, slots - r.prompt.shape[3])])
-        return jax.tree.map(more_rows, r.replace(prompt=prompt))
-
-    return [widened(r) for r in of_rows]
+    slots, count = (max(r.prompt.shape[axis] for r in of_rows) for axis in (3, 2))
+    return [_padded(r.replace(prompt=jnp.pad(r.prompt, [(0, 0)] * 3 + [(0, slots - r.prompt.shape[3])])), count) for r in of_rows]

@@ -82,7 +82,7 @@ def rl_gradients(trained, frozen, batch: RlBatch, *, graphdef, options: RlOption
         loss, ratio, clipped = policy_loss(log_probs, signal.old_log_probs, signal.advantage, mask, estimator)
         sums = {"entropy": entropy, "ratio": ratio, "clipped": clipped, "surviving": signal.weight * signal.advantage * ~clipped, "tokens": mask}
         loss -= options.algorithm.entropy_bonus * entropy
-        if kl.context in ("tt", "tg"):
+        if options.algorithm.penalty_shares_rows:
             sums["kl"] = divergence
             loss += kl.beta * divergence if kl.place == "loss" else 0
         sums = {name: per_run(x.astype(jnp.float32)) for name, x in (sums | {"loss": signal.weight * loss}).items()}
