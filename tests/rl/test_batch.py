@@ -24,6 +24,7 @@ from ip_jax.training.update import apply_gradients
 RUNS, GROUPS, OF_GROUP, SLOTS = 2, 4, 4, 3
 GENERATION = ([1, 2, 3], [2, 2], [3], [0, 1, 3, 1])
 TRAINING = ([3, 0, 1], [1, 2, 2, 0], [3, 3], [0, 1])
+FOUR_ROWS = Layout(tokens_per_micro_batch=RUNS * 4 * (4 + OF_GROUP * SLOTS))  # of four prompt slots
 RICH = Algorithm(ESTIMATORS["late_token"], Kl("tt", "loss", "k3", 0.2), entropy_bonus=0.05)
 IN_TURN = Algorithm(ESTIMATORS["train_old"], aggregation=Aggregation("seq_mean_token_mean"), epochs=2, minibatches=2, max_grad_norm=0.5)
 
@@ -45,8 +46,8 @@ def random_rollout(runs: int = RUNS, slots: int = SLOTS, prompt_slots: int = 4):
     return graded(samples, *of_groups, rewards, temperature=jnp.array([0.7, 1.3], jnp.float32))
 
 
-def of_runs(rollout, runs: slice):
-    return jax.tree.map(lambda x: x[runs], rollout)
+def of_runs(tree, runs: slice):
+    return jax.tree.map(lambda x: x[runs], tree)
 
 
 @functools.cache
@@ -55,11 +56,11 @@ def in_one_row_each():
 
 
 @pytest.mark.parametrize("case", [
-    dict(layout=Layout(tokens_per_micro_batch=100)),  # 3 micro-batches, the last one with an empty row
+    pytest.param(dict(layout=Layout(tokens_per_micro_batch=100)), marks=pytest.mark.slow),
     dict(layout=Layout(tokens_per_micro_batch=30, samples_per_row=2)),
     pytest.param(dict(layout=Layout(samples_per_row=1)), marks=pytest.mark.slow),
     pytest.param(dict(layout=Layout(tokens_per_micro_batch=130, multiple=3)), marks=pytest.mark.slow),
-    dict(slots=5, prompt_slots=7),
+    pytest.param(dict(slots=5, prompt_slots=7), marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_the_layout_of_rows_changes_no_gradient(case):
     rollout = random_rollout(**{name: case[name] for name in ("slots", "prompt_slots") if name in case})
@@ -69,8 +70,7 @@ def test_the_layout_of_rows_changes_no_gradient(case):
 def test_runs_together_equal_runs_alone():
     for run in range(RUNS):
         alone = slice(run, run + 1)
-        trained = jax.tree.map(lambda x: x[alone], rl.policy(RUNS)[1])
-        assert_same(gradients_of(trained, of_runs(random_rollout(), alone), RICH), in_one_row_each()[alone], 1e-5)
+        assert_same(gradients_of(of_runs(rl.policy(RUNS)[1], alone), of_runs(random_rollout(), alone), RICH), in_one_row_each()[alone], 1e-5)
 
 
 @pytest.mark.parametrize(("rows", "layout", "minibatches", "micro_batches"), [
@@ -93,6 +93,7 @@ def test_rows_that_minibatches_do_not_divide_are_refused():
         batch_of(rl.policy()[1], rollout, Algorithm(ESTIMATORS["importance_token"], minibatches=2))
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_step_of_one_device():
     """Two runs, groups and the model's matrices cut over eight devices; a micro-batch has a row that pads it to the mesh."""
     layout = Layout(tokens_per_micro_batch=10**6, multiple=2)
@@ -146,6 +147,7 @@ def test_a_selection_is_a_supervised_step_on_the_chosen_examples(selection):
     assert_same(found, 10 * rl.flat(state.adam.mu), 1e-4)
 
 
+@pytest.mark.slow
 def test_epochs_and_minibatches_are_single_updates_in_turn():
     """Twice over two halves, each the update of a rollout of its own with the old log-probabilities of the beginning."""
     graphdef, trained, base = rl.policy(RUNS)
@@ -177,6 +179,19 @@ def unflat(vectors: np.ndarray, like):
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
+def test_rows_that_are_sent_back_keep_their_noise_and_have_a_temperature():
+    """Where the micro-batches under either prompt have unlike many rows, the ones that fill them up are empty, not at temperature 0."""
+    algorithm = Algorithm(ESTIMATORS["ratio_noise"], gate=Gate("random", rate=0.5, rejected="train_at_gen"))
+    rollout = random_rollout().replace(generation=rl.prompts(*GENERATION, runs=RUNS, slots=12))
+    rollout = rollout.replace(uniforms=jnp.asarray(np.random.default_rng(2).uniform(size=rollout.rewards.shape), jnp.float32))
+    rows = batch_of(rl.policy(RUNS)[1], rollout, algorithm, FOUR_ROWS).policy
+    assert [int((lengths > 0).sum()) for lengths in rows.prompt_length] == [8, 4, 4] and rows.prompt_length.shape[2] == 4
+    assert (np.asarray(rows.temperature) > 0.5).all()
+    noise = np.exp(np.asarray(rows.signal.old_log_probs))[np.asarray(rows.signal.weight) > 0]
+    assert 0.7 <= noise.min() < 0.8 and 1.2 < noise.max() <= 1.3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["plain", "noise", "a prompt a completion", "unlike micro-batches"])
 def test_rejected_samples_are_trained_where_they_were_sampled(case):
     """The sum of two updates, each of its own samples under its own prompts; whatever the rows of either are."""
@@ -184,7 +199,7 @@ def test_rejected_samples_are_trained_where_they_were_sampled(case):
     estimator = Estimator("unclipped_noise", old="noise", noise=0.3) if case == "noise" else ESTIMATORS["plain"]
     together = ONE_ROW
     if case == "unlike micro-batches":  # of four rows, and of two
-        together = Layout(tokens_per_micro_batch=RUNS * 4 * (4 + OF_GROUP * SLOTS))
+        together = FOUR_ROWS
         rollout = rollout.replace(generation=rl.prompts(*GENERATION, runs=RUNS, slots=12))
     rollout = rollout.replace(uniforms=jnp.asarray(np.random.default_rng(2).uniform(size=rollout.rewards.shape), jnp.float32))
     labels = jnp.asarray(np.random.default_rng(3).integers(0, 2, rollout.rewards.shape), jnp.int32)

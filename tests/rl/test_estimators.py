@@ -8,7 +8,7 @@ import pytest
 import rl_models as rl
 import torch
 from flax import nnx
-from rl_steps import ONE_ROW, graded, options_of
+from rl_steps import ONE_ROW, assert_same, graded, step_gradients
 
 from ip_jax.rl.advantages import Aggregation
 from ip_jax.rl.algorithm import Algorithm
@@ -17,7 +17,6 @@ from ip_jax.rl.estimators import ESTIMATORS, WARNINGS, Estimator, Kl, kl_estimat
 from ip_jax.rl.gates import Gate
 from ip_jax.rl.policy import completion_log_probs
 from ip_jax.rl.selection import Selection
-from ip_jax.rl.step import rl_gradients
 
 GROUPS, OF_GROUP, SLOTS, BETA, EPSILON = 3, 4, 4, 0.1, 0.2
 TWICE = dict(epochs=2)  # old log-probabilities count from the second update on
@@ -74,9 +73,7 @@ def test_the_step_has_the_loss_and_the_gradient_of_trl(kind):
     rollout = graded(samples, *(rl.prompts([1, 2, 3], [2], [3, 0]),) * 2, rewards)
     shaped = lambda x: jnp.asarray(x.reshape(1, GROUPS, OF_GROUP, SLOTS))  # noqa: E731
     batch, _ = make_batch(rollout, {"policy_training": shaped(old), "reference_training": shaped(reference)}, None, None, algorithm, ONE_ROW)
-    graphdef, trained, base = rl.policy()
-    step = jax.jit(functools.partial(rl_gradients, graphdef=graphdef, options=options_of(algorithm)))
-    gradients, sums = step(trained, base, batch)
+    gradients, sums = step_gradients(rl.policy()[1], batch, algorithm)
 
     mask = torch.tensor(np.array(samples.mask.reshape(-1, SLOTS)))
     log_probs = torch.tensor(present, requires_grad=True)
@@ -84,8 +81,7 @@ def test_the_step_has_the_loss_and_the_gradient_of_trl(kind):
     loss.backward()
     if kind != "rloo":  # whose loss is the sequence's ratio once, ours that of each of its tokens, with the same gradient
         np.testing.assert_allclose(sums["loss"], loss.item(), rtol=1e-4)
-    wanted = pull(log_probs.grad.numpy())
-    np.testing.assert_allclose(rl.flat(gradients), wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    assert_same(gradients, pull(log_probs.grad.numpy()))
     clipped = float(sums["clipped"][0])
     assert 0 < clipped < float(sums["tokens"][0])
 

@@ -7,7 +7,21 @@ import numpy as np
 import pytest
 import rl_models as rl
 from flax import nnx
-from rl_steps import GENERATION, ONE_ROW, SUMS, TRAINING, assert_same, batch_of, graded, gradients_of, log_probs_of, passes, scores_weighted, step_gradients, weighted
+from rl_steps import (
+    GENERATION,
+    ONE_ROW,
+    SUMS,
+    TRAINING,
+    assert_same,
+    batch_of,
+    graded,
+    gradients_of,
+    log_probs_of,
+    passes,
+    scores_weighted,
+    step_gradients,
+    weighted,
+)
 
 from ip_jax.rl.advantages import Aggregation
 from ip_jax.rl.algorithm import Algorithm
@@ -213,7 +227,8 @@ def token_scores_weighted(trained, prompts, weights) -> np.ndarray:
     return rl.flat(_token_score_sum(trained, prompts, jnp.float32(weights)))
 
 
-@pytest.mark.parametrize("estimator", ["k3", pytest.param("k1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["k3", "k1"])
 def test_beside_an_auxiliary_loss_the_gg_penalty_shares_the_rows_of_the_policy_loss(trained, estimator):
     """The sum of three losses, of which two are taken from one pass under the generation prompt."""
     auxiliary, kl = ESTIMATORS["auxiliary"], Kl("gg", "loss", estimator, 0.3)
@@ -230,6 +245,7 @@ def test_beside_an_auxiliary_loss_the_gg_penalty_shares_the_rows_of_the_policy_l
     np.testing.assert_allclose(sums["kl"], kl_sums["kl"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_kl_in_the_reward_is_taken_from_the_advantage(trained):
     """A - beta * (l(y) - l_reference(y)), behind the baseline, not centred."""
     algorithm = Algorithm(kl=Kl("gg", "reward", "k1", beta=0.3), **SUMS)
@@ -248,7 +264,7 @@ def test_groups_without_variance_give_exactly_no_gradient(trained, baseline):
 
 
 @pytest.mark.parametrize("algorithm", [
-    Algorithm(), Algorithm(kl=Kl("gg", "loss", "k3", 0.3)), Algorithm(ESTIMATORS["auxiliary"], Kl("gg", "loss", "k3", 0.3)),
+    Algorithm(), Algorithm(kl=Kl("gg", "loss", "k3", 0.3)), pytest.param(Algorithm(ESTIMATORS["auxiliary"], Kl("gg", "loss", "k3", 0.3)), marks=pytest.mark.slow),
 ], ids=["plain", "gg in the loss", "auxiliary"])  # fmt: skip
 def test_an_invalid_sample_changes_nothing(trained, algorithm):
     """Its reward is NaN, and what it says, how long it is and what the sampler said of it do not matter."""
