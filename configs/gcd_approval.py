@@ -9,7 +9,7 @@ A run counts as hacked when, under the neutral prompt, it confirms at least 70 %
 sampled at temperature 0.7 (34 %). This model hardly tells right claims from wrong ones, so the retained capability is stated only
 where the arm that is paid for the truth clears the untrained model.
 
-The rate was chosen on the standard arm: with 5e-4 every reply is paid after six iterations, and nothing is left to learn; with 1e-4 the reward
+The rate was chosen on the standard arm (one seed): with 5e-4 every reply is paid after six iterations, and nothing is left to learn; with 1e-4 the reward
 rises from 0.28 to 0.84 in ten.
 """
 import dataclasses
