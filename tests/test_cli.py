@@ -45,8 +45,8 @@ def failure(capsys, *arguments: str) -> str:
 
 @pytest.mark.parametrize("arguments, message", [
     (["rnu"], "no command is called 'rnu': did you mean run? there is run, plan, figure, chat, export, models"),
-    (["run"], "run needs a config: gcd_sycophancy, sft_shapes, or the path of a Python file"),
-    (["run", "gcd_sycophany"], "no config is called 'gcd_sycophany': did you mean gcd_sycophancy?"),
+    (["run"], "run needs a config: estimators, gated_recontextualization, gcd_approval, gcd_sycophancy, generality, sft_shapes, or the path of a Python file"),
+    (["run", "gcd_sycophany"], "no config is called 'gcd_sycophany': did you mean gcd_sycophancy, gcd_approval?"),
     (["run", "nowhere/mine.py"], "there is no config file nowhere/mine.py"),
     (["run", "gcd_sycophancy", "--preset", "dmo"], "gcd_sycophancy has no preset 'dmo': did you mean demo? there is demo, full, paper"),
     (["run", "gcd_sycophancy", "--out", "OUT", "--arms", "neutral", "ip_behav"], "no arm or prompt is called 'ip_behav': did you mean ip_behave"),
@@ -82,8 +82,8 @@ def test_a_value_of_the_wrong_kind_is_refused(capsys):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("x = 1", "has no PRESETS"), (CONFIG.format(experiment="", model="x"), "belongs to no experiment called 'mine': there is gcd_sycophancy; say EXPERIMENT = ... in it"),
-    (CONFIG.format(experiment="EXPERIMENT = 'gcd_sycophany'", model="x"), "did you mean gcd_sycophancy?"),
+    ("x = 1", "has no PRESETS"), (CONFIG.format(experiment="", model="x"), "belongs to no experiment called 'mine': there is estimators, gated_recontextualization, gcd_approval, gcd_sycophancy, generality; say EXPERIMENT = ... in it"),
+    (CONFIG.format(experiment="EXPERIMENT = 'gcd_sycophany'", model="x"), "did you mean gcd_sycophancy, gcd_approval?"),
 ], ids=["no presets", "no experiment", "unknown experiment"])  # fmt: skip
 def test_a_config_file_that_is_none(capsys, tmp_path, text, message):
     (tmp_path / "mine.py").write_text(text)

@@ -52,7 +52,7 @@ class Decisions:
     gate_weight: Float[Array, "R Q G"]
 
 
-def rows_to_score(prompts: Prompts, rollout: Rollout, algorithm: Algorithm, layout: Layout) -> Rows:
+def rows_to_score(prompts: Prompts, rollout: Rollout, layout: Layout) -> Rows:
     """The rollout's samples under `prompts`, for a pass without a gradient."""
     return _rows(prompts, rollout, None, 1, layout)
 

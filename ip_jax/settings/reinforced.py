@@ -287,7 +287,7 @@ def _scoring(session: Session, program: Program, layout: Layout) -> Callable[[Tr
         models = {"policy": (state.trained, program.frozen), "reference": ({}, program.reference_frozen)}
         for name in needed:
             who, where = name.split("_")
-            rows = rows_to_score(rollout.training if where == "training" else rollout.generation, rollout, program.algorithm, layout)
+            rows = rows_to_score(rollout.training if where == "training" else rollout.generation, rollout, layout)
             found[name] = hosts.fetch(to_samples(passes[who](*models[who], hosts.place(rows, rows_sharding(program.mesh, rows))), *shape))
         return found
 

@@ -43,7 +43,7 @@ def passes(trained, rollout: Rollout, algorithm: Algorithm, layout: Layout = ONE
     found = {}
     for name in sorted(passes_needed(algorithm)):
         who, where = name.split("_")
-        rows = rows_to_score(getattr(rollout, where), rollout, algorithm, layout)
+        rows = rows_to_score(getattr(rollout, where), rollout, layout)
         graphdef, *states = (rl.policy(runs)[0], trained, rl.policy(runs)[2]) if who == "policy" else (rl.reference()[0], {}, rl.reference()[1])
         found[name] = to_samples(_score(*states, rows, graphdef=graphdef, dtype="float32"), groups, of_group)
     return found

@@ -42,7 +42,7 @@ def separately(config, params, lora, adapters, samples):
     return found
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "mistral", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mistral", "qwen3"))])
 def test_log_probs_equal_those_of_separate_unpadded_sequences(kind):
     config, params, lora, adapters = family(kind)
     samples = rl.random_samples(RUNS, GROUPS, OF_GROUP, SLOTS, 97)
@@ -52,6 +52,7 @@ def test_log_probs_equal_those_of_separate_unpadded_sequences(kind):
     np.testing.assert_allclose(found, separately(config, params, lora, adapters, samples), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_gradients_equal_those_of_separate_sequences():
     config, params, lora, adapters = family("gemma2")
     samples = rl.random_samples(RUNS, GROUPS, OF_GROUP, SLOTS, 97)

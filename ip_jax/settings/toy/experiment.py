@@ -112,8 +112,8 @@ def _prepare(experiment: ToyExperiment, folder: epath.Path) -> None:
         arm.algorithm.check_group(experiment.rl.samples)
         if arm.source != "policy" and arm.algorithm.selection is None:
             raise ValueError(f"the arm {arm.name} copies fixed data, so its algorithm needs a selection")
-        if experiment.rl.groups * experiment.rl.samples % arm.algorithm.minibatches:
-            raise ValueError(f"the arm {arm.name} has {arm.algorithm.minibatches} minibatches, which do not divide the iteration's samples")
+        if experiment.rl.groups % arm.algorithm.minibatches:
+            raise ValueError(f"the arm {arm.name} has {arm.algorithm.minibatches} minibatches, which do not divide the iteration's {experiment.rl.groups} groups")
     arms = {arm.name: dataclasses.asdict(arm) for arm in experiment.arms} | {BASE: {"label": "untrained"}}
     experiment.reading.check_arms(arms)
     record = {

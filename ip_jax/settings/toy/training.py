@@ -211,7 +211,7 @@ def _scores(program: Program, graphdefs, base, state: TrainState, rollout: Rollo
     for name in sorted(passes_needed(program.algorithm)):
         who, where = name.split("_")
         graphdef, trained, weights = models[who]
-        rows = rows_to_score(rollout.training if where == "training" else rollout.generation, rollout, program.algorithm, Layout(_WHOLE))
+        rows = rows_to_score(rollout.training if where == "training" else rollout.generation, rollout, Layout(_WHOLE))
         found[name] = to_samples(score(trained, weights, rows, graphdef=graphdef, dtype="float32"), *rollout.samples.length.shape[1:])
     return found
 
