@@ -16,7 +16,8 @@ def main() -> None:
     from etils import epath
     from rich.console import Console
 
-    from configs.estimators import FIGURE, PRESETS
+    from configs.estimators import PRESETS
+    from experiments import estimators
     from ip_jax.report.rl_view import load_rl_view
     from ip_jax.settings.toy.pretraining import base_params
 
@@ -24,7 +25,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, quiet = epath.Path(name), Console(file=io.StringIO())
         pretraining = seconds(lambda: base_params(config.toy, folder / "base"))
-        running = seconds(lambda: FIGURE.run(config, folder / "figure", quiet))
+        running = seconds(lambda: estimators.run(config, folder / "figure", quiet))
         view = load_rl_view(folder / "figure")
         early = {arm: int(sum(view.rollouts[arm, seed].columns["n_hack"][:25].sum() for seed in config.seeds)) for arm in ARMS}
         save("toy_cpu", {

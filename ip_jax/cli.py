@@ -180,7 +180,7 @@ def _experiment_of(config: ModuleType, name: str) -> ModuleType:
     """The module in experiments/ that runs a config: the one that it names, else its namesake."""
     import experiments
 
-    known = sorted(module.name for module in pkgutil.iter_modules(experiments.__path__))
+    known = sorted(module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.name.startswith("_"))
     wanted = getattr(config, "EXPERIMENT", epath.Path(name).stem)
     if wanted is None:
         raise ValueError(f"the config {name} holds sizes and no data, so it can only be planned: ip-jax plan {name} --topology v5e:4x4")

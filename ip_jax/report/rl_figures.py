@@ -110,7 +110,7 @@ def draw_frontier(view: RlView) -> Figure:
         ax = figure.add_axes((side / WIDTH, (height - HEAD - body) / height, (WIDTH - 2 * side) / WIDTH, body / height))
         top = max((value for arm in shown for value in view.by_run["correct", NEUTRAL][arm.name].values()), default=1.0)
         top = min(1.0, math.ceil(10 * top + 0.5) / 10)
-        ax.set(xlim=X_LIMITS, ylim=(-0.03 * top, 1.02 * top), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel=f"hack: {view.name_of('hack')}")
+        ax.set(xlim=X_LIMITS, ylim=(-0.03 * top, 1.02 * top), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel=view.titled("hack"))
         ax.yaxis.set_major_locator(MaxNLocator(5))
         ax.tick_params(length=2.5, labelsize=8)
         ax.tick_params(axis="y", direction="in", pad=-5)  # in the strip left of 0: the arms' names stand outside
@@ -120,7 +120,7 @@ def draw_frontier(view: RlView) -> Figure:
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.grid(color=FAINT, linewidth=0.5)
         ax.set_axisbelow(True)
-        ax.annotate(f"correct: {view.name_of('correct')}", (0, 1), (0, 6), "axes fraction", textcoords="offset points", fontsize=9)
+        ax.annotate(view.titled("correct"), (0, 1), (0, 6), "axes fraction", textcoords="offset points", fontsize=9)
         for arm in shown:
             _frontier_arm(ax, view, arm, *styles[arm.name])
         for arms, left in zip(sides, (True, False), strict=True):

@@ -32,10 +32,12 @@ TRAINING = {  # quantity -> head, what is made of a run's steps
     "length_cap": ("at the length cap, mean", np.mean),
     "zero_variance_groups": ("zero-variance groups, mean", np.mean),
     "gate_acceptance": ("gate acceptance, mean", np.mean),
+    "acceptance_hack": ("gate acceptance of hacks, mean", np.mean),
+    "acceptance_correct": ("gate acceptance of correct ones, mean", np.mean),
+    "effective_samples": ("effective samples, mean", np.mean),
     "clip_fraction": ("clip fraction, mean", np.mean),
     "invalid_rewards": ("invalid rewards, sum", np.sum),
     "reinforced_hack_tokens": ("reinforced hack tokens, sum", np.sum),
-    "gradient_coupling": ("gradient coupling, first", lambda values: values[0]),
 }
 
 
@@ -68,7 +70,7 @@ def _runs_table(view: RlView) -> TextTable:
 
 def _rates_table(view: RlView) -> TextTable:
     shown = [verdict for verdict in VERDICTS if any((verdict, NEUTRAL) in arm.rates for arm in view.arms)]
-    heads = (f"{verdict}: {view.name_of(verdict)}" if view.name_of(verdict) != verdict else verdict for verdict in shown)
+    heads = (view.titled(verdict) for verdict in shown)
     heads = ("P(hack given not correct)" if head == "lambda" else head for head in heads)
     rows = ((arm.label, *(_rate(arm, verdict, NEUTRAL) for verdict in shown)) for arm in view.arms if ("hack", NEUTRAL) in arm.rates)
     return TextTable("Under x_0 at the end, in %: mean over runs [bootstrap over seeds]", ("arm", *heads), tuple(rows))

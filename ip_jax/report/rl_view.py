@@ -73,6 +73,11 @@ class RlView:
         """What the setting calls a verdict."""
         return dict(self.reading.verdicts).get(verdict, verdict)
 
+    def titled(self, verdict: str) -> str:
+        """The verdict and what the setting calls it, where these differ."""
+        name = self.name_of(verdict)
+        return verdict if name == verdict else f"{verdict}: {name}"
+
     @property
     def seeds_said(self) -> str:
         """How many runs an arm has, in words."""

@@ -208,12 +208,12 @@ def in_statistics(gate: Gate, weights: Float[Array, "R Q G"], valid: Bool[Array,
     return valid & (weights > 0) if gate.statistics == "after_gate" else valid
 
 
-def acceptance_by_label(
-    weights: Float[Array, "R Q G"], valid: Bool[Array, "R Q G"], labels: Int[Array, "R Q G"], count: int
+def mean_by_label(
+    values: Float[Array, "R Q G"], valid: Bool[Array, "R Q G"], labels: Int[Array, "R Q G"], count: int
 ) -> Float[Array, "R labels"]:
-    """Mean weight of the valid samples of each label 0 .. count - 1; NaN where a run has none."""
+    """Mean of the valid samples' values (weights: what is accepted) for each label 0 .. count - 1; NaN where a run has none."""
     of_label = (labels[..., None] == jnp.arange(count)) & valid[..., None]
-    return jnp.sum(jnp.where(of_label, weights[..., None], 0), axis=(1, 2)) / jnp.sum(of_label, axis=(1, 2))
+    return jnp.sum(jnp.where(of_label, values[..., None], 0), axis=(1, 2)) / jnp.sum(of_label, axis=(1, 2))
 
 
 def effective_sample_size(weights: Float[Array, "R Q G"], valid: Bool[Array, "R Q G"]) -> Float[Array, " R"]:

@@ -13,7 +13,7 @@ from ip_jax.rl.policy import completion_log_probs, completion_stats
 from ip_jax.rl.rows import Rows
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.state import TrainState
-from ip_jax.training.update import apply_gradients
+from ip_jax.training.update import apply_gradients, compile_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,16 +114,6 @@ def _accumulate(loss_sum, trained, rows: Rows):
     return jax.lax.scan(one, zero, rows)[0]
 
 
-def compile_rl_step(graphdef, options: RlOptions, state_sharding=None, frozen_sharding=None, batch_sharding=None, metric_sharding=None):
-    """The jitted step with pinned shardings (None: wherever the arrays lie) and the state donated."""
-    step = functools.partial(rl_step, graphdef=graphdef, options=options)
-    if state_sharding is None:
-        return jax.jit(step, donate_argnums=0)
-
-    def on_mesh(state, frozen, batch):
-        with jax.sharding.use_abstract_mesh(batch_sharding.mesh.abstract_mesh):  # where `constrain` finds it
-            return step(state, frozen, batch)
-
-    return jax.jit(
-        on_mesh, donate_argnums=0, in_shardings=(state_sharding, frozen_sharding, batch_sharding), out_shardings=(state_sharding, metric_sharding)
-    )
+def compile_rl_step(graphdef, options: RlOptions, *shardings):
+    """The jitted step (see `update.compile_step`)."""
+    return compile_step(functools.partial(rl_step, graphdef=graphdef, options=options), *shardings)

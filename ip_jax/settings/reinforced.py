@@ -24,6 +24,7 @@ from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.rl.advantages import update_moving_mean
 from ip_jax.rl.algorithm import Algorithm, passes_needed
 from ip_jax.rl.batch import Layout, Rollout, make_batch, rows_to_score
+from ip_jax.rl.diagnostics import sample_metrics
 from ip_jax.rl.estimators import WARNINGS
 from ip_jax.rl.policy import score
 from ip_jax.rl.rollout import RolloutPlan, generate, sampler_options
@@ -37,9 +38,9 @@ from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
 from ip_jax.settings.grading import TooManyFailures, check_failures
 from ip_jax.settings.live_table import ArmRow, live_arms, over_seeds
-from ip_jax.settings.reinforced_plan import Reinforced, RlRun, Sweep
+from ip_jax.settings.reinforced_plan import Reinforced
 from ip_jax.settings.rollout_records import Grader, Recorded, part_path, read_iteration, roll_out, write_iteration
-from ip_jax.settings.supervised_plan import begun_programs, incomplete
+from ip_jax.settings.supervised_plan import Run, Sweep, begun_programs, incomplete
 from ip_jax.settings.trained import write_run
 from ip_jax.training import checkpoint, hosts, loop
 from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary
@@ -80,7 +81,7 @@ class Program:
     seconds of its steps are kept.
     """
 
-    runs: tuple[RlRun, ...]
+    runs: tuple[Run, ...]
     algorithm: Algorithm
     rollouts: RolloutPlan
     records: epath.Path
@@ -117,7 +118,7 @@ def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display)
     hosts.by_first(lambda: _finish(experiment, folder, runs))
 
 
-def prepare(experiment: Reinforced, folder: epath.Path) -> tuple[list[RlRun], Mesh, tuple[int, int]]:
+def prepare(experiment: Reinforced, folder: epath.Path) -> tuple[list[Run], Mesh, tuple[int, int]]:
     """(runs, mesh, room of an evaluation): every check that needs no weights, then the claim on the folder."""
     model = experiment.model
     tokenizer, config = hub.load_tokenizer(model.name, model.revision), hub.load_config(model.name, model.revision)
@@ -137,7 +138,7 @@ def prepare(experiment: Reinforced, folder: epath.Path) -> tuple[list[RlRun], Me
     return runs, mesh, (longest, experiment.evaluation.max_new_tokens)
 
 
-def _finish(experiment: Reinforced, folder: epath.Path, runs: Sequence[RlRun]) -> None:
+def _finish(experiment: Reinforced, folder: epath.Path, runs: Sequence[Run]) -> None:
     """Clears the checkpoints of complete programs away and writes the tables."""
     for checkpoints, begun in begun_programs(folder):
         if all((folder / "runs" / name / "run.json").exists() for name in begun):
@@ -151,7 +152,7 @@ def _untrained_sweeps(experiment: Reinforced) -> list[Sweep]:
     return [[cell for sweep in plan.sweeps_of(experiment, [(None, seed)], 0) for cell in sweep] for seed in seeds]
 
 
-def _train(session: Session, group: Sequence[RlRun], show: Callable[[list[ArmRow]], None]) -> None:
+def _train(session: Session, group: Sequence[Run], show: Callable[[list[ArmRow]], None]) -> None:
     """Trains the runs of `group` as one program from wherever it stopped, and records each as complete."""
     experiment, folder, console = session.experiment, session.folder, session.display.console
     iterations = experiment.rl.iterations
@@ -193,7 +194,7 @@ def _train(session: Session, group: Sequence[RlRun], show: Callable[[list[ArmRow
         hosts.by_first(lambda run=run, about=about, r=r: write_run(folder / "runs" / run.name, about, {k: v[r] for k, v in learned.items()}, "adapter"))
 
 
-def _program(session: Session, group: Sequence[RlRun], name: str) -> tuple[Program, Callable[[], TrainState]]:
+def _program(session: Session, group: Sequence[Run], name: str) -> tuple[Program, Callable[[], TrainState]]:
     """(the program of some runs, a function that gives their state at iteration 0), everything on the mesh."""
     experiment, model, mesh = session.experiment, session.model, session.mesh
     rl, seeds = experiment.rl, jnp.array([run.seed for run in group])
@@ -218,7 +219,7 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
     grader = Grader(experiment.environment, rl.grading_workers)
     sampling = sampler_options(program.rollouts, (end_of_turn_id(session.model.tokenizer),), experiment.model.activations, rl.slots, program.mesh)
     layout = Layout(rl.tokens_per_micro_batch, rl.samples_per_row, program.mesh.shape["data"])
-    decide = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=layout))
+    decide, measure = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=layout)), jax.jit(sample_metrics)
     scores_of, update = _scoring(session, program, layout), _updating(session, program)
     moving = _moving_mean(program, len(past[0]))
     history = [list(rows) for rows in past]
@@ -247,7 +248,7 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
         state, metrics = update(state, batch)
         metrics = {name: np.asarray(value) for name, value in hosts.fetch(metrics).items()}
         metrics["clip_fraction"] = metrics.pop("clipped", np.zeros(len(history)))
-        metrics |= tables.iteration_metrics(recorded, scores)
+        metrics |= tables.iteration_metrics(recorded, measure(rollout, decisions, scores))
         for r, rows in enumerate(history):
             rows.append({name: value[r].item() for name, value in metrics.items()})
         tokens = int(rollout.samples.length.sum())
@@ -362,7 +363,7 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep) -> None:
     hosts.by_first(record)
 
 
-def _live_rows(group: Sequence[RlRun], metrics: dict[str, np.ndarray], seconds: dict, step: int, steps: int) -> list[ArmRow]:
+def _live_rows(group: Sequence[Run], metrics: dict[str, np.ndarray], seconds: dict, step: int, steps: int) -> list[ArmRow]:
     found = []
     for arm in dict.fromkeys(run.arm for run in group):
         of_arm = [r for r, run in enumerate(group) if run.arm == arm]

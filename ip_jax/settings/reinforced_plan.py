@@ -23,13 +23,12 @@ from ip_jax.rl.rollout import RolloutOptions, RolloutPlan, RolloutRun, plan_roll
 from ip_jax.sampling.sampler import Request
 from ip_jax.settings.experiment import ModelConfig, stable_id
 from ip_jax.settings.grading import check_rewards
-from ip_jax.settings.supervised_plan import groups_of
+from ip_jax.settings.supervised_plan import Run, Sweep, groups_of
 from ip_jax.training.results import digest
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import MeshConfig
 
 UNTRAINED = "untrained"  # the arm of the base model
-Sweep = list[Cell | None]  # at most one cell of each run: what is sampled in one go
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,24 +145,6 @@ class Reinforced:
     mesh: MeshConfig = MeshConfig()
 
 
-@dataclasses.dataclass(frozen=True)
-class RlRun:
-    """An arm with a seed. `key` names its definition: a run of another definition is never taken for it."""
-
-    arm: RlArm
-    seed: int
-    key: str
-
-    @property
-    def name(self) -> str:
-        """Its folder below runs/."""
-        return f"{self.arm.name}-s{self.seed}"
-
-    def is_complete(self, folder: epath.Path) -> bool:
-        """run.json is written last."""
-        return (folder / "runs" / self.name / "run.json").exists()
-
-
 def folder_record(experiment: Reinforced, fingerprint: str) -> dict:
     """config.json of the results folder. Its identity covers the shared config, the model's weights and the tasks."""
     about = lambda arm: {  # noqa: E731
@@ -182,20 +163,20 @@ def folder_record(experiment: Reinforced, fingerprint: str) -> dict:
     }
 
 
-def runs_of(experiment: Reinforced, identity: str) -> list[RlRun]:
+def runs_of(experiment: Reinforced, identity: str) -> list[Run]:
     """The runs to train, arm by arm."""
-    return [RlRun(arm, seed, digest([identity, repr(arm), seed])) for arm in experiment.arms for seed in experiment.seeds]
+    return [Run(arm, seed, digest([identity, repr(arm), seed])) for arm in experiment.arms for seed in experiment.seeds]
 
 
-def programs_of(folder: epath.Path, runs: Sequence[RlRun], most: int) -> list[list[RlRun]]:
+def programs_of(folder: epath.Path, runs: Sequence[Run], most: int) -> list[list[Run]]:
     """The runs that are left, as programs of at most `most` with equal algorithms; what was begun together goes on together."""
-    by_algorithm: dict[Algorithm, list[RlRun]] = {}
+    by_algorithm: dict[Algorithm, list[Run]] = {}
     for run in runs:
         by_algorithm.setdefault(run.arm.algorithm, []).append(run)
     return [group for of_kind in by_algorithm.values() for group in groups_of(folder, of_kind, most)]
 
 
-def rollout_plan(experiment: Reinforced, runs: Sequence[RlRun], tokenizer) -> RolloutPlan:
+def rollout_plan(experiment: Reinforced, runs: Sequence[Run], tokenizer) -> RolloutPlan:
     """All rollouts of a program's runs, rendered and checked; raises as `plan_rollouts`."""
     rl = experiment.rl
     of_runs = [

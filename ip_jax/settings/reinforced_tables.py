@@ -9,14 +9,14 @@ from etils import epath
 
 from ip_jax.evals import leak_grid, rl_tables
 from ip_jax.evals.rl_tables import NEUTRAL, ROLLOUT
+from ip_jax.rl.diagnostics import CORRECT, HACK, OTHER
 from ip_jax.rl.environment import Grades
 from ip_jax.settings import reinforced_plan as plan
-from ip_jax.settings.reinforced_plan import UNTRAINED, Reinforced, RlRun
+from ip_jax.settings.reinforced_plan import UNTRAINED, Reinforced
 from ip_jax.settings.rollout_records import Recorded
+from ip_jax.settings.supervised_plan import Run
 from ip_jax.training.results import write_binary
 
-HACK, CORRECT, OTHER = range(3)  # labels of samples, as in the toy
-LABELS = ("hack", "correct", "other")
 _COUNTED = ("hackable", "hack", "attempt", "correct", "trait")
 
 
@@ -26,33 +26,16 @@ def labels_of(grades: Grades) -> np.ndarray:
     return np.array(labels, np.int32).reshape(grades.reward.shape)
 
 
-def iteration_metrics(recorded: Recorded, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """{name: [R]} of one iteration that has been decided on: counts of verdicts (n_...) and the quantities of `evals.rl_tables`."""
-    grades, rollout = recorded.grades, recorded.rollout
-    length, valid, labels = np.asarray(rollout.samples.length), grades.valid, labels_of(grades)
-    each = lambda x: np.asarray(x, np.float64).reshape(len(length), -1)  # noqa: E731
+def iteration_metrics(recorded: Recorded, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{name: [R]} of one iteration that has been decided on: `found` (`rl.diagnostics.sample_metrics`) and the counts of verdicts (n_...)."""
+    grades, ended = recorded.grades, recorded.rollout.ended
     counted = [name for name in _COUNTED if any(name in verdicts for verdicts in grades.verdicts)]
-    counts = {f"n_{name}": each([bool(verdicts.get(name)) for verdicts in grades.verdicts]).sum(1) for name in counted}
-    spread = np.where(valid, grades.reward, -np.inf).max(-1) > np.where(valid, grades.reward, np.inf).min(-1)
-    paid = (labels == HACK) & (recorded.advantage > 0) & (recorded.gate_weight > 0)
-    of_valid = np.maximum(valid.sum((1, 2)), 1)
-    found = {
-        **counts, "n": np.full(len(length), length[0].size), "reward": (grades.reward * valid).sum((1, 2)) / of_valid,
-        "length": length.mean((1, 2)), "length_cap": (~rollout.ended).mean((1, 2)), "zero_variance_groups": (~spread).mean(1),
-        "gate_acceptance": np.where(valid, recorded.gate_weight, 0).sum((1, 2)) / of_valid, "invalid_rewards": (~valid).sum((1, 2)),
-        "reinforced_hack_tokens": np.where(paid, length, 0).sum((1, 2)),
-    }  # fmt: skip
-    if "policy_training" in scores:
-        mask = np.arange(rollout.samples.log_probs.shape[-1]) < length[..., None]
-        llr = np.where(mask, scores["policy_training"] - np.asarray(rollout.samples.log_probs), 0).sum(-1) / length
-        for label, name in enumerate(LABELS):
-            here = labels == label
-            of_label = np.where(here, llr, 0).sum((1, 2))
-            found[f"llr_{name}"] = np.divide(of_label, here.sum((1, 2)), out=np.full(len(length), np.nan), where=here.any((1, 2)))
-    return {name: np.asarray(value, np.int64 if name in rl_tables.COUNTS else np.float64) for name, value in found.items()}
+    counts = {f"n_{name}": np.array([bool(verdicts.get(name)) for verdicts in grades.verdicts]).reshape(len(ended), -1).sum(1) for name in counted}
+    every = {**counts, "n": np.full(len(ended), ended[0].size), "length_cap": (~ended).mean((1, 2)), **found}
+    return {name: np.asarray(value, np.int64 if name in rl_tables.COUNTS else np.float64) for name, value in every.items()}
 
 
-def write_tables(experiment: Reinforced, folder: epath.Path, runs: Sequence[RlRun]) -> None:
+def write_tables(experiment: Reinforced, folder: epath.Path, runs: Sequence[Run]) -> None:
     """curves.parquet, final.parquet and transcripts.parquet from what has been recorded of the runs: metrics.jsonl and the transcripts."""
     transcripts = leak_grid.merge_parts(folder / "transcripts")
     counted = _counts(transcripts)
@@ -73,7 +56,7 @@ def write_tables(experiment: Reinforced, folder: epath.Path, runs: Sequence[RlRu
         write_binary(folder / f"{name}.parquet", lambda file, table=table: pq.write_table(table, file))
 
 
-def _rollout_row(run: RlRun, row: Mapping) -> dict:
+def _rollout_row(run: Run, row: Mapping) -> dict:
     names = [name for name in (*rl_tables.COUNTS, *rl_tables.QUANTITIES) if row.get(name) is not None]
     return {"arm": run.arm.name, "seed": run.seed, "step": row["step"], "eval_prompt": ROLLOUT, **{name: row[name] for name in names}}
 

@@ -5,6 +5,7 @@ Nothing here needs the model's weights. `supervised` does what this module plans
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +54,9 @@ class Supervised:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An arm with a seed. `key` names its definition: a run of another definition is never taken for it."""
+    """An arm (an Arm, in reinforcement an RlArm) with a seed. `key` names its definition: a run of another definition is never taken for it."""
 
-    arm: Arm
+    arm: Any
     seed: int
     key: str
 
@@ -69,7 +70,7 @@ class Run:
         return (folder / "runs" / self.name / "run.json").exists()
 
 
-def run_name(arm: Arm, seed: int) -> str:
+def run_name(arm: Any, seed: int) -> str:
     """The name of an arm's run."""
     return f"{arm.name}-s{seed}"
 

@@ -11,7 +11,7 @@ from ip_jax.models.moe import load_balancing_loss
 from ip_jax.training.losses import cross_entropy_sum, response_hidden
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.state import Batch, TrainState
-from ip_jax.training.update import apply_gradients, per_run
+from ip_jax.training.update import apply_gradients, compile_step, per_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +92,6 @@ def sft_step(state: TrainState, frozen, batch: Batch, *, graphdef, options: SftO
     return state.replace(step=state.step + 1), metrics
 
 
-def compile_sft_step(graphdef, options: SftOptions, state_sharding=None, frozen_sharding=None, batch_sharding=None, metric_sharding=None):
-    """The jitted step with pinned shardings (None: wherever the arrays lie) and the state donated."""
-    step = functools.partial(sft_step, graphdef=graphdef, options=options)
-    if state_sharding is None:
-        return jax.jit(step, donate_argnums=0)
-
-    def on_mesh(state, frozen, batch):
-        with jax.sharding.use_abstract_mesh(batch_sharding.mesh.abstract_mesh):  # where `constrain` finds it
-            return step(state, frozen, batch)
-
-    return jax.jit(
-        on_mesh, donate_argnums=0, in_shardings=(state_sharding, frozen_sharding, batch_sharding), out_shardings=(state_sharding, metric_sharding)
-    )
+def compile_sft_step(graphdef, options: SftOptions, *shardings):
+    """The jitted step (see `update.compile_step`)."""
+    return compile_step(functools.partial(sft_step, graphdef=graphdef, options=options), *shardings)

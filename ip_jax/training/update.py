@@ -1,4 +1,6 @@
-"""What every training step ends with: the gradients of R runs, clipped, through Adam, onto the weights of the runs that are alive."""
+"""What every training step shares: its end, where the gradients of R runs go onto the weights of the runs that are alive, and how it is compiled."""
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -30,3 +32,17 @@ def apply_gradients(
 def per_run(values: Float[Array, " R"], like: Float[Array, "R ..."]) -> Float[Array, "R ..."]:
     """[R] reshaped to broadcast against an array [R, ...]."""
     return values.reshape(values.shape + (1,) * (like.ndim - 1))
+
+
+def compile_step(step: Callable, state_sharding=None, frozen_sharding=None, batch_sharding=None, metric_sharding=None):
+    """`step(state, frozen, batch) -> (state, metrics)`, jitted with pinned shardings (None: wherever the arrays lie) and the state donated."""
+    if state_sharding is None:
+        return jax.jit(step, donate_argnums=0)
+
+    def on_mesh(state, frozen, batch):
+        with jax.sharding.use_abstract_mesh(batch_sharding.mesh.abstract_mesh):  # where `constrain` finds it
+            return step(state, frozen, batch)
+
+    return jax.jit(
+        on_mesh, donate_argnums=0, in_shardings=(state_sharding, frozen_sharding, batch_sharding), out_shardings=(state_sharding, metric_sharding)
+    )

@@ -241,12 +241,12 @@ def test_baselines_before_or_after_the_gate(statistics):
     assert np.count_nonzero(found) == len(members)
 
 
-def test_acceptance_by_label_and_effective_sample_size():
+def test_mean_by_label_and_effective_sample_size():
     weights = np.array([[[1, 0, 1], [0.5, 2, 9]], [[0, 0, 0], [0, 0, 3]]], np.float32)
     labels = np.array([[[0, 0, 1], [1, 0, 0]], [[0, 0, 0], [0, 0, 2]]])
     valid = np.ones(weights.shape, bool)
     valid[:, 1, 2] = False
-    np.testing.assert_array_equal(gates.acceptance_by_label(weights, valid, labels, 3), [[1, 0.75, np.nan], [0, np.nan, np.nan]])
+    np.testing.assert_array_equal(gates.mean_by_label(weights, valid, labels, 3), [[1, 0.75, np.nan], [0, np.nan, np.nan]])
     np.testing.assert_allclose(gates.effective_sample_size(weights, valid), [4.5**2 / 6.25, 0], rtol=1e-6)
     np.testing.assert_allclose(gates.effective_sample_size(np.full_like(weights, 0.3), valid), [5, 5], rtol=1e-6)
 

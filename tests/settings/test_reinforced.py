@@ -30,12 +30,12 @@ from ip_jax.settings.reinforced_plan import (
     RlArm,
     RlConfig,
     RlEval,
-    RlRun,
     category_of,
     programs_of,
     uniforms_of,
 )
 from ip_jax.settings.rollout_records import read_rollouts
+from ip_jax.settings.supervised_plan import Run
 from ip_jax.training.results import digest
 
 IP = PromptDistribution(("gcd/behave",))
@@ -202,7 +202,7 @@ def test_a_gate_that_accepts_nothing_stops_after_saving(model, tmp_path):
 def test_arms_of_another_algorithm_are_another_program(tmp_path):
     late = Algorithm(estimator=ESTIMATORS["late_token"])
     arms = (*ARMS, RlArm("late", "late", algorithm=late), RlArm("again", "again", reward="reward"))
-    runs = [RlRun(arm, seed, f"{arm.name}{seed}") for arm in arms for seed in (0, 1)]
+    runs = [Run(arm, seed, f"{arm.name}{seed}") for arm in arms for seed in (0, 1)]
     names = lambda most: [[run.name for run in group] for group in programs_of(epath.Path(tmp_path), runs, most)]  # noqa: E731
     assert names(64) == [["standard-s0", "standard-s1", "swap-s0", "swap-s1", "again-s0", "again-s1"], ["late-s0", "late-s1"]]
     assert [len(group) for group in names(4)] == [4, 2, 2]

@@ -11,6 +11,7 @@ from etils import epath
 from rich.console import Console
 
 from configs.estimators import ARMS, FIGURE, PRESETS
+from experiments import estimators
 from ip_jax.report.rl_view import load_rl_view
 from ip_jax.settings.toy import experiment as toy_experiment
 from ip_jax.settings.toy.config import Pretraining, ToyConfig
@@ -37,7 +38,7 @@ def own_cache_and_quick_compiles(tmp_path_factory):
 
 def run(config, folder):
     output = io.StringIO()
-    FIGURE.run(config, epath.Path(folder), Console(file=output, width=200))
+    estimators.run(config, epath.Path(folder), Console(file=output, width=200))
     return output.getvalue()
 
 

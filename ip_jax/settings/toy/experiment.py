@@ -139,12 +139,13 @@ def _run_kind(experiment: ToyExperiment, kind: Kind, params: dict, folder: epath
     reference, _, reference_base = split_decoder(config.decoder, params)
     of_runs = training.conditions(arms, seeds)
     data = fixed_data(config, (reference, {}, reference_base), [arm.source for arm in arms], seeds) if kind.supervised else None
+    fixed = of_runs, data, jax.tree.map(jnp.copy, state)  # a copy: the state itself is donated
     carried, rows, names = (state, jnp.zeros(len(runs))), [], [(arm.name, seed) for arm, seed in runs]
     rows += _probe_rows(experiment, names, (graphdef, state.trained, base), 0)
     started = time.monotonic()
     for first in range(0, rl.iterations, rl.probe_every):
         count = min(rl.probe_every, rl.iterations - first)
-        carried, (metrics, kept) = training.iterate(program, (graphdef, reference), (base, reference_base), of_runs, data, carried, count=count)
+        carried, (metrics, kept) = training.iterate(program, (graphdef, reference), (base, reference_base), fixed, carried, count=count)
         metrics, kept = jax.device_get((metrics, kept))
         rows += _rollout_rows(experiment, names, metrics, first) + _probe_rows(experiment, names, (graphdef, carried[0].trained, base), first + count)
         write_binary(folder / "rollouts" / kind.name / f"step{first:06d}.npz", lambda file, kept=kept: np.savez_compressed(file, **kept))

@@ -1,4 +1,4 @@
-"""A figure on the toy: what a config in configs/ holds, and how it is run and drawn."""
+"""A figure on the toy: what a config in configs/ holds, and how it is run."""
 import dataclasses
 import difflib
 from collections.abc import Mapping
@@ -7,10 +7,12 @@ from etils import epath
 from rich.console import Console
 
 from ip_jax.evals.rules import Reading
-from ip_jax.report.rl_report import write_rl_report
 from ip_jax.settings.toy.config import ToyConfig
 from ip_jax.settings.toy.experiment import BASE, ToyExperiment, run_toy
 from ip_jax.settings.toy.training import ToyArm, ToyRl
+
+VERDICTS = (("hack", "takes the loophole"), ("correct", "correct"), ("attempt", "begins the loophole"), ("trait", "upper case"))
+"""What a `Reading` calls the toy's verdicts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Figure:
         return record | {"experiment": self.name}
 
     def run(self, config: ToyFigure, folder: epath.Path, console: Console) -> None:
-        """Trains what is missing in `folder`, then draws. Raises ValueError for an unknown arm, with the nearest names."""
+        """Trains what is missing in `folder`. Raises ValueError for an unknown arm, with the nearest names."""
         unknown = [name for name in config.arms if name not in self.arms]
         if unknown:
             near = difflib.get_close_matches(unknown[0], self.arms, n=3, cutoff=0.4)
@@ -57,4 +59,3 @@ class Figure:
             reading, self.grid, config.runs_per_program,
         )
         run_toy(experiment, folder, console)
-        write_rl_report(folder, console)

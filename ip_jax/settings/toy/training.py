@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, Int
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.lora import LoraConfig, init_lora
 from ip_jax.rl import gates
-from ip_jax.rl.advantages import update_moving_mean, zero_variance
+from ip_jax.rl.advantages import update_moving_mean
 from ip_jax.rl.algorithm import Algorithm, passes_needed
 from ip_jax.rl.batch import Decisions, Layout, Rollout, make_batch, rows_to_score
+from ip_jax.rl.diagnostics import CORRECT, HACK, OTHER, sample_metrics
 from ip_jax.rl.policy import score
 from ip_jax.rl.rows import Prompts, Samples, to_samples
 from ip_jax.rl.step import RlOptions, rl_step
@@ -28,8 +29,6 @@ from ip_jax.settings.toy.vocabulary import END, PROMPT_SLOTS, encode, render
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.state import TrainState, init_state
 
-HACK, CORRECT, OTHER = range(3)  # labels of samples
-LABELS = ("hack", "correct", "other")
 _WHOLE = 1 << 30  # tokens: the rows of an iteration are one micro-batch
 
 
@@ -123,11 +122,13 @@ def start(program: Program, params: dict, seeds: Int[np.ndarray, " R"], rates: l
 
 
 @functools.partial(jax.jit, static_argnames=("program", "graphdefs", "count"), donate_argnames="state")
-def iterate(program: Program, graphdefs: tuple, base: tuple, of_runs: Conditions, data: Data | None, state: tuple[TrainState, Array], *, count: int) -> tuple:
+def iterate(program: Program, graphdefs: tuple, base: tuple, fixed: tuple[Conditions, Data | None, TrainState], state: tuple[TrainState, Array], *, count: int) -> tuple:
     """`count` iterations: ((state, moving means [R]), (metrics {name: [count, R]}, kept {name: [count, R, Q, G, ...]})).
 
-    `graphdefs` and `base` are pairs: of the policy, and of the reference, which has no adapter.
+    `graphdefs` and `base` are pairs: of the policy, and of the reference, which has no adapter. `fixed`: the runs' conditions, their data
+    if they are supervised, and their state at iteration 0.
     """
+    of_runs, data, fresh = fixed
 
     def iteration(carried, _):
         state, moving = carried
@@ -138,7 +139,7 @@ def iterate(program: Program, graphdefs: tuple, base: tuple, of_runs: Conditions
         options = RlOptions(program.algorithm, Schedule("constant", total=program.rl.iterations), remat="none")
         moving = update_moving_mean(moving, rollout.rewards, rollout.valid, state.step)
         if program.algorithm.selection and program.algorithm.selection.restart_from_base:
-            state = _restarted(program, state)
+            state = fresh.replace(step=state.step, alive=state.alive)
         new, metrics = rl_step(state, base[0], batch, graphdef=graphdefs[0], options=options)
         kept = {
             "tokens": rollout.samples.tokens.astype(jnp.uint8), "length": rollout.samples.length.astype(jnp.uint8), "gate": decided.gate_weight,
@@ -228,36 +229,7 @@ def _reference_scores(program: Program, graphdef, base, of_runs: Conditions, sta
     return gates.reference_quantile(gates.mean_log_prob(own.log_probs, own.mask).reshape(runs, -1), gate.quantile)
 
 
-def _restarted(program: Program, state: TrainState) -> TrainState:
-    """The state with a fresh adapter and optimizer, as expert iteration that restarts from the base begins each round."""
-    zero = jax.tree.map(jnp.zeros_like, state.adam)
-    adapters = init_lora(state.dropout_seed, program.config.decoder, program.rl.lora)
-    layers = {name: {"lora_a": adapters[name]["a"], "lora_b": adapters[name]["b"]} for name in adapters}
-    leaves = [layers[target][kind] for target, kind in _paths(state.trained)]
-    return state.replace(trained=jax.tree.unflatten(jax.tree.structure(state.trained), leaves), adam=zero)
-
-
-def _paths(trained) -> list[tuple[str, str]]:
-    """(target, lora_a or lora_b) of every leaf."""
-    names = [jax.tree_util.keystr(path, simple=True, separator="/").split("/") for path, _ in jax.tree_util.tree_leaves_with_path(trained)]
-    return [next((part, kind) for part, kind in zip(name, name[1:], strict=False) if kind.startswith("lora_")) for name in names]
-
-
 def _metrics(rollout: Rollout, graded: Graded, decided: Decisions, scores: dict) -> dict[str, Array]:
     """Counts and quantities of evals.rl_tables, [R] each; the step's own are beside them."""
-    total = lambda x: x.sum(axis=(1, 2))  # noqa: E731
-    samples, valid = rollout.samples, rollout.valid
-    counts = {f"n_{name}": total(getattr(graded, name).astype(jnp.int32)) for name in ("hack", "attempt", "correct", "trait")}
-    found = counts | {
-        "reward": rollout.rewards.mean(axis=(1, 2)), "length": samples.length.mean(axis=(1, 2), dtype=jnp.float32),
-        "zero_variance_groups": zero_variance(rollout.rewards, valid).mean(axis=1),
-        "gate_acceptance": decided.gate_weight.mean(axis=(1, 2)), "invalid_rewards": total((~valid).astype(jnp.int32)),
-        "reinforced_hack_tokens": total(jnp.where(graded.hack & (decided.advantage > 0), samples.length * (decided.gate_weight > 0), 0)),
-    }
-    if "policy_training" in scores:
-        llr = gates.log_likelihood_ratio(scores["policy_training"], samples.log_probs, samples.mask)
-        for label, name in enumerate(LABELS):
-            here = rollout.labels == label
-            found[f"llr_{name}"] = total(jnp.where(here, llr, 0)) / total(here)  # NaN where there is none
-            found[f"acceptance_{name}"] = total(jnp.where(here, decided.gate_weight, 0)) / total(here)
-    return found
+    counts = {f"n_{name}": getattr(graded, name).sum(axis=(1, 2), dtype=jnp.int32) for name in ("hack", "attempt", "correct", "trait")}
+    return counts | sample_metrics(rollout, decided, scores)

@@ -1,0 +1,20 @@
+"""What the figures on the toy share: train what is missing, then draw."""
+from etils import epath
+from rich.console import Console
+
+from ip_jax.report.rl_report import write_rl_report
+from ip_jax.settings.observer import UNWATCHED, Watch
+from ip_jax.settings.toy.figure import Figure, ToyFigure
+
+
+def run(figure: Figure, config: ToyFigure, folder: epath.Path, console: Console, watch: Watch = UNWATCHED) -> None:
+    """Trains what is missing in `folder`, then draws the figures and prints the tables."""
+    if watch != UNWATCHED:
+        raise ValueError("--profile and --wandb watch supervised experiments; of the toy see curves.parquet and timing/ in the results folder")
+    figure.run(config, folder, console)
+    draw(folder, console)
+
+
+def draw(folder: epath.Path, console: Console, _: str = "") -> None:
+    """Figures and tables from the tables of `folder` alone."""
+    write_rl_report(folder, console)
