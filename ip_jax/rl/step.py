@@ -41,7 +41,8 @@ def rl_step(state: TrainState, frozen, batch: RlBatch, *, graphdef, options: RlO
     """One iteration of R runs: (state, frozen weights, batch) -> (state, metrics [R], those of the last update).
 
     The weights of tokens travel with them and sum up to a run's loss, so the result does not depend on micro-batches, padding or
-    devices. A run whose loss or gradient is not finite is frozen from then on.
+    devices. A run whose loss or gradient is not finite is frozen from then on. `loss` is the surrogate's value: what counts is its gradient (of a
+    selection, or of plain with weights that are fixed, the value itself says nothing).
     """
     algorithm = options.algorithm
 
