@@ -44,8 +44,10 @@ PRESETS = {{
 }}
 """
 # Imports take longest: they are done before the command is given, while another process still runs.
+# An ignored interrupt is inherited, as from a shell that starts the tests in the background; here interrupts count.
 LAUNCHER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import experiments.gcd_sycophancy
 from ip_jax.cli import main
 print("ready", flush=True)

@@ -13,7 +13,7 @@ from ip_jax.sampling.sampler import Request, SamplerOptions, sample
 SAMPLES, SLOTS = 3, 7
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_groups_equal_requests(two_runs, stopped):
     """The same tokens and log-probabilities, zeros behind an end, for prompts of several lengths and a temperature for each run."""
     graphdef, lora, base = two_runs

@@ -48,6 +48,7 @@ def tiny(tmp_path_factory):
     return folder, run(TINY, folder)
 
 
+@pytest.mark.slow
 def test_a_folder_holds_curves_grid_rollouts_and_the_report(tiny):
     folder, output = tiny
     assert "3 arms x 2 seeds are 2 programs: standard, oracle; kl_tg" in output
@@ -65,6 +66,7 @@ def test_a_folder_holds_curves_grid_rollouts_and_the_report(tiny):
     assert all((folder / f"{name}.png").exists() for name in ("curves", "frontier", "forest")) and (folder / "report.md").exists()
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_run_again_and_what_was_stopped_ends_the_same(tiny, monkeypatch, tmp_path):
     folder, _ = tiny
     monkeypatch.setattr(toy_experiment, "_run_kind", lambda *_: pytest.fail("ran again"))
@@ -99,6 +101,7 @@ def test_a_prompt_of_the_grid_has_the_category_that_it_has_for_the_arm(arm, prom
     assert category_of(prompt, ARMS[arm]) == wanted
 
 
+@pytest.mark.slow
 def test_an_unknown_arm_and_another_config_are_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="no arm 'standrad': did you mean standard"):
         run(dataclasses.replace(TINY, arms=("standrad",)), tmp_path)

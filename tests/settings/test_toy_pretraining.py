@@ -18,7 +18,7 @@ from ip_jax.settings.toy.vocabulary import encode
 SHORT = ToyConfig(neutral=Effect(0.01, 0.1), pretraining=Pretraining(steps=600, batch_size=128, learning_rate=6e-3))
 
 
-@pytest.mark.parametrize("length", [1, 2, 4])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_samples_of_the_described_policy_have_the_rates_of_the_config(length):
     config = ToyConfig(loophole_length=length)
     count, loophole, trait = 40000, 0.2, 0.3
@@ -59,6 +59,7 @@ def rates(tmp_path_factory):
     return {pair: {name: rate[i] for name, rate in by_family.items()} for i, pair in enumerate([("neutral", False), *asked])}
 
 
+@pytest.mark.slow
 def test_prompts_have_their_effects_on_the_base(rates):
     neutral = rates["neutral", False]
     for held_out in (False, True):
