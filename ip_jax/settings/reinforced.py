@@ -7,7 +7,7 @@ and what is recorded is written, by the first one.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
 from ip_jax.settings.grading import TooManyFailures, check_failures
 from ip_jax.settings.live_table import ArmRow, live_arms, over_seeds
+from ip_jax.settings.measuring import measuring_couplings
 from ip_jax.settings.reinforced_plan import Reinforced
 from ip_jax.settings.rollout_records import Grader, Recorded, part_path, read_iteration, roll_out, write_iteration
 from ip_jax.settings.supervised_plan import Run, Sweep, begun_programs, incomplete
@@ -221,6 +222,8 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
     layout = Layout(rl.tokens_per_micro_batch, rl.samples_per_row, program.mesh.shape["data"])
     decide, measure = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=layout)), jax.jit(sample_metrics)
     scores_of, update = _scoring(session, program, layout), _updating(session, program)
+    needed, looks = passes_needed(algorithm), {0, *experiment.evaluation.steps} - {rl.iterations}
+    couplings = measuring_couplings(program.rollouts, looks, (program.graphdef, program.frozen), program.mesh, experiment.model.activations, rl.remat)
     moving = _moving_mean(program, len(past[0]))
     history = [list(rows) for rows in past]
 
@@ -238,8 +241,10 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
             raise loop.Halted(str(failures)) from failures
         sampled = time.monotonic()
         rollout = _rollout(program, recorded)
-        scores = scores_of(state, rollout)
-        batch, decisions = decide(rollout, scores, moving, None)
+        measured, scores = {}, scores_of(state, rollout, needed)
+        if step in looks:  # by the state that sampled it; likelihood ratios need the pass at x_t, which few algorithms do
+            measured, scores = couplings(state.trained, rollout, step), scores | scores_of(state, rollout, {"policy_training"} - needed)
+        batch, decisions = decide(rollout, {name: scores[name] for name in needed}, moving, None)
         recorded = dataclasses.replace(recorded, advantage=np.asarray(decisions.advantage), gate_weight=np.asarray(decisions.gate_weight))
         hosts.by_first(lambda: write_iteration(program.records, program.rollouts, recorded))
         moving = update_moving_mean(moving, rollout.rewards, rollout.valid, jnp.asarray(step))
@@ -248,7 +253,7 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
         state, metrics = update(state, batch)
         metrics = {name: np.asarray(value) for name, value in hosts.fetch(metrics).items()}
         metrics["clip_fraction"] = metrics.pop("clipped", np.zeros(len(history)))
-        metrics |= tables.iteration_metrics(recorded, measure(rollout, decisions, scores))
+        metrics |= tables.iteration_metrics(recorded, measure(rollout, decisions, scores)) | measured
         for r, rows in enumerate(history):
             rows.append({name: value[r].item() for name, value in metrics.items()})
         tokens = int(rollout.samples.length.sum())
@@ -269,9 +274,9 @@ def _rollout(program: Program, recorded: Recorded) -> Rollout:
     )
 
 
-def _scoring(session: Session, program: Program, layout: Layout) -> Callable[[TrainState, Rollout], dict[str, np.ndarray]]:
-    """(state, rollout) -> the passes without a gradient that the algorithm needs, [R, Q, G, C] each, in every process."""
-    dtype, needed = session.experiment.model.activations, sorted(passes_needed(program.algorithm))
+def _scoring(session: Session, program: Program, layout: Layout) -> Callable[[TrainState, Rollout, Set[str]], dict[str, np.ndarray]]:
+    """(state, rollout, names of `algorithm.passes_needed`) -> these passes without a gradient, [R, Q, G, C] each, in every process."""
+    dtype = session.experiment.model.activations
     graphdefs = {"policy": program.graphdef, "reference": program.reference}
 
     def compiled(graphdef):
@@ -283,10 +288,10 @@ def _scoring(session: Session, program: Program, layout: Layout) -> Callable[[Tr
 
     passes = {name: compiled(graphdef) for name, graphdef in graphdefs.items()}
 
-    def scores_of(state: TrainState, rollout: Rollout):
+    def scores_of(state: TrainState, rollout: Rollout, needed: Set[str]):
         found, shape = {}, rollout.rewards.shape[1:]
         models = {"policy": (state.trained, program.frozen), "reference": ({}, program.reference_frozen)}
-        for name in needed:
+        for name in sorted(needed):
             who, where = name.split("_")
             rows = rows_to_score(rollout.training if where == "training" else rollout.generation, rollout, layout)
             found[name] = hosts.fetch(to_samples(passes[who](*models[who], hosts.place(rows, rows_sharding(program.mesh, rows))), *shape))
