@@ -18,17 +18,18 @@ SAMPLES = 8  # of a label, for each run
 COUPLED = (HACK, CORRECT)
 
 
-def coupling_rows(rollout: Rollout, neutral: Prompts, count: int = SAMPLES) -> tuple[Rows, Rows]:
-    """The first `count` valid hacks of each run, then as many correct samples, in the order of the rollout: under the training prompts, and under
-    `neutral`, x_0 of each group. One sample a micro-batch [N, R, 1, 1, C]; a run with fewer of them has empty completions in their place.
+def coupling_rows(rollout: Rollout, neutral: Prompts, count: int = SAMPLES) -> Rows:
+    """The first `count` valid hacks of each run, then as many correct samples, in the order of the rollout, each under its training prompt and under
+    `neutral`, x_0 of each group: leaves [N, 2, R, 1, 1, ...]. A run with fewer of them has empty completions in their place.
     """
     valid = rollout.valid & (rollout.samples.length > 0)
     of_labels = [_first_of(valid & (rollout.labels == label), rollout, neutral, count) for label in COUPLED]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *of_labels)
 
 
-def _first_of(chosen: Bool[Array, "R Q G"], rollout: Rollout, neutral: Prompts, count: int) -> tuple[Rows, Rows]:
+def _first_of(chosen: Bool[Array, "R Q G"], rollout: Rollout, neutral: Prompts, count: int) -> Rows:
     runs, samples = len(chosen), rollout.samples
+    width = max(rollout.training.tokens.shape[-1], neutral.tokens.shape[-1])
     flat = chosen.reshape(runs, -1)
     index = jnp.argsort(~flat, axis=1, stable=True)[:, :count]
     found = jnp.take_along_axis(flat, index, axis=1)[..., None]  # [R, N, 1]
@@ -38,37 +39,38 @@ def _first_of(chosen: Bool[Array, "R Q G"], rollout: Rollout, neutral: Prompts, 
 
     def under(prompts: Prompts) -> Rows:
         own = index // (flat.shape[1] // prompts.length.shape[1])  # one prompt a group, or one a completion
-        return lay_out(Prompts(pick(prompts.tokens, own), pick(prompts.length, own)), picked, rollout.temperature, None, index.shape[1])
+        tokens = jnp.pad(pick(prompts.tokens, own), ((0, 0), (0, 0), (0, width - prompts.tokens.shape[-1])))
+        return lay_out(Prompts(tokens, pick(prompts.length, own)), picked, rollout.temperature, None, index.shape[1])
 
-    return under(rollout.training), under(neutral)
+    return jax.tree.map(lambda *pair: jnp.stack(pair, axis=1), under(rollout.training), under(neutral))
 
 
-def coupling(trained, frozen, rows: tuple[Rows, Rows], *, graphdef, dtype: str = "float32", remat: str = "none") -> Float[Array, "R N"]:
+def coupling(trained, frozen, rows: Rows, *, graphdef, dtype: str = "float32", remat: str = "none") -> Float[Array, "R N"]:
     """kappa of every sample of `coupling_rows`, NaN for an empty one and where a gradient is zero; all runs side by side, one sample at a time.
 
     log pi is taken at the sampling temperature. Two passes with a gradient for each sample that some run has.
     """
 
-    def log_prob(trained, micro: Rows):
-        return completion_log_probs(nnx.merge(graphdef, trained, frozen), micro, dtype, remat).sum()  # the gradient of the sum is each run's own
+    def gradient(micro: Rows):
+        log_prob = lambda trained: completion_log_probs(nnx.merge(graphdef, trained, frozen), micro, dtype, remat).sum()  # noqa: E731
+        return jax.grad(log_prob)(trained)  # of the sum over runs: each run's own
 
-    def of_sample(under: tuple[Rows, Rows]):
-        p, q = (jax.grad(log_prob)(trained, micro) for micro in under)
-        norms = jnp.sqrt(_dot(p, p)), jnp.sqrt(_dot(q, q))
-        defined = (norms[0] > 0) & (norms[1] > 0)
-        cosine = _dot(p, q) / jnp.where(defined, norms[0], 1) / jnp.where(defined, norms[1], 1)
-        return jnp.where(defined, cosine, jnp.nan)
+    def of_sample(pair: Rows):
+        gradients = jax.lax.map(gradient, pair)
+        (pp, pq), (_, qq) = ([_dot(gradients, i, j) for j in (0, 1)] for i in (0, 1))
+        defined = (pp > 0) & (qq > 0)
+        return jnp.where(defined, pq / jnp.sqrt(jnp.where(defined, pp, 1)) / jnp.sqrt(jnp.where(defined, qq, 1)), jnp.nan)
 
-    def one(under: tuple[Rows, Rows]):
-        nothing = jnp.full(under[0].length.shape[0], jnp.nan, jnp.float32)
-        return jax.lax.cond(jnp.any(under[0].length > 0), of_sample, lambda _: nothing, under)
+    def one(pair: Rows):
+        nothing = jnp.full(pair.length.shape[1], jnp.nan, jnp.float32)
+        return jax.lax.cond(jnp.any(pair.length > 0), of_sample, lambda _: nothing, pair)
 
     return jax.lax.map(one, rows).T
 
 
-def _dot(p, q) -> Float[Array, " R"]:
-    """Of each run's gradients, over all parameters."""
-    return sum(jnp.sum(a * b, axis=tuple(range(1, a.ndim)), dtype=jnp.float32) for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(q), strict=True))
+def _dot(gradients, i: int, j: int) -> Float[Array, " R"]:
+    """Of each run's gradients under two of the prompts, over all parameters [2, R, ...]."""
+    return sum(jnp.sum(g[i] * g[j], axis=tuple(range(1, g.ndim - 1)), dtype=jnp.float32) for g in jax.tree.leaves(gradients))
 
 
 def coupling_metrics(kappa: Float[Array, "R N"]) -> dict[str, Float[Array, " R"]]:

@@ -27,7 +27,7 @@ def measuring_couplings(
     neutral = {step: _neutral(plan, step) for step in steps}
     slots = -(-max(len(ids) for runs in neutral.values() for run in runs for ids in run) // PROMPT_QUANTUM) * PROMPT_QUANTUM
     graphdef, frozen = policy
-    lay_out, place = jax.jit(coupling_rows), NamedSharding(mesh, PartitionSpec(None, "run"))
+    lay_out, place = jax.jit(coupling_rows), NamedSharding(mesh, PartitionSpec(None, None, "run"))
 
     @jax.jit
     def on_mesh(trained, frozen, rows):
