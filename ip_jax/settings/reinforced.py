@@ -38,11 +38,13 @@ from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
 from ip_jax.settings.grading import TooManyFailures, check_failures
 from ip_jax.settings.live_table import ArmRow, live_arms, over_seeds
+from ip_jax.settings.observer import UNWATCHED, Watch, observer_of
 from ip_jax.settings.reinforced_plan import Reinforced
 from ip_jax.settings.rollout_records import Grader, Recorded, part_path, read_iteration, roll_out, write_iteration
 from ip_jax.settings.supervised_plan import Run, Sweep, begun_programs, incomplete
 from ip_jax.settings.trained import write_run
 from ip_jax.training import checkpoint, hosts, loop
+from ip_jax.training.profile import traced_steps
 from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary
 from ip_jax.training.sharding import (
     base_shardings,
@@ -71,21 +73,20 @@ class Session:
     model: hub.Pretrained
     mesh: Mesh
     room: tuple[int, int]
+    watch: Watch
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """Runs of one algorithm, their rollouts, and the decoders: the policy's, with adapters, and the reference, the same base without.
 
-    `frozen`, `reference_frozen`: the base's weights as each decoder takes them, the same arrays. `records` and `timing`: where its rollouts and the
-    seconds of its steps are kept.
+    `frozen`, `reference_frozen`: the base's weights as each decoder takes them, the same arrays. `records`: where its rollouts are kept.
     """
 
     runs: tuple[Run, ...]
     algorithm: Algorithm
     rollouts: RolloutPlan
     records: epath.Path
-    timing: epath.Path
     mesh: Mesh
     graphdef: nnx.GraphDef
     frozen: nnx.State
@@ -93,8 +94,8 @@ class Program:
     reference_frozen: nnx.State
 
 
-def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display) -> None:
-    """Trains and evaluates what is not complete yet in `folder`, then writes its tables.
+def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display, watch: Watch = UNWATCHED) -> None:
+    """Trains and evaluates what is not complete yet in `folder`, then writes its tables. `watch`: what to observe besides.
 
     Raises ValueError or OSError, each with one sentence, for everything that can be checked before the model is loaded.
     """
@@ -104,7 +105,7 @@ def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display)
     if groups or untrained:
         with display.console.status(f"loading {experiment.model.name}"):
             model = load_base(experiment.model, mesh)
-        session = Session(experiment, folder, display, model, mesh, room)
+        session = Session(experiment, folder, display, model, mesh, room, watch)
         listed = "; ".join(", ".join(run.name for run in group) for group in groups) or "nothing"
         display.console.print(f"to train, one program for each algorithm: {listed}", highlight=False)
         for sweep in untrained:
@@ -167,23 +168,28 @@ def _train(session: Session, group: Sequence[Run], show: Callable[[list[ArmRow]]
     if first:
         console.print(f"going on from the checkpoint of iteration {first}")
     logs = [MetricsLog(folder / "runs" / run.name / "metrics.jsonl", first) for run in group] if hosts.is_first() else []
-    timing = MetricsLog(program.timing, first) if hosts.is_first() else None
+    eval_steps = tuple(sorted({*experiment.evaluation.steps, iterations}))
+    configs = {run.name: {**experiment.shared, "arm": run.arm.name, "seed": run.seed} for run in group}
+    traced = traced_steps([None] * iterations, first, iterations, eval_steps)
+    observer = observer_of(session.watch, folder, digest(origin), configs, traced, console)
     past, clock = hosts.by_first(lambda: [list(log.rows) for log in logs]), {}
 
     def evaluate(state: TrainState, step: int):
-        sweeps = hosts.by_first(lambda: incomplete(folder, plan.sweeps_of(experiment, [(run.arm, run.seed) for run in group], step)))
-        for sweep in sweeps:
+        all_sweeps = plan.sweeps_of(experiment, [(run.arm, run.seed) for run in group], step)
+        for sweep in hosts.by_first(lambda: incomplete(folder, all_sweeps)):
             _evaluate(session, functools.partial(sample, program.graphdef, state.trained, program.frozen), sweep)
+        if observer.wandb:
+            hosts.by_first(lambda: observer.evaluated(step, tables.evaluation_rates(folder, all_sweeps)))
 
     def on_step(step: int, metrics: dict, _: dict):
         seconds = clock.pop(step)
-        if timing is not None:
-            timing.add({"step": step, **seconds})
+        observer.end(step, metrics, seconds, console)
         show(_live_rows(group, metrics, seconds, step, iterations))
 
-    options = loop.LoopOptions(iterations, tuple(sorted({*experiment.evaluation.steps, iterations})), experiment.rl.checkpoint_every)
-    step = _iteration(session, program, fresh, past, clock)
-    state = loop.train(state, step, logs, checkpoints, options, loop.Hooks(evaluate, on_step, timing.flush if timing else lambda: None))
+    options = loop.LoopOptions(iterations, eval_steps, experiment.rl.checkpoint_every)
+    step = observer.around(_iteration(session, program, fresh, past, clock))
+    with observer:
+        state = loop.train(state, step, logs, checkpoints, options, loop.Hooks(evaluate, on_step, observer.save))
     layers, alive = hosts.fetch((nnx.to_pure_dict(state.trained)["layers"], state.alive))
     learned = {f"{name}.{kind}": layers[name][f"lora_{kind}"] for name in layers for kind in ("a", "b")}
     for r, run in enumerate(group):
@@ -206,7 +212,7 @@ def _program(session: Session, group: Sequence[Run], name: str) -> tuple[Program
     placed = lambda weights: jax.device_put(weights, base_shardings(mesh, weights))  # noqa: E731
     program = Program(
         tuple(group), group[0].arm.algorithm, plan.rollout_plan(experiment, group, model.tokenizer), session.folder / "rollouts" / name,
-        session.folder / "timing" / f"{name}.jsonl", mesh, graphdef, placed(frozen), reference, placed(reference_frozen),
+        mesh, graphdef, placed(frozen), reference, placed(reference_frozen),
     )
     return program, lambda: start(trained)
 
@@ -231,7 +237,8 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
             raise loop.Halted(reason)
         started, replayed = time.monotonic(), hosts.by_first(lambda: part_path(program.records, step).exists())
         decoder = program.graphdef, state.trained, program.frozen
-        recorded = roll_out(program.records, program.rollouts, step, grader, lambda asked: generate(decoder, program.rollouts, asked, sampling))
+        with jax.profiler.TraceAnnotation("rollout"):
+            recorded = roll_out(program.records, program.rollouts, step, grader, lambda asked: generate(decoder, program.rollouts, asked, sampling))
         try:
             hosts.by_first(lambda: check_failures(recorded.grades, [run.name for run in program.runs], rl.max_failed))
         except TooManyFailures as failures:
@@ -245,8 +252,9 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
         moving = update_moving_mean(moving, rollout.rewards, rollout.valid, jnp.asarray(step))
         if algorithm.selection and algorithm.selection.restart_from_base:
             state = fresh().replace(step=state.step, alive=state.alive)
-        state, metrics = update(state, batch)
-        metrics = {name: np.asarray(value) for name, value in hosts.fetch(metrics).items()}
+        with jax.profiler.TraceAnnotation("update"):
+            state, metrics = update(state, batch)
+            metrics = {name: np.asarray(value) for name, value in hosts.fetch(metrics).items()}
         metrics["clip_fraction"] = metrics.pop("clipped", np.zeros(len(history)))
         metrics |= tables.iteration_metrics(recorded, measure(rollout, decisions, scores))
         for r, rows in enumerate(history):
