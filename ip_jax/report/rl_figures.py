@@ -220,19 +220,23 @@ def _forest_arm(left: Axes, right: Axes, y: int, arm: ArmNumbers, colour: str, m
 
 
 def head(figure: Figure, view: RlView, words: str) -> None:
+    """The figure's title: the experiment and `words`, below them how many arms and seeds."""
     height = figure.get_figheight()
     figure.text(0.012, 1 - 0.24 / height, f"{view.experiment.replace('_', ' ')}: {words}", fontsize=13, fontweight="bold", va="center")
     figure.text(0.012, 1 - 0.47 / height, f"{len(view.arms)} arms  ·  {view.seeds_said}", fontsize=9, color=SOFT, va="center")
 
 
 def provenance(view: RlView) -> str:
+    """The end of a caption: what the data are."""
     return f"Data: {view.provenance.rstrip('.')}."
 
 
 def wrapped(text: str) -> list[str]:
+    """The lines of a caption."""
     return textwrap.wrap(text, 172)
 
 
 def foot(figure: Figure, caption: Sequence[str]) -> None:
+    """The caption's lines at the figure's lower edge."""
     for i, line in enumerate(reversed(caption)):
         figure.text(0.012, (0.1 + TEXT_LINE * i) / figure.get_figheight(), line, fontsize=8, color=SOFT)
