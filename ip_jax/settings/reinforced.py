@@ -89,7 +89,7 @@ def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display)
     """
     runs, mesh, room = prepare(experiment, folder)
     groups = hosts.by_first(lambda: plan.programs_of(folder, runs, experiment.rl.runs_per_program))
-    untrained = hosts.by_first(lambda: incomplete(folder, _untrained_sweeps(experiment)))
+    untrained = hosts.by_first(lambda: incomplete(folder, plan.untrained_sweeps(experiment)))
     if groups or untrained:
         with display.console.status(f"loading {experiment.model.name}"):
             model = load_base(experiment.model, mesh)
@@ -117,14 +117,11 @@ def prepare(experiment: Reinforced, folder: epath.Path) -> tuple[list[Run], Mesh
     record = plan.folder_record(experiment, hub.fingerprint(model.name, model.revision))
     runs = plan.runs_of(experiment, record["identity"])
     plan.rollout_plan(experiment, runs, tokenizer)  # renders everything once: what does not fit is refused here
-    cells = [cell for run in runs for sweep in plan.sweeps_of(experiment, [(run.arm, run.seed)], experiment.rl.iterations) for cell in sweep]
-    cells += [cell for sweep in _untrained_sweeps(experiment) for cell in sweep]
-    by_prompt = {cell.eval_prompt: cell for cell in cells if cell}
-    longest = max(len(request.prompt_ids) for cell in by_prompt.values() for request in plan.requests_of(experiment, cell, tokenizer))
+    room = plan.evaluation_room(experiment, runs, tokenizer)
     keys = {run.name: run.key for run in runs}
     hosts.check_alike(digest([str(folder), record["identity"], keys]), "config, model or data")
     hosts.by_first(lambda: claim_folder(folder, record, keys))
-    return runs, mesh, (longest, experiment.evaluation.max_new_tokens)
+    return runs, mesh, room
 
 
 def _finish(experiment: Reinforced, folder: epath.Path, runs: Sequence[Run]) -> None:
@@ -133,12 +130,6 @@ def _finish(experiment: Reinforced, folder: epath.Path, runs: Sequence[Run]) -> 
         if all((folder / "runs" / name / "run.json").exists() for name in begun):
             checkpoints.rmtree()
     tables.write_tables(experiment, folder, runs)
-
-
-def _untrained_sweeps(experiment: Reinforced) -> list[Sweep]:
-    """All prompts in one sweep; once for greedy decoding, else for every seed."""
-    seeds = experiment.seeds if experiment.evaluation.temperature > 0 else experiment.seeds[:1]
-    return [[cell for sweep in plan.sweeps_of(experiment, [(None, seed)], 0) for cell in sweep] for seed in seeds]
 
 
 def _train(session: Session, group: Sequence[Run], show: Callable[[list[ArmRow]], None]) -> None:
