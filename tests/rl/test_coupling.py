@@ -1,4 +1,4 @@
-"""Gradient coupling against plain gradients of one run and one unpadded sequence at a time, and what must not change it."""
+"""Gradient coupling against plain gradients of one run and one sequence at a time, and what must not change it."""
 import functools
 
 import jax
@@ -55,23 +55,31 @@ def found(made, at_start: bool = False, runs: slice = slice(None)):
     return np.asarray(_coupling(of_runs(lora), base, coupling_rows(*of_runs(made), COUNT), graphdef=graphdef))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _gradient(graphdef, lora, base, ids, prompt: int, temperature):
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(graphdef, lora, base, ids, bounds, temperature):
+    """Of the log-probability of ids[bounds[0] : bounds[1]] behind what stands before them; what lies behind is not seen."""
+    place = jnp.arange(1, len(ids))
+
     def log_prob(lora):
         decoder = nnx.merge(graphdef, lora, base)
         hidden, _ = decoder(ids[None, None], jnp.arange(len(ids))[None, None], causal_attend)
         log_p = jax.nn.log_softmax(hidden[0, 0] @ decoder.vocabulary().T / temperature, axis=-1)
-        return log_p[jnp.arange(prompt - 1, len(ids) - 1), ids[prompt:]].sum()
+        return jnp.sum(log_p[place - 1, ids[1:]] * (place >= bounds[0]) * (place < bounds[1]))
 
     return jax.grad(log_prob)(lora)
 
 
 def alone(made, run: int, place: tuple[int, int], at_start: bool) -> float:
-    """The cosine in float64 of the gradients of one run's single, unpadded sequence under each prompt."""
+    """The cosine in float64 of the gradients of one run's single sequence under each prompt."""
     graphdef, lora, base = model(at_start)
     own, samples = jax.tree.map(lambda x: x[run : run + 1], lora), made[0].samples
     completion = np.asarray(samples.tokens)[run][place][: int(samples.length[run][place])].tolist()
-    p, q = (rl.flat(_gradient(graphdef, own, base, jnp.array(prompts[place[0]] + completion), len(prompts[place[0]]), TEMPERATURE[run]))[0] for prompts in (TRAINING, NEUTRAL))
+
+    def gradient(prompt: list[int]) -> np.ndarray:
+        ids, bounds = prompt + completion, np.array([len(prompt), len(prompt) + len(completion)])
+        return rl.flat(_gradient(graphdef, own, base, np.array(ids + [0] * (PROMPT + SLOTS - len(ids))), bounds, TEMPERATURE[run]))[0]
+
+    p, q = gradient(TRAINING[place[0]]), gradient(NEUTRAL[place[0]])
     return p @ q / np.linalg.norm(p) / np.linalg.norm(q)
 
 
@@ -103,8 +111,8 @@ def test_runs_together_are_runs_alone_and_padding_changes_nothing():
 def test_one_prompt_a_completion_is_taken_with_its_completion():
     made, neutral = rollout()
     each = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=1), made.training)
-    a, b = coupling_rows(made, neutral, COUNT), coupling_rows(made.replace(training=each), neutral, COUNT)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    of_groups, of_each = (jax.tree.leaves(coupling_rows(rollout, neutral, COUNT)) for rollout in (made, made.replace(training=each)))
+    assert len(of_groups) == 5 and all((a == b).all() for a, b in zip(of_groups, of_each, strict=True))
 
 
 def test_means_are_over_the_samples_that_a_run_has():
