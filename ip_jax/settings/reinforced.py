@@ -44,6 +44,7 @@ from ip_jax.settings.rollout_records import Grader, Recorded, part_path, read_it
 from ip_jax.settings.supervised_plan import Run, Sweep, begun_programs, incomplete
 from ip_jax.settings.trained import write_run
 from ip_jax.training import checkpoint, hosts, loop
+from ip_jax.training.meter import peak_memory
 from ip_jax.training.profile import traced_steps
 from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary
 from ip_jax.training.sharding import (
@@ -219,7 +220,7 @@ def _program(session: Session, group: Sequence[Run], name: str) -> tuple[Program
 
 def _iteration(session: Session, program: Program, fresh: Callable[[], TrainState], past: list[list[dict]], clock: dict[int, dict]) -> loop.RunStep:
     """One iteration of a program as the loop runs it. `past`: the rows that its runs have in metrics.jsonl, from which a resumed run knows what
-    came before; `clock` gets the seconds of each iteration, which are no part of the metrics.
+    came before; `clock` gets the seconds and the memory of each iteration, which are no part of the metrics.
     """
     experiment, algorithm, rl = session.experiment, program.algorithm, session.experiment.rl
     grader = Grader(experiment.environment, rl.grading_workers)
@@ -260,7 +261,8 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
         for r, rows in enumerate(history):
             rows.append({name: value[r].item() for name, value in metrics.items()})
         tokens = int(rollout.samples.length.sum())
-        clock[step] = {"tokens": tokens, "replayed": replayed, "rollout_seconds": sampled - started, "update_seconds": time.monotonic() - sampled}
+        spent = {"rollout_seconds": sampled - started, "update_seconds": time.monotonic() - sampled}
+        clock[step] = {"tokens": tokens, "replayed": replayed, **spent, "peak_memory_bytes": peak_memory()}
         return state, metrics, {}
 
     return run_step
