@@ -7,7 +7,7 @@ and what is recorded is written, by the first one.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
 from ip_jax.settings.grading import TooManyFailures, check_failures
 from ip_jax.settings.live_table import ArmRow, live_arms, over_seeds
+from ip_jax.settings.measuring import measuring_couplings
 from ip_jax.settings.observer import UNWATCHED, Watch, observer_of
 from ip_jax.settings.programs import sampler_options as eval_sampler_options
 from ip_jax.settings.reinforced_plan import Reinforced
@@ -204,6 +205,9 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
     sampling = sampler_options(program.rollouts, (end_of_turn_id(session.model.tokenizer),), experiment.model.activations, rl.slots, mesh)
     decide, measure = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=program.kind.layout)), jax.jit(sample_metrics)
     scores_of, update = _scoring(program), _updating(program)
+    needed, looks = passes_needed(algorithm), {0, *experiment.evaluation.steps} - {rl.iterations}
+    policy = program.decoders.policy, program.decoders.frozen
+    couplings = measuring_couplings(program.rollouts, looks, policy, mesh, experiment.model.activations, rl.remat)
     moving = _moving_mean(program, len(past[0]))
     history = [list(rows) for rows in past]
 
@@ -222,8 +226,10 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
             raise loop.Halted(str(failures)) from failures
         sampled = time.monotonic()
         rollout = _rollout(program, recorded)
-        scores = scores_of(state, rollout)
-        batch, decisions = decide(rollout, scores, moving, None)
+        measured, scores = {}, scores_of(state, rollout, needed)
+        if step in looks:  # by the state that sampled it; likelihood ratios need the pass at x_t, which few algorithms do
+            measured, scores = couplings(state.trained, rollout, step), scores | scores_of(state, rollout, {"policy_training"} - needed)
+        batch, decisions = decide(rollout, {name: scores[name] for name in needed}, moving, None)
         recorded = dataclasses.replace(recorded, advantage=np.asarray(decisions.advantage), gate_weight=np.asarray(decisions.gate_weight))
         hosts.by_first(lambda: write_iteration(program.records, program.rollouts, recorded))
         moving = update_moving_mean(moving, rollout.rewards, rollout.valid, jnp.asarray(step))
@@ -233,7 +239,7 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
             state, metrics = update(state, batch)
             metrics = {name: np.asarray(value) for name, value in hosts.fetch(metrics).items()}
         metrics["clip_fraction"] = metrics.pop("clipped", np.zeros(len(history)))
-        metrics |= tables.iteration_metrics(recorded, measure(rollout, decisions, scores))
+        metrics |= tables.iteration_metrics(recorded, measure(rollout, decisions, scores)) | measured
         for r, rows in enumerate(history):
             rows.append({name: value[r].item() for name, value in metrics.items()})
         tokens = int(rollout.samples.length.sum())
@@ -255,15 +261,15 @@ def _rollout(program: Program, recorded: Recorded) -> Rollout:
     )
 
 
-def _scoring(program: Program) -> Callable[[TrainState, Rollout], dict[str, np.ndarray]]:
-    """(state, rollout) -> the passes without a gradient that the algorithm needs, [R, Q, G, C] each, in every process."""
+def _scoring(program: Program) -> Callable[[TrainState, Rollout, Set[str]], dict[str, np.ndarray]]:
+    """(state, rollout, names of `algorithm.passes_needed`) -> these passes without a gradient, [R, Q, G, C] each, in every process."""
     kind, decoders = program.kind, program.decoders
     passes = {"policy": programs.score_pass(kind, decoders.policy), "reference": programs.score_pass(kind, decoders.reference)}
 
-    def scores_of(state: TrainState, rollout: Rollout):
+    def scores_of(state: TrainState, rollout: Rollout, needed: Set[str]):
         found, shape = {}, rollout.rewards.shape[1:]
         models = {"policy": (state.trained, decoders.frozen), "reference": ({}, decoders.reference_frozen)}
-        for name in sorted(passes_needed(kind.algorithm)):
+        for name in sorted(needed):
             who, where = name.split("_")
             rows = rows_to_score(rollout.training if where == "training" else rollout.generation, rollout, kind.layout)
             found[name] = hosts.fetch(to_samples(passes[who](*models[who], hosts.place(rows, programs.rows_sharding(kind.mesh, rows))), *shape))
