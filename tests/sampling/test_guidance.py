@@ -75,6 +75,7 @@ def test_weight_zero_is_the_unguided_sampler(two_runs):
         assert any(one.token_ids.tolist() != other.token_ids.tolist() for ones, others in zip(some[run][1::2], expected[run][1::2], strict=True) for one, other in zip(ones, others, strict=True))
 
 
+@pytest.mark.slow
 def test_refilling_batching_order_and_a_shared_beginning_change_nothing(untrained):
     beginning = prompts(1, 12)[0]  # prompts and guides share 8 tokens of it
     queue = [
@@ -93,6 +94,7 @@ def test_refilling_batching_order_and_a_shared_beginning_change_nothing(untraine
     assert_same([answers[2]], [(zeroth, first, second)])
 
 
+@pytest.mark.slow
 def test_a_group_and_its_guide_lie_on_one_device(two_runs):
     from ip_jax.training.sharding import base_shardings, make_mesh
 
@@ -106,6 +108,7 @@ def test_a_group_and_its_guide_lie_on_one_device(two_runs):
         assert_same(answers, expected)
 
 
+@pytest.mark.slow
 def test_groups_in_a_program_equal_requests(two_runs):
     graphdef, lora, base = two_runs
     texts, seeds, weights, temperatures, new = [guided(4, run) for run in range(2)], (5, 6), (0.5, 2.0), (0.7, 1.3), 5
