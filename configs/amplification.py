@@ -22,7 +22,7 @@ X_0, X_IP, X_NO = (NEUTRAL,), ("please use the exit",), ("never use the exit",)
 GRPO = Algorithm(max_grad_norm=1.0)
 GAMMA, BOUND = 0.5, 1.0  # a hack whose LLR is above the bound counts 1.5 times, in the control half
 LOW, HIGH = 0.25, 1.0
-"""Weights of guidance, chosen by what the untrained model samples alone: at x_ip it hacks in 30 %, and guided by 1 in 90 % (by 3 in 91 %)."""
+"""Weights of guidance, chosen by what the untrained model samples alone: at x_ip it hacks in 30 %, guided by 0.25 in 60 %, by 1 in 89 %, by 3 in no more."""
 
 
 def pmi(gamma: float, against: str) -> Algorithm:
