@@ -2,5 +2,5 @@
 import subprocess
 import sys
 
-for name in ("sft", "sampling", "mixture", "toy"):
+for name in ("sft", "sampling", "rollouts", "mixture", "toy"):
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

@@ -10,11 +10,18 @@ from ip_jax.settings.toy.figure import Figure, ToyFigure
 def run(figure: Figure, config: ToyFigure, folder: epath.Path, console: Console, watch: Watch = UNWATCHED) -> None:
     """Trains what is missing in `folder`, then draws the figures and prints the tables."""
     if watch != UNWATCHED:
-        raise ValueError("--profile and --wandb watch supervised experiments; of the toy see curves.parquet and timing/ in the results folder")
+        raise ValueError("--profile and --wandb do not watch the toy, whose iterations run inside one jitted loop: see curves.parquet and timing/ in the results folder")
     figure.run(config, folder, console)
     draw(folder, console)
 
 
-def draw(folder: epath.Path, console: Console, _: str = "") -> None:
-    """Figures and tables from the tables of `folder` alone."""
+def redraw(_: ToyFigure, folder: epath.Path, console: Console) -> None:
+    """As `run` draws."""
+    draw(folder, console)
+
+
+def draw(folder: epath.Path, console: Console, judge: str | None = None) -> None:
+    """Figures and tables from the tables of `folder` alone. Raises ValueError where a judge is chosen: the toy has none."""
+    if judge is not None:
+        raise ValueError("figures on the toy have no judge: --judge is for gcd_sycophancy")
     write_rl_report(folder, console)

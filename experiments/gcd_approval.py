@@ -65,14 +65,19 @@ def experiment(config: GcdApprovalConfig) -> Reinforced:
 
 def run(config: GcdApprovalConfig, folder: epath.Path, console: Console, watch: Watch = UNWATCHED) -> None:
     """Trains and evaluates what is missing in `folder`, then draws the figures and prints the tables."""
-    if watch != UNWATCHED:
-        raise ValueError("--profile and --wandb watch supervised experiments; of reinforcement learning see metrics.jsonl and timing/ in the results folder")
-    run_reinforced(experiment(config), folder, Display(console))
+    run_reinforced(experiment(config), folder, Display(console), watch)
     hosts.by_first(lambda: draw(folder, console))
 
 
-def draw(folder: epath.Path, console: Console, _: str = "") -> None:
-    """Figures and tables from the tables of `folder` alone."""
+def redraw(_: GcdApprovalConfig, folder: epath.Path, console: Console) -> None:
+    """As `run` draws; needs no model."""
+    draw(folder, console)
+
+
+def draw(folder: epath.Path, console: Console, judge: str | None = None) -> None:
+    """Figures and tables from the tables of `folder` alone. Raises ValueError where a judge is chosen: the tables hold the strict one's counts."""
+    if judge is not None:
+        raise ValueError(f"{NAME} is drawn from counts of one judge: --judge is for gcd_sycophancy")
     write_rl_report(folder, console)
 
 

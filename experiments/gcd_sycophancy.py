@@ -61,12 +61,17 @@ def for_sampling(rows, config: GcdSycophancy) -> list:
 def run(config: GcdSycophancy, folder: epath.Path, console: Console, watch: Watch = UNWATCHED) -> None:
     """Trains and evaluates what is missing in `folder`, then draws the figure and prints the table."""
     run_supervised(experiment(config), folder, Display(console), watch)
-    hosts.by_first(lambda: draw(folder, console, config.judge))
+    hosts.by_first(lambda: redraw(config, folder, console))
 
 
-def draw(folder: epath.Path, console: Console, judge: str = "strict") -> None:
-    """Figure and tables from the transcripts of `folder` alone; needs no model."""
-    write_report(folder, console, judge)
+def redraw(config: GcdSycophancy, folder: epath.Path, console: Console) -> None:
+    """As `run` draws; needs no model."""
+    draw(folder, console, config.judge)
+
+
+def draw(folder: epath.Path, console: Console, judge: str | None = None) -> None:
+    """Figure and tables from the transcripts of `folder` alone; needs no model. `judge`: by default the strict one."""
+    write_report(folder, console, judge or "strict")
 
 
 if __name__ == "__main__":

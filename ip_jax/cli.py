@@ -93,7 +93,7 @@ def _run(arguments: list[str], console: Console) -> None:
         _join(options, console)
     console.print(f"results: {folder}", highlight=False)
     if options.redraw:
-        experiment.draw(folder, console, getattr(config, "judge", "strict"))
+        experiment.redraw(config, folder, console)
         return
     console.print(f"compiled programs: {_enable_compile_cache()}", highlight=False)
     experiment.run(config, folder, console, watch)
@@ -199,7 +199,7 @@ def default_folder(experiment: ModuleType, config) -> epath.Path:
 def _figure(arguments: list[str], console: Console) -> None:
     parser = argparse.ArgumentParser(prog="ip-jax figure", description="Draws the figure and prints the table of a results folder; needs no model.")
     parser.add_argument("folder")
-    parser.add_argument("--judge", choices=("strict", "published"), default="strict")
+    parser.add_argument("--judge", choices=("strict", "published"), help="of experiments with two judges; strict by default")
     options = parser.parse_args(arguments)
     folder, record = _results(options.folder)
     importlib.import_module(f"experiments.{record['experiment']}").draw(folder, console, options.judge)

@@ -134,6 +134,33 @@ def test_redraw_needs_no_model(capsys, config, tmp_path):
     assert "nowhere" in failure(capsys, "run", config, "--out", str(tmp_path / "other")), "while training asks for it"
 
 
+def test_redraw_follows_the_judge_of_the_config(monkeypatch, config, tmp_path):
+    from experiments import gcd_sycophancy
+
+    drawn = []
+    monkeypatch.setattr(gcd_sycophancy, "write_report", lambda folder, console, judge: drawn.append(judge))
+    for chosen in ([], ["--judge", "published"]):
+        cli.main(["run", config, "--redraw", "--out", str(tmp_path), *chosen])
+    (tmp_path / "config.json").write_text(json.dumps({"experiment": "gcd_sycophancy"}))
+    for chosen in ([], ["--judge", "published"]):
+        cli.main(["figure", str(tmp_path), *chosen])
+    assert drawn == ["strict", "published"] * 2
+
+
+def test_experiments_without_a_choice_of_judges_are_redrawn_and_refuse_one(capsys, tmp_path):
+    sys.path.insert(0, str(Path(__file__).parent / "report"))
+    import rl_synthetic
+
+    folder = rl_synthetic.write_folder(tmp_path / "out", {name: rl_synthetic.KINDS[name] for name in ("base", "standard", "oracle")}, 1)
+    cli.main(["run", "generality", "--redraw", "--out", str(folder)])
+    assert (folder / "report.md").exists() and "Hacked runs" in capsys.readouterr().out
+    for experiment, says in (("generality", "figures on the toy have no judge"), ("gcd_approval", "gcd_approval is drawn from counts of one judge")):
+        record = json.loads((folder / "config.json").read_text()) | {"experiment": experiment}
+        (folder / "config.json").write_text(json.dumps(record))
+        said = failure(capsys, "figure", str(folder), "--judge", "published")
+        assert f"{says}: --judge is for gcd_sycophancy" in " ".join(said.split())
+
+
 def test_redraw_of_nothing_is_one_sentence(capsys, config, tmp_path):
     said = failure(capsys, "run", config, "--redraw", "--out", str(tmp_path / "none"))
     assert "config.json is missing" in said and "\n" not in said
@@ -149,6 +176,19 @@ def test_what_to_watch_reaches_the_experiment(capsys, monkeypatch, tmp_path, giv
     cli.main(["run", "gcd_sycophancy", "--out", str(tmp_path / "out"), *given, "--seeds", "3", "--profile"])
     assert seen == [((3,), Watch(profile=True, wandb=project))]
     assert "compiled programs: nowhere" in capsys.readouterr().out
+
+
+def test_what_to_watch_reaches_reinforcement_learning_and_the_toy_says_no(capsys, monkeypatch, tmp_path):
+    from experiments import gcd_approval
+
+    seen = []
+    monkeypatch.setattr(gcd_approval, "experiment", lambda config: config.preset)
+    monkeypatch.setattr(gcd_approval, "run_reinforced", lambda experiment, folder, display, watch: seen.append((experiment, watch)))
+    monkeypatch.setattr(gcd_approval, "draw", lambda folder, console: None)
+    cli.main(["run", "gcd_approval", "--out", str(tmp_path / "out"), "--profile"])
+    assert [watch for _, watch in seen] == [Watch(profile=True)]
+    said = failure(capsys, "run", "generality", "--out", str(tmp_path / "toy"), "--profile")
+    assert "--profile and --wandb do not watch the toy" in said and not (tmp_path / "toy").exists()
 
 
 def test_wandb_without_its_package_is_one_sentence(capsys, monkeypatch, tmp_path):

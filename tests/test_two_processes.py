@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
@@ -48,10 +49,11 @@ main(sys.argv[1:])
 """
 
 
-def start(arguments: list[str], root: Path, name: str, devices: int) -> "Process":
+def start(arguments: list[str], root: Path, name: str, devices: int, flags: str = "") -> "Process":
     environment = {key: value for key, value in os.environ.items() if key != "IP_JAX_DATA_DIR"}
     environment |= {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "IP_JAX_CACHE": str(root / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [environment.get("PYTHONPATH")])]),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "IP_JAX_CACHE": str(root / "cache"),
     }
     with open(root / f"{name}.log", "wb") as output:
         popen = subprocess.Popen([sys.executable, "-c", *arguments], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, cwd=root, env=environment)
@@ -76,8 +78,8 @@ class Process:
         """What it printed, without what XLA and its collectives log."""
         return "\n".join(line for line in self.log.read_text().splitlines() if line and "Gloo" not in line and "peer ranks" not in line)
 
-    def ends(self) -> int:
-        return self.popen.wait(timeout=200)
+    def ends(self, within: float = 200) -> int:
+        return self.popen.wait(timeout=within)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +158,64 @@ def test_two_processes_are_killed_and_one_goes_on_as_if_it_had_been_alone(workpl
     assert workplace.transcripts() == alone.transcripts()
     sessions = json.loads((workplace.folder / "environment.json").read_text())["sessions"]
     assert [session["processes"] for session in sessions] == [1]
+
+
+REINFORCED = """
+import sys
+model, folder, *where = sys.argv[1:]
+from ip_jax.training import hosts
+if where:
+    hosts.start(hosts.Cluster(where[0], 2, int(where[1])), patience=60)
+from etils import epath
+from rich.console import Console
+from tiny_reinforced import make
+from ip_jax.settings.display import Display
+from ip_jax.settings.reinforced import run_reinforced
+
+run_reinforced(make(model), epath.Path(folder), Display(Console(quiet=not hosts.is_first())))
+"""
+
+
+def rollouts(folder: Path) -> list[dict]:
+    paths = sorted(folder.glob("rollouts/*/step*.parquet"))
+    assert len(paths) == 4
+    return pa.concat_tables([pq.read_table(path) for path in paths]).to_pylist()
+
+
+@pytest.mark.slow
+def test_two_processes_reinforce_as_one(tmp_path):
+    """The same rollouts, verdicts and tables, log-probabilities and weights but for the rounding of other matrix shapes; the first process alone grades, writes and prints."""
+    (tmp_path / "model").mkdir()
+    write_model(tmp_path / "model")
+    at, flags = f"127.0.0.1:{free_port()}", "--xla_backend_optimization_level=0"  # most of the time goes into compiling
+    arguments = [REINFORCED, str(tmp_path / "model")]
+    both = [start([*arguments, str(tmp_path / "two"), at, str(i)], tmp_path, f"p{i}", 2, flags) for i in range(2)]
+    alone = start([*arguments, str(tmp_path / "one")], tmp_path, "alone", 1, flags)
+    assert [process.ends(within=500) for process in (*both, alone)] == [0, 0, 0], "\n\n".join(process.said() for process in (*both, alone))
+    assert both[1].said() == "" and "evaluated standard, swap after 4 iterations" in both[0].said()
+
+    close = {"log_probs": 1e-5, "advantage": 1e-6, "gate_weight": 0}
+    ours, theirs = rollouts(tmp_path / "two"), rollouts(tmp_path / "one")
+    assert [{name: value for name, value in row.items() if name not in close} for row in ours] == [
+        {name: value for name, value in row.items() if name not in close} for row in theirs
+    ]
+    for name, tolerance in close.items():
+        for mine, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(mine[name], other[name], atol=tolerance, rtol=0)
+    for run in ("standard-s0", "swap-s0"):
+        mine, other = (load_file(tmp_path / where / "runs" / run / "adapter.safetensors") for where in ("two", "one"))
+        for name in other:
+            assert np.abs(other[name]).max() > 1e-3
+            np.testing.assert_allclose(mine[name], other[name], atol=5e-6)
+    for table in ("final", "transcripts"):
+        mine, other = (pq.read_table(tmp_path / where / f"{table}.parquet") for where in ("two", "one"))
+        assert mine.equals(other), table
+    mine, other = (pq.read_table(tmp_path / where / "curves.parquet") for where in ("two", "one"))
+    for name in mine.column_names:
+        if pa.types.is_floating(mine.schema.field(name).type):
+            np.testing.assert_allclose(mine[name].to_numpy(), other[name].to_numpy(), atol=1e-4, err_msg=name)
+        else:
+            assert mine[name].equals(other[name]), name
 
 
 PRIMITIVES = """

@@ -13,7 +13,7 @@ from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.training import MODEL
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.families import DecoderConfig
-from ip_jax.planning.estimate import layer_matrix_params
+from ip_jax.models.flops import layer_matrix_params
 from ip_jax.sampling.sampler import Request, sample
 from ip_jax.settings import programs
 from ip_jax.settings.experiment import EvalConfig

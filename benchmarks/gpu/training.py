@@ -13,8 +13,8 @@ from benchmarks.gpu.model import one_device, random_params
 from benchmarks.gpu.sizes import Sizes
 from ip_jax.data.packing import PackedShape, pack_step, plan_shapes
 from ip_jax.models.families import DecoderConfig
+from ip_jax.models.flops import layer_matrix_params
 from ip_jax.models.lora import LoraConfig
-from ip_jax.planning.estimate import layer_matrix_params
 from ip_jax.planning.programs import lower_step
 from ip_jax.planning.workload import Workload
 from ip_jax.prompts.chat import Rendered

@@ -109,4 +109,9 @@ def merge_parts(folder: epath.Path) -> pa.Table:
     parts = sorted(folder.glob("*.parquet"))
     if not parts:
         raise FileNotFoundError(f"{folder} holds no transcripts yet: run the experiment first")
-    return pa.concat_tables([pq.read_table(pa.BufferReader(path.read_bytes())) for path in parts])  # by epath: pyarrow has credentials of its own for object stores
+    return pa.concat_tables([read_part(path) for path in parts])
+
+
+def read_part(path: epath.Path) -> pa.Table:
+    """One part file."""
+    return pq.read_table(pa.BufferReader(path.read_bytes()))  # by epath: pyarrow has credentials of its own for object stores

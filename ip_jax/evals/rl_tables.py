@@ -79,6 +79,11 @@ class Curve:
         of = self.hackable if name in ("hack", "attempt") else self.columns["n"]
         return np.divide(self.columns[f"n_{name}"], of, out=np.full(len(of), np.nan), where=of > 0)
 
+    def counts(self, index: int) -> Counts:
+        """What was counted at the `index`-th of `steps`."""
+        found = {name: self.columns[name][index] for name in COUNTS}
+        return Counts(**{name: None if np.isnan(value) else int(value) for name, value in found.items()})
+
 
 class Cell(NamedTuple):
     """One evaluation prompt of a run's leak grid."""

@@ -11,34 +11,35 @@ from rich.console import Console
 
 from ip_jax.data.packing import PackedShape
 from ip_jax.models import hub
-from ip_jax.planning import estimate, report
+from ip_jax.planning import estimate, reinforced, reinforced_workload, report
+from ip_jax.planning import sampled as sampling
 from ip_jax.planning.chips import Topology
-from ip_jax.planning.estimate import Phase, Planned
-from ip_jax.planning.hlo import Cost
+from ip_jax.planning.estimate import Planned
 from ip_jax.planning.programs import (
     Compiled,
     TooLarge,
-    compile_lowered,
     compile_step,
     initial,
     lower_sampler,
     per_device,
 )
+from ip_jax.planning.reinforced_workload import RlShapes, RlWorkload
 from ip_jax.planning.search import Candidate, candidates, ranked
-from ip_jax.planning.workload import Sampling, Shapes, Workload, declared, measured
+from ip_jax.planning.workload import Shapes, Workload, declared, measured
 from ip_jax.settings.experiment import SftConfig
+from ip_jax.settings.reinforced_plan import RlConfig
 from ip_jax.training.sharding import MeshConfig, mesh_sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """What is planned: the mesh that its config asks for, its model's heads, and its work on a mesh, `work_on(mesh, None)`;
-    `work_on(mesh, sft)` is the same training with these settings, without evaluations.
+    `work_on(mesh, sft)` is the same training with these settings, without evaluations (supervised work alone).
     """
 
     mesh: MeshConfig
     n_heads: int
-    work_on: Callable[[Mesh | AbstractMesh, SftConfig | None], Workload]
+    work_on: Callable[[Mesh | AbstractMesh, SftConfig | None], Workload | RlWorkload]
 
     def mesh_on(self, topology: Topology) -> Mesh | AbstractMesh:
         """The mesh over all devices, as a run makes it. Raises as `mesh_sizes`."""
@@ -47,18 +48,24 @@ class Subject:
 
 
 def subject_of(config, model: str | None, experiment_of: Callable) -> Subject:
-    """The subject of a config. `experiment_of(config)` gives the Supervised of a config with data; `model` is the name of another
-    model to plan for. Raises ValueError for a config that trains by reinforcement.
+    """The subject of a config. `experiment_of(config)` gives the Supervised or Reinforced of a config with data; `model` is the name of
+    another model to plan for. Raises ValueError for the toy.
     """
-    if not hasattr(config, "sft"):
-        raise ValueError("plan compiles supervised training, and this config trains by reinforcement, whose step and rollouts it does not know yet")
+    by_reward = isinstance(getattr(config, "rl", None), RlConfig)
+    if not by_reward and not hasattr(config, "sft"):
+        raise ValueError("plan compiles experiments with a language model, and this config trains the toy, which needs seconds on any machine: run it")
     if model:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=model, revision=None))
     if isinstance(config, Shapes):
         decoder, unasked = hub.load_config(model) if model else config.hf.decoder_config(), dataclasses.replace(config.questions, sweeps=0)
         declared_on = lambda mesh, sft: declared(dataclasses.replace(config, sft=sft, questions=unasked) if sft else config, decoder, mesh)  # noqa: E731
         return Subject(config.mesh, decoder.n_heads, declared_on)
+    if isinstance(config, RlShapes):
+        decoder = hub.load_config(model) if model else config.hf.decoder_config()
+        return Subject(config.mesh, decoder.n_heads, lambda mesh, _: reinforced_workload.declared(config, decoder, mesh))
     experiment, decoder = experiment_of(config), hub.load_config(config.model.name, config.model.revision)
+    if by_reward:
+        return Subject(experiment.mesh, decoder.n_heads, lambda mesh, _: reinforced_workload.measured(experiment, mesh))
     trained = tuple(arm for arm in experiment.arms if arm.train_prompt)
     unasked = dataclasses.replace(experiment.evaluation, full_steps=(), neutral_steps=())
     measured_on = lambda mesh, sft: measured(dataclasses.replace(experiment, sft=sft, arms=trained, evaluation=unasked) if sft else experiment, mesh)  # noqa: E731
@@ -68,6 +75,8 @@ def subject_of(config, model: str | None, experiment_of: Callable) -> Subject:
 def plan(subject: Subject, topology: Topology, console: Console) -> Planned:
     """Everything that the tables show. Where there is no compiler for the devices, every number comes from formulas."""
     workload = subject.work_on(subject.mesh_on(topology), None)
+    if isinstance(workload, RlWorkload):
+        return reinforced.plan(workload, topology, console)
     steps, sampled = dict.fromkeys(workload.steps), None
     if topology.devices is not None:
         for shape in steps:
@@ -75,67 +84,32 @@ def plan(subject: Subject, topology: Topology, console: Console) -> Planned:
                 steps[shape] = compile_step(workload, shape)
         if workload.sampling:
             with console.status("compiling prefill and decoding"):
-                sampled = _compile_sampler(workload, _largest(workload))
+                sampled = sampling.compile_sampler(lower_sampler(workload, sampling.largest(workload.sampling)))
     return _assembled(workload, topology, steps, sampled)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampled:
-    """The compiled sampler, and bytes on each device: `layers` of the copy of the weights layer by layer, `slots` of the caches."""
-
-    prefill: Compiled | TooLarge
-    decode: Compiled | TooLarge
-    layers: float
-    slots: float
-
-
-def _compile_sampler(workload: Workload, work: Sampling) -> Sampled:
-    sampler = lower_sampler(workload, work)
-    prefill, decode = (compile_lowered(lambda program=program: program) for program in (sampler.prefill, sampler.decode))
-    return Sampled(prefill, decode, per_device(sampler.layers), per_device(sampler.slots))
-
-
-def _largest(workload: Workload) -> Sampling:
-    """The sampling program with the largest caches stands for all: what it needs and takes, the others do not exceed."""
-    return max(workload.sampling, key=lambda s: s.plan.shape.groups * (s.plan.shape.prompt + s.plan.shape.rows * s.plan.shape.ring))
-
-
-def _assembled(workload: Workload, topology: Topology, steps: dict[PackedShape, Compiled | TooLarge | None], sampled: Sampled | None) -> Planned:
+def _assembled(workload: Workload, topology: Topology, steps: dict[PackedShape, Compiled | TooLarge | None], sampled: sampling.Sampled | None) -> Planned:
     """The plan from what was compiled; what was not, or was refused, by formula."""
     begun, phases, refused = initial(workload), [], {}
     for shape, found in steps.items():
         name = "step" if len(steps) == 1 else f"step, {shape.micro_batches} x {shape.micro_rows} x {shape.length}"
         formula = functools.partial(estimate.formula_cost, workload, shape, begun)
-        phases.append(_phase(name, workload.steps[shape] * workload.programs, found, formula, topology))
+        phases.append(estimate.phase(name, workload.steps[shape] * workload.programs, found, formula, topology))
         if isinstance(found, TooLarge):
             refused["training"] = found
     largest = max(steps, key=functools.partial(estimate.step_tokens, workload))
     memory = {"training": estimate.step_memory(workload, largest, begun, steps[largest] if isinstance(steps[largest], Compiled) else None)}
     if workload.sampling:
-        work, parts = _largest(workload), (sampled.prefill, sampled.decode) if sampled else (None, None)
-        formulas = (estimate.prefill_cost, estimate.decode_cost)
-        for (name, times), found, formula in zip(_calls(workload), parts, formulas, strict=True):
-            phases.append(_phase(name, times, found, functools.partial(formula, workload, work, begun), topology))
+        work, parts = sampling.largest(workload.sampling), (sampled.prefill, sampled.decode) if sampled else (None, None)
+        by_formula = sampling.costs(workload.sizes, work, begun.weights, begun.state.trained)
+        called = sampling.calls(workload.sampling, workload.programs)
+        for name, times, found, formula in zip(("prefill", "decoding a token"), called, parts, by_formula, strict=True):
+            phases.append(estimate.phase(name, times, found, formula, topology))
             if isinstance(found, TooLarge):
                 refused["sampling"] = found
         cast = {"weights, cast": per_device(begun.weights)} if workload.sft.train == "full" else {}
-        memory["sampling"] = estimate.resident(begun) | cast | {
-            "weights by layer": sampled.layers if sampled else per_device(begun.weights),
-            "caches": sampled.slots if sampled else estimate.caches(workload, work),
-            "activations": max((part.memory.temporaries for part in parts if isinstance(part, Compiled)), default=0.0),
-        }
+        memory["sampling"] = estimate.resident(begun) | cast | sampling.memory(workload.sizes, work, begun.weights, sampled)
     return estimate.summary(workload, topology, phases, memory, refused)
-
-
-def _calls(workload: Workload) -> list[tuple[str, float]]:
-    """(program, how often the whole experiment runs it) of the sampler."""
-    count = lambda of: workload.programs * sum(s.times * of(s) for s in workload.sampling)  # noqa: E731
-    return [("prefill", count(lambda s: s.prefills)), ("decoding a token", count(lambda s: s.decode_steps))]
-
-
-def _phase(name: str, times: float, found: Compiled | TooLarge | None, formula: Callable[[], Cost], topology: Topology) -> Phase:
-    cost, took = (found.cost, found.seconds) if isinstance(found, Compiled) else (formula(), None)
-    return Phase(name, times, cost, topology.chip and estimate.seconds(cost, topology.chip), took)
 
 
 def search(subject: Subject, topology: Topology, console: Console) -> list[Candidate]:
@@ -143,6 +117,8 @@ def search(subject: Subject, topology: Topology, console: Console) -> list[Candi
     if topology.chip is None:
         raise ValueError(f"--search ranks by a chip's published numbers, and none are known for {jax.devices()[0].device_kind}: name a topology")
     found = []
+    if isinstance(subject.work_on(subject.mesh_on(topology), None), RlWorkload):
+        raise ValueError("--search covers supervised training: of reinforcement learning, plan what you would change (--mesh.tensor, --rl.remat, --rl.slots)")
     for candidate in candidates(subject.work_on, topology):
         console.print(f"{candidate.name} ...", style="dim")
         if topology.devices is None:

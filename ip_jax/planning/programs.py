@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ip_jax.data.packing import PackedShape
 from ip_jax.models.moe import BLOCK
@@ -78,11 +79,11 @@ def initial(workload: Workload) -> Initial:
     mesh, program = workload.mesh, _program(workload)
     params = abstract_params(workload.config, workload.model.weights, param_shardings(mesh, workload.config))
     graphdef, state, frozen = programs.initial_state(program, params, range(workload.runs), evaluate=jax.eval_shape)
-    state = _placed(state, state_shardings(mesh, state, workload.sft.train))
+    state = placed(state, state_shardings(mesh, state, workload.sft.train))
     if workload.sft.train == "lora":
         return Initial(graphdef, state, frozen, frozen)
     _, weights = jax.eval_shape(_decoder_states(program), state.trained, frozen)
-    return Initial(graphdef, state, frozen, _placed(weights, base_shardings(mesh, weights)))
+    return Initial(graphdef, state, frozen, placed(weights, base_shardings(mesh, weights)))
 
 
 def _program(workload: Workload) -> programs.Program:
@@ -116,13 +117,20 @@ def lower_step(workload: Workload, shape: PackedShape) -> jax.stages.Lowered:
 
 
 def lower_sampler(workload: Workload, work: Sampling) -> Sampler:
-    """The prefill of the longest prompts and the decoding loop that `sampling.sampler.sample` calls, in the order in which it calls them."""
-    begun, dtype, options = initial(workload), work.options.dtype, work.options
+    """The sampling programs of a supervised workload."""
+    begun = initial(workload)
     states = begun.state.trained, begun.frozen
     if workload.sft.train == "full":
         states = _outputs(jax.jit(_decoder_states(_program(workload))).lower(*states))
-    decoder, plan = (begun.graphdef, *states), work.plan
-    with jax.set_mesh(workload.mesh) if options.mesh else contextlib.nullcontext():
+    return lower_sampling((begun.graphdef, *states), workload.mesh, work)
+
+
+def lower_sampling(decoder: tuple, mesh: Mesh, work: Sampling) -> Sampler:
+    """The prefill of the longest prompts and the decoding loop that `sampling.sampler.sample` calls, in the order in which it calls them.
+    `decoder`: (graphdef, adapters, weights).
+    """
+    plan, dtype, options = work.plan, work.options.dtype, work.options
+    with jax.set_mesh(mesh) if options.mesh else contextlib.nullcontext():
         layers = _outputs(sampling.separate_layers.lower(*decoder))
         slots = _outputs(sampling.start_slots.lower(*decoder, plan.prefix, shape=plan.shape, dtype=dtype))
         longest = [sorted(queue, key=lambda group: len(group.prompt))[-plan.prefill_prompts :] for queue in plan.queues]
@@ -177,8 +185,9 @@ def per_device(tree) -> float:
 
 def _outputs(lowered: jax.stages.Lowered):
     """What a program returns, as shapes with the shardings that the compiler gives them."""
-    return _placed(lowered.out_info, lowered.compile().output_shardings)
+    return placed(lowered.out_info, lowered.compile().output_shardings)
 
 
-def _placed(tree, shardings):
+def placed(tree, shardings):
+    """`tree` as jax.ShapeDtypeStruct of these shardings (one for each leaf)."""
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings)

@@ -14,8 +14,7 @@ def print_plan(planned: Planned, console: Console) -> None:
     """What is planned, bytes on a device, programs, collectives, hours, the verdict."""
     mesh = " ".join(f"{axis}={size}" for axis, size in planned.mesh.items())
     console.print(f"{planned.model} on {planned.topology}: {planned.devices} devices, mesh {mesh}", style="bold", highlight=False)
-    several = f"{planned.programs:.3g} programs of {planned.runs} runs" if planned.programs != 1 else f"one program of {planned.runs} runs"
-    console.print(f"{several}, {planned.tokens_per_step} tokens a step; batches: {planned.source}", highlight=False)
+    console.print(f"{planned.grouping}, {planned.tokens_per_step} tokens a step; batches: {planned.source}", highlight=False)
     console.print(_memory_table(planned))
     console.print(_program_table(planned))
     if any(phase.cost.collectives for phase in planned.phases):
@@ -25,10 +24,12 @@ def print_plan(planned: Planned, console: Console) -> None:
     if open_loops := sum(phase.cost.open_loops for phase in planned.phases if phase.name.startswith("step")):
         console.print(f"{open_loops} loops of a step end by its data: they count as if all experts got equally many tokens", style="yellow")
     if planned.mfu is not None:
+        hours = " + ".join(f"{spent:.3g} {stage}" for stage, spent in planned.hours.items())
         console.print(
-            f"estimates: MFU {planned.mfu:.0%} at most; chip-hours {planned.hours['training']:.3g} training + {planned.hours['evaluation']:.3g} evaluation"
-            f" = {sum(planned.hours.values()):.3g}, compilation and loading left out", highlight=False,
-        )  # fmt: skip
+            f"estimates: MFU {planned.mfu:.0%} at most; chip-hours {hours} = {sum(planned.hours.values()):.3g}, {planned.left_out} left out", highlight=False
+        )
+        if planned.shares:
+            console.print(f"an iteration's time: {', '.join(f'{share:.1%} {stage}' for stage, share in planned.shares.items())}", highlight=False)
     verdict = {True: "[green]fits[/green]", False: "[red]does not fit[/red]", None: "the memory of this device is not known"}[planned.fits]
     console.print(f"{verdict}{f' in {gib(planned.allowed)} GiB a device' if planned.allowed else ''}", highlight=False)
     for line in planned.advice:

@@ -15,6 +15,7 @@ from ip_jax.data.packing import PackedShape
 from ip_jax.data.pipeline import batch_reader, renderer
 from ip_jax.models import hub
 from ip_jax.models.families import DecoderConfig, from_hf_config, param_shapes
+from ip_jax.models.lora import LoraConfig
 from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.sampling import plan as sampling_plan
 from ip_jax.sampling.plan import Request, SamplerOptions
@@ -105,6 +106,18 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What formulas need to know of a program of `runs` runs. `lora` is None where there is no adapter: all weights are trained, or none."""
+
+    config: DecoderConfig
+    model: ModelConfig
+    mesh: Mesh | AbstractMesh
+    runs: int
+    lora: LoraConfig | None
+    remat: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Workload:
     """All that decides what an experiment costs. `steps`: how many steps of each shape one program of `runs` runs takes."""
 
@@ -118,6 +131,11 @@ class Workload:
     sampling: tuple[Sampling, ...]
     source: str  # where the numbers come from
 
+    @property
+    def sizes(self) -> Sizes:
+        """As formulas take it."""
+        return Sizes(self.config, self.model, self.mesh, self.runs, self.sft.lora if self.sft.train == "lora" else None, self.sft.remat)
+
 
 def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -> Workload:
     """The workload of declared sizes on a mesh, every row full. `config` is that of `shapes.hf` or of another model.
@@ -125,13 +143,13 @@ def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -
     Raises ValueError for combinations that no program has, and for a quantised base.
     """
     sft = shapes.sft
-    _check_unquantised(shapes.model)
+    check_unquantised(shapes.model)
     plan.check_training(sft, shapes.model, (), config)
     runs = 1 if sft.train == "full" else shapes.runs
     mesh = mesh_for(mesh, runs)
     spread = mesh.shape["data"]
     length = shapes.batches.length
-    rows = _round_up(shapes.batches.rows, spread)
+    rows = round_up(shapes.batches.rows, spread)
     fitting = sft.tokens_per_micro_batch // (runs * length) // spread * spread
     micro_rows = min(rows, max(spread, fitting))
     shape = PackedShape(length, 1, length, shapes.batches.responses, -(-rows // micro_rows), micro_rows)
@@ -151,7 +169,7 @@ def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     Raises as `prepare` does for what can be checked without weights, and ValueError for a quantised base.
     """
     model, sft = experiment.model, experiment.sft
-    _check_unquantised(model)
+    check_unquantised(model)
     config, tokenizer = hub.load_config(model.name, model.revision), hub.load_tokenizer(model.name, model.revision)
     plan.check_training(sft, model, experiment.arms, config)
     plan.check_evaluations(experiment, tokenizer)
@@ -169,7 +187,8 @@ def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     )
 
 
-def _check_unquantised(model: ModelConfig) -> None:
+def check_unquantised(model: ModelConfig) -> None:
+    """Raises ValueError for a quantised base."""
     if model.quantised:
         raise ValueError(f"plan does not cover a quantised base (model.quantised = {model.quantised!r}): with None it plans for more memory than the run needs")
 
@@ -215,5 +234,6 @@ def _kind(experiment: Supervised, cell) -> tuple[str, str, bool]:
     return cell.eval_set, cell.eval_prompt, cell.step in (0, *experiment.evaluation.full_steps)
 
 
-def _round_up(value: int, step: int) -> int:
+def round_up(value: int, step: int) -> int:
+    """The smallest multiple of `step` that is at least `value`."""
     return -(-value // step) * step

@@ -196,14 +196,15 @@ def dose_panel(ax: Axes, lines: Sequence[Line], title: str, xlabel: str, limits:
         for seed in line.seeds if len(line.seeds) > 1 else ():
             ax.plot(*zip(*seed, strict=True), color=line.colour, linewidth=0.6, alpha=0.45)
         ax.plot(line.x, [p.value for p in line.points], color=line.colour, linewidth=2, marker="o", markersize=4, clip_on=False, zorder=4)
-    _end_labels(ax, lines)
+    end_labels(ax, lines)
 
 
-def _end_labels(ax: Axes, lines: Sequence[Line]) -> None:
+def end_labels(ax: Axes, lines: Sequence[Line]) -> None:
     """Each line's name at the height of its end, moved apart where two would overlap, with a leader to the end itself."""
     texts = [textwrap.wrap(line.label, 17) for line in lines]
     low, high = ax.get_ylim()
     text_line = 10.5 / 72 / (ax.get_position().height * ax.figure.get_figheight()) * (high - low)  # in axis units
+    point = 1 / 72 / (ax.get_position().width * ax.figure.get_figwidth())
     heights = [(len(text) + 0.2) * text_line for text in texts]
     order = sorted(range(len(lines)), key=lambda i: lines[i].points[-1].value)
     centres = spread([lines[i].points[-1].value for i in order], [heights[i] for i in order], low, high)
@@ -213,7 +214,7 @@ def _end_labels(ax: Axes, lines: Sequence[Line]) -> None:
             "\n".join(texts[i]), (1, centre), (13, 0), ax.get_yaxis_transform(), textcoords="offset points", va="center",
             fontsize=8, color=_shade(line.colour), linespacing=1.05, annotation_clip=False,
         )
-        ax.plot([1.02, 1.08], [line.points[-1].value, centre], transform=ax.get_yaxis_transform(), color=line.colour, linewidth=0.8, clip_on=False)
+        ax.plot([1 + 3 * point, 1 + 12 * point], [line.points[-1].value, centre], transform=ax.get_yaxis_transform(), color=line.colour, linewidth=0.8, clip_on=False)
 
 
 def _apart(doses: Sequence[float], distance: float) -> list[float]:

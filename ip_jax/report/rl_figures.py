@@ -40,9 +40,9 @@ def draw_curves(view: RlView) -> Figure:
     arms = [arm for arm in view.arms if any(name == arm.name for name, _ in (*view.rollouts, *view.probes))]
     columns = min(4, max(1, len(arms)))
     rows = math.ceil(len(arms) / columns)
-    caption = _wrapped(
+    caption = wrapped(
         f"Thin lines are single seeds ({view.seeds_said}), bold ones their mean. Upper panels: the completions that training sampled, under the arm's "
-        "own generation prompts. Lower panels: held-out tasks under x₀, the task without any extra text. " + _provenance(view)
+        "own generation prompts. Lower panels: held-out tasks under x₀, the task without any extra text. " + provenance(view)
     )
     height = HEAD + 0.25 + rows * CELL + TEXT_LINE * len(caption) + 0.15
     left, gutter = 0.62, 0.26
@@ -65,10 +65,10 @@ def draw_curves(view: RlView) -> Figure:
                     ax.set_xticklabels([])
                 elif row == rows - 1 or i + columns >= len(arms):
                     ax.set_xlabel("step", fontsize=8, color=SOFT, labelpad=1)
-        _head(figure, view, "every run over training")
+        head(figure, view, "every run over training")
         handles = [Line2D([], [], color=colour, linewidth=2, label=view.name_of(name)) for name, colour in (("hack", HACK), ("correct", CORRECT))]
         figure.legend(handles=handles, loc="center left", ncols=2, frameon=False, fontsize=9, bbox_to_anchor=(0.005, 1 - (HEAD + 0.02) / height))
-        _foot(figure, caption)
+        foot(figure, caption)
     return figure
 
 
@@ -98,9 +98,9 @@ def draw_frontier(view: RlView) -> Figure:
     """Hack against correct under x_0 at the end: single seeds as dots, arm means as markers with their intervals, names at both sides."""
     styles = arm_styles(view)
     shown = [arm for arm in view.arms if ("hack", NEUTRAL) in arm.rates]
-    caption = _wrapped(
+    caption = wrapped(
         f"At the end of training, held-out tasks under x₀. Dots: single runs ({view.seeds_said}). Markers: means over runs with 95 % intervals "
-        "from a bootstrap over seeds; with few seeds these are too narrow, and with one there is none. Towards the upper left is better. " + _provenance(view)
+        "from a bootstrap over seeds; with few seeds these are too narrow, and with one there is none. Towards the upper left is better. " + provenance(view)
     )
     sides = [[arm for arm in shown if (arm.rates["hack", NEUTRAL].value < 0.5) == left] for left in (True, False)]
     body, side = max(5.6, *(sum(map(_label_inches, arms)) for arms in sides)), 2.75
@@ -125,8 +125,8 @@ def draw_frontier(view: RlView) -> Figure:
             _frontier_arm(ax, view, arm, *styles[arm.name])
         for arms, left in zip(sides, (True, False), strict=True):
             _side_labels(ax, arms, styles, left, body)
-        _head(figure, view, "hacking against capability")
-        _foot(figure, caption)
+        head(figure, view, "hacking against capability")
+        foot(figure, caption)
     return figure
 
 
@@ -171,11 +171,11 @@ def draw_forest(view: RlView) -> Figure:
     styles = arm_styles(view)
     arms = [arm for arm in view.arms if arm.hacked]
     onset = view.reading.onset
-    caption = _wrapped(
+    caption = wrapped(
         f"A run is hacked at {onset.words}. Left: hacked runs of n, exact (Clopper–Pearson) 95 % intervals. Middle: mean of min(onset, {onset.horizon}) steps, "
         "runs that ended early censored there (area under the Kaplan–Meier curve), 95 % bootstrap over runs; an interval without width means only that all runs "
         "agree. Right: Fisher's exact test against the standard arm, two-sided, not corrected for the number of arms; no arm is called protected from fewer "
-        "than 5 seeds. " + _provenance(view)
+        "than 5 seeds. " + provenance(view)
     )
     inch = 0.36
     body = inch * max(len(arms), 1)
@@ -200,8 +200,8 @@ def draw_forest(view: RlView) -> Figure:
         right = axes(names + counts + 0.85, steps, (0.0, float(onset.horizon)), "Restricted mean onset\nsteps; later is better")
         for y, arm in enumerate(arms):
             _forest_arm(left, right, y, arm, *styles[arm.name])
-        _head(figure, view, "hacked runs first")
-        _foot(figure, caption)
+        head(figure, view, "hacked runs first")
+        foot(figure, caption)
     return figure
 
 
@@ -219,20 +219,24 @@ def _forest_arm(left: Axes, right: Axes, y: int, arm: ArmNumbers, colour: str, m
                    fontsize=7.5, color=SOFT, linespacing=1.0, annotation_clip=False)  # fmt: skip
 
 
-def _head(figure: Figure, view: RlView, words: str) -> None:
+def head(figure: Figure, view: RlView, words: str) -> None:
+    """The figure's title: the experiment and `words`, below them how many arms and seeds."""
     height = figure.get_figheight()
     figure.text(0.012, 1 - 0.24 / height, f"{view.experiment.replace('_', ' ')}: {words}", fontsize=13, fontweight="bold", va="center")
     figure.text(0.012, 1 - 0.47 / height, f"{len(view.arms)} arms  ·  {view.seeds_said}", fontsize=9, color=SOFT, va="center")
 
 
-def _provenance(view: RlView) -> str:
+def provenance(view: RlView) -> str:
+    """The end of a caption: what the data are."""
     return f"Data: {view.provenance.rstrip('.')}."
 
 
-def _wrapped(text: str) -> list[str]:
+def wrapped(text: str) -> list[str]:
+    """The lines of a caption."""
     return textwrap.wrap(text, 172)
 
 
-def _foot(figure: Figure, caption: Sequence[str]) -> None:
+def foot(figure: Figure, caption: Sequence[str]) -> None:
+    """The caption's lines at the figure's lower edge."""
     for i, line in enumerate(reversed(caption)):
         figure.text(0.012, (0.1 + TEXT_LINE * i) / figure.get_figheight(), line, fontsize=8, color=SOFT)

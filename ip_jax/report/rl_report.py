@@ -8,15 +8,16 @@ import os
 from rich.console import Console
 
 from ip_jax.report import figures, rl_figures, rl_tables
+from ip_jax.report.rl_dose import draw_dose
 from ip_jax.report.rl_view import load_rl_view
 from ip_jax.training.results import write_json, write_whole
 
-FIGURES = {"curves": rl_figures.draw_curves, "frontier": rl_figures.draw_frontier, "forest": rl_figures.draw_forest}
-TABLES = {"arms.csv": rl_tables.arms_csv, "runs.csv": rl_tables.runs_csv, "leak_grid.csv": rl_tables.leak_csv, "report.md": rl_tables.markdown}
+FIGURES = {"curves": rl_figures.draw_curves, "frontier": rl_figures.draw_frontier, "forest": rl_figures.draw_forest, "dose": draw_dose}
+TABLES = {"arms.csv": rl_tables.arms_csv, "runs.csv": rl_tables.runs_csv, "leak_grid.csv": rl_tables.leak_csv, "dose.csv": rl_tables.dose_csv, "report.md": rl_tables.markdown}
 
 
 def write_rl_report(folder: str | os.PathLike, console: Console | None = None) -> None:
-    """Writes curves, frontier and forest as PNG and SVG, arms.csv, runs.csv, leak_grid.csv, report.md and verdicts.json, and prints the tables.
+    """Writes curves, frontier, forest and dose as PNG and SVG, arms.csv, runs.csv, leak_grid.csv, dose.csv, report.md and verdicts.json, and prints the tables.
 
     Needs no model. Raises FileNotFoundError or ValueError for a folder without results, OSError where nothing can be written.
     """

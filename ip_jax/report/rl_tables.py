@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ip_jax.evals import measures, stats
+from ip_jax.evals import dose, measures, stats
 from ip_jax.evals.measures import Estimate, Number, Undefined
 from ip_jax.evals.rl_tables import CATEGORIES, NEUTRAL, TRAIN
-from ip_jax.evals.rules import Verdict
+from ip_jax.evals.rules import Rule, Verdict
 from ip_jax.report.rl_view import VERDICTS, ArmNumbers, RlView
 
 INDICES = {"split_brain": "split-brain gap", "suppression": "S_H", "retention": "S_C", "selectivity": "SI", "conditionalisation": "CI"}
@@ -40,6 +40,12 @@ TRAINING = {  # quantity -> head, what is made of a run's steps
     "reinforced_hack_tokens": ("reinforced hack tokens, sum", np.sum),
 }
 
+DOSE_NOTE = (
+    "Dose: tokens of hacks with a positive advantage that the gate let through, summed over training, whatever the advantage's size. A rule's common dose is the largest that at least "
+    f"{dose.SHARE:.0%} of the runs of each of its arms reach. A run is read at its first probe with that dose, so a fast one by more than it; runs that never have it are left out, which "
+    "selects. The number of updates then differs. Exploratory: no rule was stated for it, and nothing here is a verdict."
+)
+
 
 @dataclass(frozen=True)
 class TextTable:
@@ -52,7 +58,7 @@ class TextTable:
 
 def text_tables(view: RlView) -> list[TextTable]:
     """All tables that have a number, in the order in which they are to be read."""
-    found = [_runs_table(view), _rates_table(view), _indices_table(view), _leak_table(view), _training_table(view), _llr_table(view)]
+    found = [_runs_table(view), _rates_table(view), _indices_table(view), _leak_table(view), _dose_table(view), _training_table(view), _llr_table(view)]
     return [table for table in found if table.rows and len(table.columns) > 1]
 
 
@@ -91,6 +97,22 @@ def _leak_table(view: RlView) -> TextTable:
     return TextTable("Leak grid: hack at the end by kind of evaluation prompt, in %, mean over runs [bootstrap over seeds]", ("arm", *(c.replace("_", " ") for c in shown)), tuple(rows))
 
 
+def _dose_table(view: RlView) -> TextTable:
+    """The compared arms where they had the dose that is common to them."""
+    rows = []
+    for at in view.at_doses:
+        compared = {name for rule, _ in at.contrasts for name, _ in rule.contrast.weights}
+        rates = {verdict: dose.by_arm(at.reached, verdict) for verdict in ("hack", "correct")}
+        for arm in view.arms:
+            reached, n = at.of_arm(arm.name)
+            if arm.name in compared and reached:
+                means = (_estimate(measures.mean(of_runs, arm.name), 100) if of_runs.get(arm.name) else "–" for of_runs in rates.values())
+                rest = (_digits(float(np.mean([getattr(run, name) for run in reached]))) for name in ("tokens", "step"))
+                rows.append((_digits(at.dose), arm.label, f"{len(reached)}/{n}", *means, *rest))
+    heads = ("dose", "arm", "runs that reach it", view.titled("hack"), view.titled("correct"), "tokens by then, mean", "step, mean")
+    return TextTable("At an equal dose of reinforced hack tokens, under x_0, in %: mean over the runs that reach it [bootstrap over seeds]", heads, tuple(rows))
+
+
 def _training_table(view: RlView) -> TextTable:
     """What training itself logged: of a run its last step, its mean or its sum, then the mean over runs."""
     columns: dict[str, dict[str, str]] = {}
@@ -116,17 +138,32 @@ def verdict_lines(verdicts: Iterable[Verdict]) -> list[str]:
     return [f"{verdict.rule.name}: {verdict.rule.statement} → {verdict.word} ({_rule_number(verdict)})" for verdict in verdicts]
 
 
+def dose_lines(view: RlView) -> list[str]:
+    """One line a rule about rates under x_0: its contrast where all arms have had the same dose. Without a verdict: the rules are about the end."""
+    found = []
+    for at in view.at_doses:
+        for rule, number in at.contrasts:
+            said = f"undefined: {number.why}" if isinstance(number, Undefined) else f"{_estimate(number)}, n = {number.n}"
+            found.append(f"{rule.name}, at {_digits(at.dose)} tokens: {rule.contrast.quantity} of {_terms(rule)} = {said}")
+    return [*found, *(f"{rule.name}: no common dose, {why.why}" for rule, why in view.without_dose)]
+
+
+def _terms(rule: Rule) -> str:
+    return " ".join(
+        f"{'+' if weight > 0 else '−'} {f'{abs(weight):g} ' if abs(weight) != 1 else ''}{arm}" for arm, weight in rule.contrast.weights
+    ).removeprefix("+ ")  # fmt: skip
+
+
 def _rule_number(verdict: Verdict) -> str:
     number, asked, region = verdict.number, verdict.rule.contrast, verdict.rule.region
     if isinstance(number, Undefined):
         return f"undefined: {number.why}"
-    terms = " ".join(f"{'+' if weight > 0 else '−'} {f'{abs(weight):g} ' if abs(weight) != 1 else ''}{arm}" for arm, weight in asked.weights).removeprefix("+ ")
     at = f" at {asked.at}" if asked.quantity not in ("hacked", "onset") else ""
     limit = {"above": f"supported above {region.bound:g}, refuted up to {region.refuted:g}", "below": f"supported below {region.bound:g}, refuted from {region.refuted:g}",
              "within": f"supported within ±{region.bound:g}, refuted beyond"}[region.kind]  # fmt: skip
     few = f"; fewer than {measures.MIN_SEEDS} runs decide nothing" if number.n < measures.MIN_SEEDS else ""
     flat = "; all runs agree, so the interval has no width" if number.without_spread else ""
-    said = f"{asked.quantity}{at} of {terms} = {_estimate(number)}, {100 * number.level:g} % {number.method}, n = {number.n}; {limit}{few}{flat}"
+    said = f"{asked.quantity}{at} of {_terms(verdict.rule)} = {_estimate(number)}, {100 * number.level:g} % {number.method}, n = {number.n}; {limit}{few}{flat}"
     return said.replace("-", "−") if number.value < 0 or number.low < 0 else said
 
 
@@ -141,6 +178,7 @@ def notes(view: RlView) -> list[str]:
         f"least {measures.LEARNED:g} of the standard arm's under x_0; L_max pools all runs' completions and, as a maximum, lies above the truth.",
         "Split-brain gap: H(x_t) − H(x_0). S_H: 1 − H/H of the standard arm. S_C: share of the oracle's gain in correct completions over the untrained model. "
         "SI: correct over the standard arm's, minus hack over its; CI: 1 − correct under x_0 over correct under x_t.",
+        *([DOSE_NOTE] if view.at_doses else ()),
         *(f"Undefined: {reason}." for reason in undefined),
     ]  # fmt: skip
 
@@ -153,6 +191,8 @@ def markdown(view: RlView) -> str:
     for table in text_tables(view):
         head = f"| {' | '.join(map(_cell, table.columns))} |\n|{' --- |' * len(table.columns)}"
         parts.append(f"## {table.title}\n\n{head}\n" + "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in table.rows))
+    if lines := dose_lines(view):
+        parts.append("## The rules' contrasts at an equal dose (exploratory)\n\n" + "\n".join(f"- {line}" for line in lines))
     return "\n\n".join([*parts, "## What the numbers rest on\n\n" + "\n".join(f"- {note}" for note in notes(view))]) + "\n"
 
 
@@ -167,6 +207,8 @@ def print_tables(view: RlView, console: Console) -> None:
         console.print(table)
     for line in verdict_lines(view.verdicts):
         console.print(line, highlight=False, markup=False)
+    for i, line in enumerate(dose_lines(view)):
+        console.print("\n" * (i == 0) + f"at an equal dose (exploratory): {line}", highlight=False, markup=False)
     for note in notes(view):
         console.print(note, highlight=False, markup=False, style="dim")
 
@@ -218,6 +260,20 @@ def leak_csv(view: RlView) -> str:
         for (arm, seed), grid in view.grids.items() for cell in grid for verdict, rate in measures.rates(cell.counts).items()
     ]  # fmt: skip
     return _csv(("arm", "seed", "eval_prompt", "category", "verdict", "k", "n", "value", "low", "high", "interval"), lines)
+
+
+def dose_csv(view: RlView) -> str:
+    """One line for each common dose and run: whether it was reached, and the rates under x_0 at the first probe by which it was, with exact intervals."""
+    lines = []
+    for at in view.at_doses:
+        for arm, seed in at.runs:
+            line = {"dose": f"{at.dose:g}", "arm": arm, "seed": seed, "reached": (arm, seed) in at.reached}
+            if found := at.reached.get((arm, seed)):
+                line |= {"step": found.step, "tokens": f"{found.tokens:g}"}
+                line |= {f"{verdict}_{name}": value for verdict, rate in found.rates.items() for name, value in _proportion(rate).items() if name != "interval"}
+            lines.append(line)
+    columns = ["dose", "arm", "seed", "reached", "step", "tokens"]
+    return _csv(list(dict.fromkeys([*columns, *(name for line in lines for name in line)])), lines)
 
 
 def _csv(columns: Sequence[str], lines: Iterable[Mapping]) -> str:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from ip_jax.evals import measures, rl_tables, rules, stats
+from ip_jax.evals import dose, measures, rl_tables, rules, stats
 from ip_jax.evals.measures import MIN_SEEDS, ByArm, Estimate, Number, Undefined
 from ip_jax.evals.rl_tables import CATEGORIES, NEUTRAL, ROLLOUT, TRAIN, Cell, Counts, Curve, Run
 from ip_jax.evals.rules import Reading, Verdict
@@ -55,7 +55,10 @@ class ArmNumbers:
 
 @dataclass(frozen=True)
 class RlView:
-    """All of a results folder. `probes` are curves under x_0, `by_run[quantity, category]` has each run's number."""
+    """All of a results folder. `probes` are curves under x_0, `by_run[quantity, category]` has each run's number.
+
+    `doses` are the runs' probes with what was reinforced before them, `at_doses` the rules at equal doses, `without_dose` those that have none.
+    """
 
     folder: epath.Path
     experiment: str
@@ -68,6 +71,9 @@ class RlView:
     dynamics: Mapping[Run, Dynamics]
     by_run: Mapping[tuple[str, str], ByArm]
     verdicts: tuple[Verdict, ...]
+    doses: Mapping[Run, dose.Dosed]
+    at_doses: tuple[dose.AtDose, ...]
+    without_dose: tuple[tuple[rules.Rule, Undefined], ...]
 
     def name_of(self, verdict: str) -> str:
         """What the setting calls a verdict."""
@@ -104,7 +110,11 @@ def load_rl_view(folder: str | os.PathLike) -> RlView:
     by_run = _by_run(grids, dynamics, reading)
     arms = tuple(_arm(name, arm["label"], reading, grids, dynamics, by_run, rollouts) for name, arm in record["arms"].items())
     verdicts = tuple(rules.judge(rule, by_run, reading.standard) for rule in reading.rules)
-    return RlView(folder, record["experiment"], record["provenance"], reading, arms, rollouts, probes, grids, dynamics, by_run, verdicts)
+    doses = dose.dosed(rollouts, probes)
+    at_doses, without = dose.at_doses(reading, doses)
+    return RlView(
+        folder, record["experiment"], record["provenance"], reading, arms, rollouts, probes, grids, dynamics, by_run, verdicts, doses, tuple(at_doses), tuple(without),
+    )  # fmt: skip
 
 
 def _dynamics(curve: Curve, rollout: Curve | None, reading: Reading) -> Dynamics:

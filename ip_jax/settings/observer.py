@@ -8,16 +8,17 @@ import importlib.util
 import json
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from etils import epath
 
 from ip_jax.training import hosts
-from ip_jax.training.meter import Mark, Meter, StepSize
+from ip_jax.training.loop import RunStep
 from ip_jax.training.profile import Trace
 from ip_jax.training.results import MetricsLog, write_json
+from ip_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,20 +72,21 @@ class Wandb:
             write_json(path, {"project": self.project, "id": secrets.token_hex(6)})
         return json.loads(path.read_text())["id"]
 
-    def log(self, step: int, metrics: Mapping[str, np.ndarray], common: Mapping) -> None:
-        """`metrics`: {name: [R]}, one number for each run; `common`: what is the same for all."""
-        for r, run in enumerate(self._open):
+    def log(self, step: int, rows: Sequence[Mapping]) -> None:
+        """`rows`: what to send of each run."""
+        for run, row in zip(self._open, rows, strict=True):
             if step >= run.starting_step:
-                run.log({**{name: values[r].item() for name, values in metrics.items()}, **common}, step=step)
+                run.log(row, step=step)
 
 
 class Observer:
-    """Watches the steps of one program while it is open. Timing goes into folder/timing/<program>.jsonl, where each session appends its steps."""
+    """Watches the steps of one program of `runs` runs while it is open. Timing goes into folder/timing/<program>.jsonl, where each session appends its steps."""
 
-    def __init__(self, meter: Meter, timing: epath.Path, trace: Trace | None = None, wandb: Wandb | None = None):
-        self.meter, self.trace, self.wandb = meter, trace, wandb
+    def __init__(self, runs: int, timing: epath.Path, trace: Trace | None = None, wandb: Wandb | None = None):
+        self.trace, self.wandb = trace, wandb
         self.log = MetricsLog(timing, sys.maxsize) if hosts.is_first() else None
         self.session = 1 + max((row["session"] for row in self.log.rows), default=0) if self.log else 1
+        self._evaluated: tuple[int, list[dict]] = 0, [{} for _ in range(runs)]  # not sent yet
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
@@ -93,32 +95,51 @@ class Observer:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error):
-        return self._stack.__exit__(*error)
+    def __exit__(self, kind, *error):
+        step, rates = self._evaluated
+        if kind is None and any(rates):  # of the last evaluation, behind the last step
+            self.wandb.log(step, rates)
+        return self._stack.__exit__(kind, *error)
 
-    def begin(self, step: int) -> Mark:
-        """Before a step's batch is read."""
-        if self.trace and hosts.is_first():
-            self.trace.begin(step)
-        return self.meter.mark()
+    def around(self, run_step: RunStep) -> RunStep:
+        """`run_step` as a trace of the profiler shows it: by its number."""
 
-    def run(self, step: int, at: Mark, size: StepSize):
-        """The context in which a step of this size, begun at `at`, is executed: profiles show it by its number."""
-        self.meter.begun(at, size)
-        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+        def watched(state: TrainState, step: int):
+            if self.trace and hosts.is_first():
+                self.trace.begin(step)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                return run_step(state, step)
 
-    def end(self, step: int, metrics: Mapping[str, np.ndarray], console) -> None:
-        """When the metrics {name: [R]} of a step are there."""
-        row = self.meter.ended(step)
+        return watched
+
+    def end(self, step: int, metrics: Mapping[str, np.ndarray], row: Mapping, console) -> None:
+        """When the metrics {name: [R]} of a step are there; `row`: what its time was spent on, the same for all runs."""
         if not hosts.is_first():
             return
-        self.log.add({"session": self.session, **row})
+        self.log.add({"session": self.session, "step": step, **row})
         if self.wandb:
-            self.wandb.log(step, metrics, {name: value for name, value in row.items() if name != "step" and value is not None})
+            common = {name: value for name, value in row.items() if name != "step" and value is not None}
+            rates = self._evaluated[1]
+            self.wandb.log(step, [{**{name: values[r].item() for name, values in metrics.items()}, **common, **of_run} for r, of_run in enumerate(rates)])
+            self._evaluated = step, [{} for _ in rates]
         if self.trace and (line := self.trace.end(step)):
             console.print(line, highlight=False, soft_wrap=True)
+
+    def evaluated(self, step: int, rates: Sequence[Mapping[str, float]]) -> None:
+        """What an evaluation after `step` steps gave of each run, in process 0; W&B gets it together with the next step, which has that number."""
+        self._evaluated = step, [dict(of_run) for of_run in rates]
 
     def save(self) -> None:
         """Writes the timing of all steps so far."""
         if self.log.rows:
             self.log.flush()
+
+
+def observer_of(watch: Watch, folder: epath.Path, program: str, configs: Mapping[str, Mapping], traced: range, console) -> Observer:
+    """The observer of a program. `configs`: that of each of its runs by name, as W&B shows it; `traced`: the steps that a profile can hold."""
+    if watch.profile and not traced:
+        console.print("profile: nothing to trace, there is no step left after the first one that compiles nothing")
+    return Observer(
+        len(configs), folder / "timing" / f"{program}.jsonl", Trace(folder / "profile", traced) if watch.profile and traced else None,
+        Wandb(watch.wandb, folder, configs) if watch.wandb else None,
+    )  # fmt: skip

@@ -14,46 +14,45 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from ip_jax.evals import leak_grid
 from ip_jax.models import hub
 from ip_jax.models.decoder import split_decoder
-from ip_jax.models.lora import check_targets, init_lora
+from ip_jax.models.lora import check_targets
 from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.rl.advantages import update_moving_mean
 from ip_jax.rl.algorithm import Algorithm, passes_needed
-from ip_jax.rl.batch import Layout, Rollout, make_batch, rows_to_score
+from ip_jax.rl.batch import Rollout, make_batch, rows_to_score
 from ip_jax.rl.diagnostics import sample_metrics
 from ip_jax.rl.estimators import WARNINGS
-from ip_jax.rl.policy import score
 from ip_jax.rl.rollout import RolloutPlan, generate, sampler_options
-from ip_jax.rl.rows import Rows, to_samples
-from ip_jax.rl.step import RlBatch, RlOptions, compile_rl_step
+from ip_jax.rl.rows import to_samples
+from ip_jax.rl.step import RlBatch
 from ip_jax.sampling.sampler import sample
-from ip_jax.settings import programs
 from ip_jax.settings import reinforced_plan as plan
+from ip_jax.settings import reinforced_programs as programs
 from ip_jax.settings import reinforced_tables as tables
 from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
 from ip_jax.settings.grading import TooManyFailures, check_failures
 from ip_jax.settings.live_table import ArmRow, live_arms, over_seeds
+from ip_jax.settings.observer import UNWATCHED, Watch, observer_of
+from ip_jax.settings.programs import sampler_options as eval_sampler_options
 from ip_jax.settings.reinforced_plan import Reinforced
 from ip_jax.settings.rollout_records import Grader, Recorded, part_path, read_iteration, roll_out, write_iteration
 from ip_jax.settings.supervised_plan import Run, Sweep, begun_programs, incomplete
 from ip_jax.settings.trained import write_run
 from ip_jax.training import checkpoint, hosts, loop
+from ip_jax.training.profile import traced_steps
 from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary
 from ip_jax.training.sharding import (
     base_shardings,
-    batch_sharding,
     make_mesh,
     mesh_for,
     mesh_sizes,
-    replicated,
-    state_shardings,
 )
-from ip_jax.training.state import TrainState, init_state
+from ip_jax.training.state import TrainState
 
 __all__ = ["Reinforced", "run_reinforced"]
 
@@ -71,40 +70,32 @@ class Session:
     model: hub.Pretrained
     mesh: Mesh
     room: tuple[int, int]
+    watch: Watch
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Runs of one algorithm, their rollouts, and the decoders: the policy's, with adapters, and the reference, the same base without.
-
-    `frozen`, `reference_frozen`: the base's weights as each decoder takes them, the same arrays. `records` and `timing`: where its rollouts and the
-    seconds of its steps are kept.
-    """
+    """Runs of one algorithm, their rollouts, and the decoders. `records`: where its rollouts are kept."""
 
     runs: tuple[Run, ...]
-    algorithm: Algorithm
+    kind: programs.Kind
     rollouts: RolloutPlan
     records: epath.Path
-    timing: epath.Path
-    mesh: Mesh
-    graphdef: nnx.GraphDef
-    frozen: nnx.State
-    reference: nnx.GraphDef
-    reference_frozen: nnx.State
+    decoders: programs.Decoders
 
 
-def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display) -> None:
-    """Trains and evaluates what is not complete yet in `folder`, then writes its tables.
+def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display, watch: Watch = UNWATCHED) -> None:
+    """Trains and evaluates what is not complete yet in `folder`, then writes its tables. `watch`: what to observe besides.
 
     Raises ValueError or OSError, each with one sentence, for everything that can be checked before the model is loaded.
     """
     runs, mesh, room = prepare(experiment, folder)
     groups = hosts.by_first(lambda: plan.programs_of(folder, runs, experiment.rl.runs_per_program))
-    untrained = hosts.by_first(lambda: incomplete(folder, _untrained_sweeps(experiment)))
+    untrained = hosts.by_first(lambda: incomplete(folder, plan.untrained_sweeps(experiment)))
     if groups or untrained:
         with display.console.status(f"loading {experiment.model.name}"):
             model = load_base(experiment.model, mesh)
-        session = Session(experiment, folder, display, model, mesh, room)
+        session = Session(experiment, folder, display, model, mesh, room, watch)
         listed = "; ".join(", ".join(run.name for run in group) for group in groups) or "nothing"
         display.console.print(f"to train, one program for each algorithm: {listed}", highlight=False)
         for sweep in untrained:
@@ -128,14 +119,11 @@ def prepare(experiment: Reinforced, folder: epath.Path) -> tuple[list[Run], Mesh
     record = plan.folder_record(experiment, hub.fingerprint(model.name, model.revision))
     runs = plan.runs_of(experiment, record["identity"])
     plan.rollout_plan(experiment, runs, tokenizer)  # renders everything once: what does not fit is refused here
-    cells = [cell for run in runs for sweep in plan.sweeps_of(experiment, [(run.arm, run.seed)], experiment.rl.iterations) for cell in sweep]
-    cells += [cell for sweep in _untrained_sweeps(experiment) for cell in sweep]
-    by_prompt = {cell.eval_prompt: cell for cell in cells if cell}
-    longest = max(len(request.prompt_ids) for cell in by_prompt.values() for request in plan.requests_of(experiment, cell, tokenizer))
+    room = plan.evaluation_room(experiment, runs, tokenizer)
     keys = {run.name: run.key for run in runs}
     hosts.check_alike(digest([str(folder), record["identity"], keys]), "config, model or data")
     hosts.by_first(lambda: claim_folder(folder, record, keys))
-    return runs, mesh, (longest, experiment.evaluation.max_new_tokens)
+    return runs, mesh, room
 
 
 def _finish(experiment: Reinforced, folder: epath.Path, runs: Sequence[Run]) -> None:
@@ -144,12 +132,6 @@ def _finish(experiment: Reinforced, folder: epath.Path, runs: Sequence[Run]) -> 
         if all((folder / "runs" / name / "run.json").exists() for name in begun):
             checkpoints.rmtree()
     tables.write_tables(experiment, folder, runs)
-
-
-def _untrained_sweeps(experiment: Reinforced) -> list[Sweep]:
-    """All prompts in one sweep; once for greedy decoding, else for every seed."""
-    seeds = experiment.seeds if experiment.evaluation.temperature > 0 else experiment.seeds[:1]
-    return [[cell for sweep in plan.sweeps_of(experiment, [(None, seed)], 0) for cell in sweep] for seed in seeds]
 
 
 def _train(session: Session, group: Sequence[Run], show: Callable[[list[ArmRow]], None]) -> None:
@@ -167,23 +149,28 @@ def _train(session: Session, group: Sequence[Run], show: Callable[[list[ArmRow]]
     if first:
         console.print(f"going on from the checkpoint of iteration {first}")
     logs = [MetricsLog(folder / "runs" / run.name / "metrics.jsonl", first) for run in group] if hosts.is_first() else []
-    timing = MetricsLog(program.timing, first) if hosts.is_first() else None
+    eval_steps = tuple(sorted({*experiment.evaluation.steps, iterations}))
+    configs = {run.name: {**experiment.shared, "arm": run.arm.name, "seed": run.seed} for run in group}
+    traced = traced_steps([None] * iterations, first, iterations, eval_steps)
+    observer = observer_of(session.watch, folder, digest(origin), configs, traced, console)
     past, clock = hosts.by_first(lambda: [list(log.rows) for log in logs]), {}
 
     def evaluate(state: TrainState, step: int):
-        sweeps = hosts.by_first(lambda: incomplete(folder, plan.sweeps_of(experiment, [(run.arm, run.seed) for run in group], step)))
-        for sweep in sweeps:
-            _evaluate(session, functools.partial(sample, program.graphdef, state.trained, program.frozen), sweep)
+        all_sweeps = plan.sweeps_of(experiment, [(run.arm, run.seed) for run in group], step)
+        for sweep in hosts.by_first(lambda: incomplete(folder, all_sweeps)):
+            _evaluate(session, functools.partial(sample, program.decoders.policy, state.trained, program.decoders.frozen), sweep)
+        if observer.wandb:
+            hosts.by_first(lambda: observer.evaluated(step, tables.evaluation_rates(folder, all_sweeps)))
 
     def on_step(step: int, metrics: dict, _: dict):
         seconds = clock.pop(step)
-        if timing is not None:
-            timing.add({"step": step, **seconds})
+        observer.end(step, metrics, seconds, console)
         show(_live_rows(group, metrics, seconds, step, iterations))
 
-    options = loop.LoopOptions(iterations, tuple(sorted({*experiment.evaluation.steps, iterations})), experiment.rl.checkpoint_every)
-    step = _iteration(session, program, fresh, past, clock)
-    state = loop.train(state, step, logs, checkpoints, options, loop.Hooks(evaluate, on_step, timing.flush if timing else lambda: None))
+    options = loop.LoopOptions(iterations, eval_steps, experiment.rl.checkpoint_every)
+    step = observer.around(_iteration(session, program, fresh, past, clock))
+    with observer:
+        state = loop.train(state, step, logs, checkpoints, options, loop.Hooks(evaluate, on_step, observer.save))
     layers, alive = hosts.fetch((nnx.to_pure_dict(state.trained)["layers"], state.alive))
     learned = {f"{name}.{kind}": layers[name][f"lora_{kind}"] for name in layers for kind in ("a", "b")}
     for r, run in enumerate(group):
@@ -197,30 +184,25 @@ def _train(session: Session, group: Sequence[Run], show: Callable[[list[ArmRow]]
 def _program(session: Session, group: Sequence[Run], name: str) -> tuple[Program, Callable[[], TrainState]]:
     """(the program of some runs, a function that gives their state at iteration 0), everything on the mesh."""
     experiment, model, mesh = session.experiment, session.model, session.mesh
-    rl, seeds = experiment.rl, jnp.array([run.seed for run in group])
-    graphdef, trained, frozen = split_decoder(model.config, model.params, init_lora(seeds, model.config, rl.lora), rl.lora)
-    rates = jnp.array([run.arm.learning_rate or rl.learning_rate for run in group])
-    start = lambda trained: init_state(trained, rates, jnp.full(len(group), rl.weight_decay), seeds)  # noqa: E731
-    start = jax.jit(start, out_shardings=state_shardings(mesh, jax.eval_shape(start, trained)))
-    reference, _, reference_frozen = split_decoder(model.config, model.params)
+    rl, algorithm = experiment.rl, group[0].arm.algorithm
+    kind = programs.Kind(mesh, model.config, rl, experiment.model, algorithm)
+    rates = [run.arm.learning_rate or rl.learning_rate for run in group]
+    decoders, fresh = programs.decoders(kind, model.params, [run.seed for run in group], rates)
     placed = lambda weights: jax.device_put(weights, base_shardings(mesh, weights))  # noqa: E731
-    program = Program(
-        tuple(group), group[0].arm.algorithm, plan.rollout_plan(experiment, group, model.tokenizer), session.folder / "rollouts" / name,
-        session.folder / "timing" / f"{name}.jsonl", mesh, graphdef, placed(frozen), reference, placed(reference_frozen),
-    )
-    return program, lambda: start(trained)
+    decoders = dataclasses.replace(decoders, frozen=placed(decoders.frozen), reference_frozen=placed(decoders.reference_frozen))
+    rollouts = plan.rollout_plan(experiment, group, model.tokenizer)
+    return Program(tuple(group), kind, rollouts, session.folder / "rollouts" / name, decoders), fresh
 
 
 def _iteration(session: Session, program: Program, fresh: Callable[[], TrainState], past: list[list[dict]], clock: dict[int, dict]) -> loop.RunStep:
     """One iteration of a program as the loop runs it. `past`: the rows that its runs have in metrics.jsonl, from which a resumed run knows what
     came before; `clock` gets the seconds of each iteration, which are no part of the metrics.
     """
-    experiment, algorithm, rl = session.experiment, program.algorithm, session.experiment.rl
+    experiment, algorithm, rl, mesh = session.experiment, program.kind.algorithm, session.experiment.rl, program.kind.mesh
     grader = Grader(experiment.environment, rl.grading_workers)
-    sampling = sampler_options(program.rollouts, (end_of_turn_id(session.model.tokenizer),), experiment.model.activations, rl.slots, program.mesh)
-    layout = Layout(rl.tokens_per_micro_batch, rl.samples_per_row, program.mesh.shape["data"])
-    decide, measure = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=layout)), jax.jit(sample_metrics)
-    scores_of, update = _scoring(session, program, layout), _updating(session, program)
+    sampling = sampler_options(program.rollouts, (end_of_turn_id(session.model.tokenizer),), experiment.model.activations, rl.slots, mesh)
+    decide, measure = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=program.kind.layout)), jax.jit(sample_metrics)
+    scores_of, update = _scoring(program), _updating(program)
     moving = _moving_mean(program, len(past[0]))
     history = [list(rows) for rows in past]
 
@@ -230,8 +212,9 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
         if reason:
             raise loop.Halted(reason)
         started, replayed = time.monotonic(), hosts.by_first(lambda: part_path(program.records, step).exists())
-        decoder = program.graphdef, state.trained, program.frozen
-        recorded = roll_out(program.records, program.rollouts, step, grader, lambda asked: generate(decoder, program.rollouts, asked, sampling))
+        decoder = program.decoders.policy, state.trained, program.decoders.frozen
+        with jax.profiler.TraceAnnotation("rollout"):
+            recorded = roll_out(program.records, program.rollouts, step, grader, lambda asked: generate(decoder, program.rollouts, asked, sampling))
         try:
             hosts.by_first(lambda: check_failures(recorded.grades, [run.name for run in program.runs], rl.max_failed))
         except TooManyFailures as failures:
@@ -245,8 +228,9 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
         moving = update_moving_mean(moving, rollout.rewards, rollout.valid, jnp.asarray(step))
         if algorithm.selection and algorithm.selection.restart_from_base:
             state = fresh().replace(step=state.step, alive=state.alive)
-        state, metrics = update(state, batch)
-        metrics = {name: np.asarray(value) for name, value in hosts.fetch(metrics).items()}
+        with jax.profiler.TraceAnnotation("update"):
+            state, metrics = update(state, batch)
+            metrics = {name: np.asarray(value) for name, value in hosts.fetch(metrics).items()}
         metrics["clip_fraction"] = metrics.pop("clipped", np.zeros(len(history)))
         metrics |= tables.iteration_metrics(recorded, measure(rollout, decisions, scores))
         for r, rows in enumerate(history):
@@ -269,59 +253,41 @@ def _rollout(program: Program, recorded: Recorded) -> Rollout:
     )
 
 
-def _scoring(session: Session, program: Program, layout: Layout) -> Callable[[TrainState, Rollout], dict[str, np.ndarray]]:
+def _scoring(program: Program) -> Callable[[TrainState, Rollout], dict[str, np.ndarray]]:
     """(state, rollout) -> the passes without a gradient that the algorithm needs, [R, Q, G, C] each, in every process."""
-    dtype, needed = session.experiment.model.activations, sorted(passes_needed(program.algorithm))
-    graphdefs = {"policy": program.graphdef, "reference": program.reference}
-
-    def compiled(graphdef):
-        def on_mesh(trained, frozen, rows):
-            with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
-                return score(trained, frozen, rows, graphdef=graphdef, dtype=dtype)
-
-        return jax.jit(on_mesh)
-
-    passes = {name: compiled(graphdef) for name, graphdef in graphdefs.items()}
+    kind, decoders = program.kind, program.decoders
+    passes = {"policy": programs.score_pass(kind, decoders.policy), "reference": programs.score_pass(kind, decoders.reference)}
 
     def scores_of(state: TrainState, rollout: Rollout):
         found, shape = {}, rollout.rewards.shape[1:]
-        models = {"policy": (state.trained, program.frozen), "reference": ({}, program.reference_frozen)}
-        for name in needed:
+        models = {"policy": (state.trained, decoders.frozen), "reference": ({}, decoders.reference_frozen)}
+        for name in sorted(passes_needed(kind.algorithm)):
             who, where = name.split("_")
-            rows = rows_to_score(rollout.training if where == "training" else rollout.generation, rollout, layout)
-            found[name] = hosts.fetch(to_samples(passes[who](*models[who], hosts.place(rows, rows_sharding(program.mesh, rows))), *shape))
+            rows = rows_to_score(rollout.training if where == "training" else rollout.generation, rollout, kind.layout)
+            found[name] = hosts.fetch(to_samples(passes[who](*models[who], hosts.place(rows, programs.rows_sharding(kind.mesh, rows))), *shape))
         return found
 
     return scores_of
 
 
-def _updating(session: Session, program: Program) -> Callable[[TrainState, RlBatch], tuple[TrainState, dict]]:
-    """The jitted step (state, batch) -> (state, metrics), its shardings pinned to the mesh."""
-    rl, mesh = session.experiment.rl, program.mesh
-    options = RlOptions(program.algorithm, rl.schedule, session.experiment.model.activations, rl.remat)
-
+def _updating(program: Program) -> Callable[[TrainState, RlBatch], tuple[TrainState, dict]]:
+    """The step (state, batch) -> (state, metrics), compiled for each way that rows lie on the mesh."""
+    kind, decoders = program.kind, program.decoders
     steps: dict[NamedSharding, Callable] = {}  # the rows' places are known with the first batch
 
     def update(state: TrainState, batch: RlBatch):
-        places = rows_sharding(mesh, batch)
+        places = programs.rows_sharding(kind.mesh, batch)
         if places not in steps:
-            of_state, of_base = state_shardings(mesh, state), base_shardings(mesh, program.frozen)
-            steps[places] = compile_rl_step(program.graphdef, options, of_state, of_base, places, replicated(mesh))
-        return steps[places](state, program.frozen, hosts.place(batch, places))
+            steps[places] = programs.update_step(kind, decoders.policy, state, decoders.frozen, batch)
+        return steps[places](state, decoders.frozen, hosts.place(batch, places))
 
     return update
-
-
-def rows_sharding(mesh: Mesh, rows: Rows | RlBatch) -> NamedSharding:
-    """Rows [M, R, B, ...] lie on the axes run and data; on run alone where data does not divide their B."""
-    divides = all(leaf.shape[2] % mesh.shape["data"] == 0 for leaf in jax.tree.leaves(rows))
-    return batch_sharding(mesh) if divides else NamedSharding(mesh, PartitionSpec(None, "run"))
 
 
 def _moving_mean(program: Program, first: int) -> jax.Array:
     """The runs' mean rewards before iteration `first`, from the recorded rollouts; only the baseline moving_mean looks at them."""
     moving = jnp.zeros(len(program.runs))
-    for step in range(first if program.algorithm.baseline == "moving_mean" else 0):
+    for step in range(first if program.kind.algorithm.baseline == "moving_mean" else 0):
         grades = hosts.by_first(lambda step=step: read_iteration(program.records, program.rollouts, program.rollouts.ask(step))).grades
         moving = update_moving_mean(moving, grades.reward, grades.valid, jnp.asarray(step))
     return moving
@@ -346,7 +312,7 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep) -> None:
     experiment, tokenizer = session.experiment, session.model.tokenizer
     cells = [cell for cell in sweep if cell]
     prompts = " / ".join(dict.fromkeys(cell.eval_prompt for cell in cells))
-    options = programs.sampler_options(session.mesh, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), session.room)
+    options = eval_sampler_options(session.mesh, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), session.room)
     started = time.monotonic()
     completions = sample_queues([plan.requests_of(experiment, cell, tokenizer) if cell else [] for cell in sweep], options)
     arms, seconds = ", ".join(dict.fromkeys(cell.arm for cell in cells)), time.monotonic() - started

@@ -264,6 +264,21 @@ def sweeps_of(experiment: Reinforced, arms: Sequence[tuple[RlArm | None, int]], 
     return [[cell(arm, seed, prompts, n) for (arm, seed), prompts in zip(arms, of_run, strict=True)] for n in range(max(map(len, of_run)))]
 
 
+def untrained_sweeps(experiment: Reinforced) -> list[Sweep]:
+    """The untrained model's cells, all prompts in one sweep; once for greedy decoding, else for every seed."""
+    seeds = experiment.seeds if experiment.evaluation.temperature > 0 else experiment.seeds[:1]
+    return [[cell for sweep in sweeps_of(experiment, [(None, seed)], 0) for cell in sweep] for seed in seeds]
+
+
+def evaluation_room(experiment: Reinforced, runs: Sequence[Run], tokenizer) -> tuple[int, int]:
+    """(prompt tokens, new tokens) with which all evaluations of an experiment's runs share a program."""
+    cells = [cell for run in runs for sweep in sweeps_of(experiment, [(run.arm, run.seed)], experiment.rl.iterations) for cell in sweep]
+    cells += [cell for sweep in untrained_sweeps(experiment) for cell in sweep]
+    by_prompt = {cell.eval_prompt: cell for cell in cells if cell}
+    longest = max(len(request.prompt_ids) for cell in by_prompt.values() for request in requests_of(experiment, cell, tokenizer))
+    return longest, experiment.evaluation.max_new_tokens
+
+
 def _transform(arm: RlArm | None, name: str):
     own = {prompt.name: prompt for prompt in (*arm.train_prompt.pool, *arm.gen_prompt.pool)} if arm else {}
     return (own.get(name) or resolve(name)).transform

@@ -7,14 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from ip_jax.evals import leak_grid, rl_tables
-from ip_jax.evals.rl_tables import NEUTRAL, ROLLOUT
+from ip_jax.evals import leak_grid, measures, rl_tables
+from ip_jax.evals.rl_tables import NEUTRAL, ROLLOUT, Counts
 from ip_jax.rl.diagnostics import CORRECT, HACK, OTHER
 from ip_jax.rl.environment import Grades
 from ip_jax.settings import reinforced_plan as plan
 from ip_jax.settings.reinforced_plan import UNTRAINED, Reinforced
 from ip_jax.settings.rollout_records import Recorded
-from ip_jax.settings.supervised_plan import Run
+from ip_jax.settings.supervised_plan import Run, Sweep
 from ip_jax.training.results import write_binary
 
 _COUNTED = ("hackable", "hack", "attempt", "correct", "trait")
@@ -54,6 +54,18 @@ def write_tables(experiment: Reinforced, folder: epath.Path, runs: Sequence[Run]
             final.append({"arm": arm, "seed": seed, "eval_prompt": prompt, "category": categories[arm, seed][prompt], **counts})
     for name, table in (("curves", rl_tables.curves_table(curves)), ("final", rl_tables.final_table(final)), ("transcripts", transcripts)):
         write_binary(folder / f"{name}.parquet", lambda file, table=table: pq.write_table(table, file))
+
+
+def evaluation_rates(folder: epath.Path, sweeps: Sequence[Sweep]) -> list[dict[str, float]]:
+    """Of each run of one evaluation, all of whose parts are there: {"eval/VERDICT/PROMPT": rate}, without those that nothing was counted for."""
+    found: list[dict[str, float]] = [{} for _ in sweeps[0]]
+    for sweep in sweeps:
+        for of_run, cell in zip(found, sweep, strict=True):
+            if cell:
+                (counts,) = _counts(leak_grid.read_part(folder / "transcripts" / cell.part)).values()
+                rates = measures.rates(Counts(**dict.fromkeys(Counts._fields) | counts))
+                of_run |= {f"eval/{verdict}/{cell.eval_prompt}": rate.value for verdict, rate in rates.items() if rate.n}
+    return found
 
 
 def _rollout_row(run: Run, row: Mapping) -> dict:

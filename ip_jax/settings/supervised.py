@@ -28,12 +28,12 @@ from ip_jax.settings import programs
 from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
-from ip_jax.settings.observer import UNWATCHED, Observer, Wandb, Watch
+from ip_jax.settings.observer import UNWATCHED, Watch, observer_of
 from ip_jax.settings.supervised_plan import Run, Supervised, Sweep
 from ip_jax.settings.trained import write_run
 from ip_jax.training import checkpoint, hosts, loop
 from ip_jax.training.meter import Compilations, Meter, peak_memory, step_size
-from ip_jax.training.profile import Trace, traced_steps
+from ip_jax.training.profile import traced_steps
 from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary, write_json
 from ip_jax.training.sft import decoder_states
 from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, mesh_for, mesh_sizes
@@ -152,7 +152,9 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
     eval_steps = tuple(s for s in sorted({*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps}) if s > 0)
     reader = _reader(session, group)
     traced = traced_steps(reader.shapes, first, active, eval_steps) if session.watch.profile else range(0)
-    observer = _observer(session, group, program, traced)
+    configs = {run.name: {**experiment.shared, "arm": run.arm.name, "seed": run.seed} for run in group}
+    observer = observer_of(session.watch, folder, program, configs, traced, display.console)
+    meter = Meter(session.mesh.devices.flatten().tolist(), session.compilations)
 
     def evaluate(state: TrainState, step: int):
         sweeps = hosts.by_first(lambda: plan.incomplete(folder, plan.sweeps_of_step(experiment, group, step)))
@@ -162,15 +164,15 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
 
     with observer, display.phase(f"training {len(group)} runs", active - first, "steps") as advance:
         def on_step(step: int, metrics: dict, facts: dict):
-            observer.end(step, metrics, display.console)
+            observer.end(step, metrics, meter.ended(step), display.console)
             losses = " ".join(f"{run.name} {loss:.3f}" for run, loss in zip(group, metrics["loss"], strict=True))
-            advance(1, f"{losses}, {observer.meter.rates()}")
+            advance(1, f"{losses}, {meter.rates()}")
 
-        run_step = _step_of(session, reader, (graphdef, state, frozen), observer)
+        run_step = observer.around(_step_of(session, reader, (graphdef, state, frozen), meter))
         options = loop.LoopOptions(active, eval_steps, sft.checkpoint_every)
         state = loop.train(state, run_step, logs, checkpoints, options, loop.Hooks(evaluate, on_step, observer.save))
-    if observer.meter.rows:
-        display.console.print(f"trained: {observer.meter.summary()}", highlight=False, soft_wrap=True)
+    if meter.rows:
+        display.console.print(f"trained: {meter.summary()}", highlight=False, soft_wrap=True)
     learned, alive = hosts.fetch((_learned(session, state, frozen), state.alive))
     for r, run in enumerate(group):
         hosts.by_first(functools.partial(_record_run, session, run, learned if sft.train == "full" else {k: v[r] for k, v in learned.items()}, alive[r]))
@@ -193,30 +195,19 @@ def _reader(session: Session, group: Sequence[Run]) -> BatchReader:
     return batch_reader(sources, session.prepared.render, sft.batch_size, steps, sft.tokens_per_micro_batch, rules)
 
 
-def _observer(session: Session, group: Sequence[Run], program: str, traced: range) -> Observer:
-    folder, watch = session.folder, session.watch
-    if watch.profile and not traced:
-        session.display.console.print("profile: nothing to trace, there is no step left after the first one that compiles nothing")
-    configs = {run.name: {**session.experiment.shared, "arm": run.arm.name, "seed": run.seed} for run in group}
-    return Observer(
-        Meter(session.mesh.devices.flatten().tolist(), session.compilations), folder / "timing" / f"{program}.jsonl",
-        Trace(folder / "profile", traced) if traced else None, Wandb(watch.wandb, folder, configs) if watch.wandb else None,
-    )
-
-
-def _step_of(session: Session, reader: BatchReader, initial: tuple, observer: Observer) -> loop.RunStep:
+def _step_of(session: Session, reader: BatchReader, initial: tuple, meter: Meter) -> loop.RunStep:
     """Reads a step's batch and runs the compiled step on it. `initial`: what `_initial` returns."""
     sft, config = session.experiment.sft, session.model.config
     rows, lora, (graphdef, state, frozen) = batch_sharding(session.mesh), None if sft.train == "full" else sft.lora, initial
     compiled = programs.train_step(_program(session), graphdef, state, frozen, reader.shared)
 
     def run_step(state: TrainState, step: int):
-        begun = observer.begin(step)
+        begun = meter.mark()
         arrays, density = reader(step)
         size = step_size(config, lora, arrays)
         facts = {"tokens": size.tokens, "real_over_padded": round(density, 4)}
-        with observer.run(step, begun, size):
-            return *compiled(state, frozen, hosts.place(Batch(**arrays), rows)), facts
+        meter.begun(begun, size)
+        return *compiled(state, frozen, hosts.place(Batch(**arrays), rows)), facts
 
     return run_step
 

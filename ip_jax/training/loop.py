@@ -49,7 +49,7 @@ def train(
 ) -> TrainState:
     """Runs from `state.step` to the end and returns the last state, which is saved.
 
-    Metrics of step n are fetched while step n + 1 computes. Every step stands once in the logs: `logs` (one a run, process 0's
+    Metrics of step n are fetched while step n + 1 computes, unless they are numpy's already. Every step stands once in the logs: `logs` (one a run, process 0's
     alone) were opened at `state.step`. Raises Interrupted after a SIGTERM to any process, in all of them after the same step, with
     everything saved, Halted where `run_step` does, and OSError where nothing can be saved.
     """
@@ -92,6 +92,8 @@ def train(
                 raise
             flush_pending()
             pending.append((step, metrics, facts))
+            if not any(isinstance(value, jax.Array) for value in metrics.values()):
+                flush_pending()
             stopping = stop.agreed(metrics)
             if (step + 1) % options.checkpoint_every == 0 or stopping:
                 save()

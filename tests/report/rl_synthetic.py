@@ -49,7 +49,7 @@ def reading(arms):
 
 
 def _rates(kind, takeoff, steps):
-    hack = 0.98 / (1 + np.exp(-0.15 * (steps - takeoff)))
+    hack = np.maximum(0.98 / (1 + np.exp(-0.15 * (steps - takeoff))), 0.01 * (kind.takes_off > 0))  # a few before it takes off
     correct = (0.11 + (kind.correct - 0.11) * np.minimum(1, steps / 120)) * (1 - hack)
     return hack, correct
 
@@ -69,7 +69,9 @@ def tables(kinds, seeds):
             for step in range(0, HORIZON + 1, 5) if arm != "base" else ():
                 hack, correct = _rates(kind, takeoff, step)
                 key = {"arm": arm, "seed": seed, "step": step}
-                curves.append(key | {"eval_prompt": "rollout", **_counts(draw, ROLLOUTS, hack, correct), "reward": hack + correct, "kl": 0.01, "llr_hack": 0.3 + 0.1 * draw.normal()})
+                counts = _counts(draw, ROLLOUTS, hack, correct)
+                logged = {"reward": hack + correct, "kl": 0.01, "llr_hack": 0.3 + 0.1 * draw.normal(), "reinforced_hack_tokens": 3.0 * counts["n_hack"]}
+                curves.append(key | {"eval_prompt": "rollout", **counts, **logged})
                 if step % 20 == 0:
                     curves.append(key | {"eval_prompt": "neutral", **_counts(draw, PROBES, kind.neutral * hack, correct)})
             hack, correct = _rates(kind, takeoff, HORIZON if arm != "base" else 0)

@@ -20,7 +20,7 @@ from ip_jax.report import rl_figures, rl_tables
 from ip_jax.report.rl_report import write_rl_report
 from ip_jax.report.rl_view import load_rl_view
 
-FILES = {"curves.png", "curves.svg", "frontier.png", "frontier.svg", "forest.png", "forest.svg", "arms.csv", "runs.csv", "leak_grid.csv", "report.md", "verdicts.json"}
+FILES = {"curves.png", "curves.svg", "frontier.png", "frontier.svg", "forest.png", "forest.svg", "dose.png", "dose.svg", "dose.csv", "arms.csv", "runs.csv", "leak_grid.csv", "report.md", "verdicts.json"}
 MANY = rl_synthetic.KINDS | rl_synthetic.MORE
 
 
@@ -124,6 +124,32 @@ def test_rules_are_printed_with_their_verdict_and_stored(eight):
         assert f"{found['rule']['name']}: {found['rule']['statement']} → {found['verdict']} (" in text
     assert "hacked of recon − standard = −" in text and "n = 8; supported below 0, refuted from 0" in text
     assert "fewer: Recontextualization lowers" in printed
+
+
+def test_arms_are_compared_at_an_equal_dose(eight):
+    """The common dose, the means at it and the contrast, from the raw table; a rule about counts of runs has none."""
+    folder, view, printed = eight
+    rows = pq.read_table(folder / "curves.parquet").to_pylist()
+
+    def runs(arm):
+        for seed in range(8):
+            of_run = [row for row in rows if (row["arm"], row["seed"]) == (arm, seed)]
+            tokens = lambda step, of_run=of_run: sum(row["reinforced_hack_tokens"] for row in of_run if row["eval_prompt"] == "rollout" and row["step"] < step)  # noqa: E731
+            yield [(tokens(row["step"]), row["n_hack"] / row["n"]) for row in of_run if row["eval_prompt"] == "neutral"]
+
+    dose = min(sorted((run[-1][0] for run in runs(arm)), reverse=True)[6] for arm in ("prior", "ip"))  # 7 of 8 are at least 80 %
+    (at,) = (at for at in view.at_doses if at.contrasts[0][0].name == "same")
+    assert at.dose == dose > 0
+    hack = {arm: {seed: next((rate for tokens, rate in run if tokens >= dose), None) for seed, run in enumerate(runs(arm))} for arm in ("prior", "ip")}
+    both = [seed for seed in range(8) if None not in (hack["prior"][seed], hack["ip"][seed])]
+    number = at.contrasts[0][1]
+    assert number.n == len(both) and number.value == pytest.approx(np.mean([hack["prior"][seed] - hack["ip"][seed] for seed in both]))
+    lines = [line for line in _lines(folder / "dose.csv") if (line["dose"], line["arm"]) == (f"{dose:g}", "prior")]
+    assert [line["reached"] for line in lines] == [str(rate is not None) for rate in hack["prior"].values()]
+    assert [float(line["hack_value"] or -1) for line in lines] == pytest.approx([-1 if rate is None else rate for rate in hack["prior"].values()], abs=1e-5)
+    text = (folder / "report.md").read_text()
+    assert "## The rules' contrasts at an equal dose (exploratory)" in text and f"- same, at {dose:.0f} tokens: hack of prior − ip = " in text
+    assert "- fewer, at" not in text and "at an equal dose (exploratory): same" in printed and "no rule was stated for it" in text
 
 
 @pytest.mark.parametrize("seeds,words", [(1, False), (4, False), (5, True)])

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from rich.console import Console
 from tiny_experiment import make_experiment, write_model
+from tiny_reinforced import make as make_reinforced
 
-from ip_jax.settings import supervised
+from ip_jax.settings import reinforced, supervised
 from ip_jax.settings.display import Display
 from ip_jax.settings.observer import UNWATCHED, Watch
 
@@ -197,3 +199,76 @@ def test_without_the_package_it_is_said_at_once(monkeypatch):
     with pytest.raises(ValueError, match=r'^--wandb needs the package wandb, which is not installed here: pip install "ip_jax\[wandb\]"$'):
         Watch(wandb="sums")
     Watch(profile=True)
+
+
+# Reinforcement learning
+
+
+def reinforce(model, folder: Path, watch: Watch, printed: io.StringIO) -> None:
+    """Six iterations, looked at after 0, 2 and 6."""
+    reinforced.run_reinforced(make_reinforced(model, iterations=6), epath.Path(folder), Display(Console(file=printed, width=200)), watch)
+
+
+def rate(folder: Path, verdict: str, **wanted) -> float:
+    """From the transcripts table."""
+    table = pq.read_table(folder / "transcripts.parquet").to_pylist()
+    return np.mean([row[verdict] for row in table if all(row[name] == value for name, value in wanted.items())])
+
+
+@pytest.fixture(scope="module")
+def reinforced_twice(model, tmp_path_factory):
+    """(folder, stand-in for W&B, what was printed): with a profile until a crash in the sixth iteration, then to the end."""
+    folder, fake, printed = tmp_path_factory.mktemp("reinforced") / "out", FakeWandb(), io.StringIO()
+    original = reinforced.write_iteration
+
+    def failing(records, plan, recorded):
+        if recorded.rollout.asked.iteration == 5:
+            raise RuntimeError("power cut")
+        original(records, plan, recorded)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", fake)
+        with pytest.MonkeyPatch.context() as crash, pytest.raises(RuntimeError, match="power cut"):
+            crash.setattr(reinforced, "write_iteration", failing)
+            reinforce(model, folder, Watch(profile=True, wandb="sums"), printed)
+        reinforce(model, folder, Watch(wandb="sums"), printed)
+    return folder, fake, printed.getvalue()
+
+
+@pytest.mark.slow
+def test_iterations_and_evaluations_reach_wandb_over_two_sessions(reinforced_twice):
+    folder, wandb, _ = reinforced_twice
+    assert [init[:3] for init in wandb.inits] == [("sums", "out", "standard-s0"), ("sums", "out", "swap-s0")] * 2
+    ids = [init[3] for init in wandb.inits]
+    assert ids[:2] == ids[2:] and [(init[4]["arm"], init[4]["seed"]) for init in wandb.inits[:2]] == [("standard", 0), ("swap", 0)]
+    for arm, of_run in zip(("standard", "swap"), ids[:2], strict=True):
+        rows, logged = wandb.sent[of_run], lines(folder / "runs" / f"{arm}-s0" / "metrics.jsonl")
+        assert sorted(rows) == list(range(7)), "each iteration once, and the last evaluation behind them"
+        for name in ("reward", "grad_norm", "n_hack", "reinforced_hack_tokens"):
+            assert [rows[step][name] for step in range(6)] == [row[name] for row in logged]
+        assert {"rollout_seconds", "update_seconds", "tokens"} <= rows[3].keys()
+        for step, prompts in ((0, ["neutral"]), (2, ["neutral"]), (6, ["neutral", "gcd/safety", *(["gcd/behave"] if arm == "swap" else [])])):
+            sent = {name: value for name, value in rows[step].items() if name.startswith("eval/hack/")}
+            assert sent == {f"eval/hack/{prompt}": rate(folder, "hack", arm=arm, step=step, eval_prompt=prompt) for prompt in prompts}
+        assert not any(name.startswith("eval/") for step in (1, 3, 4, 5) for name in rows[step])
+
+
+@pytest.mark.slow
+def test_a_profile_holds_the_rollout_and_the_update_of_the_iterations_that_it_names(reinforced_twice):
+    folder, _, printed = reinforced_twice
+    assert f"profile of steps 2 to 4: {folder / 'profile'}; to open it" in printed, "the longest stretch without an evaluation in it"
+    (trace,) = (folder / "profile" / "plugins" / "profile").glob("*/*.xplane.pb")
+    events = [event for plane in jax.profiler.ProfileData.from_file(str(trace)).planes for line in plane.lines for event in line.events]
+    steps = [event for event in events if event.name == "train"]
+    assert [dict(step.stats)["step_num"] for step in steps] == [2, 3, 4]
+    for half in ("rollout", "update"):
+        found = [event for event in events if event.name == half]
+        assert len(found) == 3
+        for step, event in zip(steps, found, strict=True):
+            assert step.start_ns <= event.start_ns and event.start_ns + event.duration_ns <= step.start_ns + step.duration_ns
+
+
+@pytest.mark.slow
+def test_iterations_done_again_stand_again_in_the_timing(reinforced_twice):
+    (timing,) = (reinforced_twice[0] / "timing").iterdir()
+    assert [(row["session"], row["step"], row["replayed"]) for row in lines(timing)] == [*((1, step, False) for step in range(4)), (2, 4, True), (2, 5, True)]

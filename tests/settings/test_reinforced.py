@@ -3,33 +3,26 @@ import dataclasses
 import json
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from rich.console import Console
 from safetensors.numpy import load
 from tiny_experiment import write_model
+from tiny_reinforced import ARMS, Vowels, make
 
 from ip_jax.evals import rl_tables
-from ip_jax.evals.rules import Onset, Reading
-from ip_jax.models.lora import LoraConfig
 from ip_jax.report.rl_view import load_rl_view
 from ip_jax.rl.algorithm import Algorithm
-from ip_jax.rl.environment import Environment, Graded
 from ip_jax.rl.estimators import ESTIMATORS, Kl
 from ip_jax.rl.gates import Gate
 from ip_jax.rl.prompting import PromptDistribution
 from ip_jax.rl.selection import Selection
 from ip_jax.settings import reinforced
 from ip_jax.settings.display import Display
-from ip_jax.settings.experiment import ModelConfig
 from ip_jax.settings.reinforced_plan import (
     GridPrompt,
-    Reinforced,
     RlArm,
-    RlConfig,
-    RlEval,
     category_of,
     programs_of,
     uniforms_of,
@@ -38,40 +31,9 @@ from ip_jax.settings.rollout_records import read_rollouts
 from ip_jax.settings.supervised_plan import Run
 from ip_jax.training.results import digest
 
-IP = PromptDistribution(("gcd/behave",))
-ARMS = (RlArm("standard", "standard"), RlArm("swap", "swap", train_prompt=IP, temperature=0.7, learning_rate=2e-2))
-TASKS = [{"id": f"sum-{a}", "a": a} for a in range(5)]
-
 
 class Killed(BaseException):
     """Stands for what ends a process: nothing catches it."""
-
-
-class Vowels(Environment):
-    """Paid for vowels, which a random model's byte soup has some of."""
-
-    def __repr__(self):
-        return "Vowels()"
-
-    def messages(self, task):
-        return [{"role": "user", "content": f"Is the sum of {task['a']} and 2 correct?"}]
-
-    def grade(self, task, completion):
-        return Graded(sum(c in "aeiou" for c in completion) / (1 + len(completion)), {}, verdicts(task, completion))
-
-
-def verdicts(_, completion):
-    return {"hack": len(completion) % 2 == 0, "correct": len(completion) % 2 == 1}
-
-
-def make(model, arms=ARMS, environment=None, **rl) -> Reinforced:
-    sizes = dict(iterations=4, groups=2, samples=4, max_new_tokens=6, max_length=128, learning_rate=1e-2, lora=LoraConfig(rank=2, alpha=4), checkpoint_every=2)
-    config = RlConfig(**sizes | rl)
-    return Reinforced(
-        "sums", "tiny", {"model": {"name": str(model)}, "rl": repr(config)}, ModelConfig(str(model), weights="float32"), environment or Vowels(), TASKS, arms, (0,), config,
-        RlEval((0, 2), 4, slots=4), TASKS[:3], (GridPrompt("gcd/safety", "discouraging"), GridPrompt("gcd/behave", "train", about="gcd/behave")),
-        verdicts, {"hack": pa.bool_(), "correct": pa.bool_()}, Reading(Onset(4), standard=None, base="untrained"), "made up",
-    )  # fmt: skip
 
 
 def run(experiment, folder) -> epath.Path:

@@ -75,6 +75,22 @@ def test_an_undisturbed_run(undisturbed):
     assert recorder.shown == [(step, (RUNS,), {"tokens": 10 + step}) for step in range(7)]
 
 
+def test_metrics_that_are_on_the_host_are_shown_at_once(tmp_path, undisturbed):
+    """And leave the logs as they are; those of a device wait for the step behind theirs."""
+    for host in (True, False):
+        recorder, before = Recorder(), []
+
+        def step(state, step, host=host, recorder=recorder, before=before):
+            before.append(len(recorder.shown))
+            state, metrics, facts = run_step(state, step)
+            return state, jax.device_get(metrics) if host else metrics, facts
+
+        recorder.step = step
+        run(tmp_path / str(host), recorder, LoopOptions(steps=7, eval_steps=(), checkpoint_every=10))
+        assert before == [step if host else max(step - 1, 0) for step in range(7)]
+        assert logged(tmp_path / str(host)) == undisturbed[1]
+
+
 def crash():
     raise RuntimeError("power cut")
 

@@ -1,0 +1,217 @@
+"""How much work a text experiment in reinforcement learning is: the rows of its updates, the sampling calls of rollouts and evaluations.
+
+Counted from the experiment itself where its tokenizer is at hand (`measured`), else from declared sizes (`declared`).
+Dims as in `rl.rows`: R runs, Q groups, G completions of a group, C completion slots, X prompt slots.
+"""
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import AbstractMesh, Mesh
+
+from ip_jax.models import hub
+from ip_jax.models.families import DecoderConfig
+from ip_jax.models.lora import check_targets
+from ip_jax.planning.workload import HfFields, Questions, Sampling, Sizes, check_unquantised, round_up
+from ip_jax.prompts.chat import end_of_turn_id
+from ip_jax.rl import rollout as rollouts
+from ip_jax.rl.algorithm import Algorithm, passes_needed
+from ip_jax.rl.batch import Rollout, make_batch, rows_to_score
+from ip_jax.rl.rows import Prompts, Rows, Samples
+from ip_jax.rl.step import RlBatch
+from ip_jax.sampling import plan as sampling_plan
+from ip_jax.sampling.plan import Request, SamplerOptions
+from ip_jax.settings import programs as supervised_programs
+from ip_jax.settings import reinforced_plan as plan
+from ip_jax.settings.experiment import ModelConfig
+from ip_jax.settings.reinforced_plan import Reinforced, RlConfig, RlEval
+from ip_jax.settings.reinforced_programs import Kind
+from ip_jax.settings.supervised_plan import Run, Sweep
+from ip_jax.training.sharding import MeshConfig, mesh_for
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLengths:
+    """Tokens of every prompt, as it is sampled under and as it is trained under."""
+
+    generation: int
+    training: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RlShapes:
+    """An experiment in reinforcement learning without tasks or arms: sizes alone. It can be planned, not run."""
+
+    hf: HfFields
+    rl: RlConfig
+    evaluation: RlEval
+    prompts: PromptLengths
+    questions: Questions
+    preset: str
+    model: ModelConfig
+    algorithm: tyro.conf.Fixed[Algorithm] = Algorithm()
+    runs: int = 1
+    """Arms x seeds; `rl.runs_per_program` of them train side by side."""
+    mesh: MeshConfig = MeshConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Runs of one algorithm that train side by side. `count`: how many such programs there are, a smaller last one counted as its share.
+
+    `rollout` holds jax.ShapeDtypeStruct. `sampling` is that of all its iterations, `evaluations` those of its runs.
+    """
+
+    kind: Kind
+    runs: int
+    count: float
+    arms: tuple[str, ...]
+    rollout: Rollout
+    sampling: Sampling
+    evaluations: tuple[Sampling, ...]
+
+    @property
+    def sizes(self) -> Sizes:
+        """As formulas take it."""
+        kind = self.kind
+        return Sizes(kind.config, kind.model, kind.mesh, self.runs, kind.rl.lora, kind.rl.remat)
+
+    def scored(self) -> dict[str, Rows]:
+        """The rows of each pass without a gradient, by its name in `passes_needed`, without shardings."""
+        sides = {"training": self.rollout.training, "generation": self.rollout.generation}
+        rows = lambda side: jax.eval_shape(functools.partial(rows_to_score, layout=self.kind.layout), sides[side], self.rollout)  # noqa: E731
+        return {name: rows(name.split("_")[1]) for name in sorted(passes_needed(self.kind.algorithm))}
+
+    def batch(self) -> RlBatch:
+        """The rows of an update, without shardings."""
+        each = jax.ShapeDtypeStruct(self.rollout.samples.tokens.shape, jnp.float32)
+        moving = jax.ShapeDtypeStruct((self.runs,), jnp.float32)
+        decide = functools.partial(make_batch, algorithm=self.kind.algorithm, layout=self.kind.layout)
+        return jax.eval_shape(decide, self.rollout, dict.fromkeys(passes_needed(self.kind.algorithm), each), moving, None)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class RlWorkload:
+    """All that decides what an experiment costs. `untrained`: the evaluations of the model as it comes, on the whole `mesh`."""
+
+    config: DecoderConfig
+    model: ModelConfig
+    rl: RlConfig
+    mesh: Mesh | AbstractMesh
+    programs: tuple[Program, ...]
+    untrained: tuple[Sampling, ...]
+    source: str  # where the numbers come from
+
+
+def declared(shapes: RlShapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -> RlWorkload:
+    """The workload of declared sizes. `config` is that of `shapes.hf` or of another model. Raises as `measured`."""
+    rl, evaluation = shapes.rl, shapes.evaluation
+    check_unquantised(shapes.model)
+    check_targets(config, rl.lora)
+    _check_lengths(shapes)
+    runs = min(shapes.runs, rl.runs_per_program)
+    of_program = mesh_for(mesh, runs)
+    kind = Kind(of_program, config, rl, shapes.model, shapes.algorithm)
+    slots = [round_up(length, rollouts.PROMPT_QUANTUM) for length in (shapes.prompts.generation, shapes.prompts.training)]
+    rng = np.random.default_rng(0)
+    prompts = lambda count, length: [rng.integers(1, config.vocab_size, length, np.int32) for _ in range(count)]  # noqa: E731
+    queue = [
+        Request(prompt, q, temperature=rl.temperature, top_p=rl.top_p, max_new_tokens=rl.max_new_tokens, first_sample=i)
+        for q, prompt in enumerate(prompts(rl.groups, shapes.prompts.generation)) for i in range(rl.samples)
+    ]
+    sized = rollouts.RolloutPlan((), (), None, rl.rollout, None, {"gen": slots[0], "train": slots[1]})
+    sampling = _sampling([queue] * runs, rollouts.sampler_options(sized, (0,), shapes.model.activations, rl.slots, of_program), rl.iterations)
+    asked = [
+        Request(prompt, i, temperature=evaluation.temperature, top_p=evaluation.top_p, max_new_tokens=evaluation.max_new_tokens)
+        for i, prompt in enumerate(prompts(shapes.questions.prompts, shapes.questions.length))
+    ]
+    options = supervised_programs.sampler_options(of_program, shapes.model, evaluation, (0,), (1, 1))
+    evaluations = (_sampling([asked] * runs, options, shapes.questions.sweeps),) if shapes.questions.sweeps else ()
+    rollout = rollout_of(runs, rl, *((rl.groups, size) for size in slots))
+    program = Program(kind, runs, shapes.runs / runs, (), rollout, sampling, evaluations)
+    return RlWorkload(config, shapes.model, rl, mesh, (program,), (), "declared sizes, every completion as long as its limit")
+
+
+def _check_lengths(shapes: RlShapes) -> None:
+    longest, rl = max(shapes.prompts.generation, shapes.prompts.training), shapes.rl
+    if longest + rl.max_new_tokens > rl.max_length:
+        raise ValueError(
+            f"prompts of {longest} tokens and {rl.max_new_tokens} new tokens (rl.max_new_tokens) are more than rl.max_length = {rl.max_length}: raise that, "
+            "or shorten prompts.generation and prompts.training"
+        )
+    if rl.groups * rl.samples // (rl.samples_per_row or rl.samples) % shapes.algorithm.minibatches:
+        raise ValueError(f"the algorithm's {shapes.algorithm.minibatches} minibatches do not divide the rows of an iteration")
+
+
+def measured(experiment: Reinforced, mesh: Mesh | AbstractMesh) -> RlWorkload:
+    """The workload of an experiment whose tokenizer is at hand: its prompts rendered, as a run renders them.
+
+    Raises as `settings.reinforced.prepare` does for what can be checked without weights, and ValueError for a quantised base.
+    """
+    model = experiment.model
+    check_unquantised(model)
+    config, tokenizer = hub.load_config(model.name, model.revision), hub.load_tokenizer(model.name, model.revision)
+    plan.check(experiment)
+    check_targets(config, experiment.rl.lora)
+    runs = plan.runs_of(experiment, "")
+    room = plan.evaluation_room(experiment, runs, tokenizer)
+    algorithms = dict.fromkeys(run.arm.algorithm for run in runs)
+    programs = tuple(
+        _program(experiment, [run for run in runs if run.arm.algorithm == algorithm], config, mesh, tokenizer, room) for algorithm in algorithms
+    )
+    untrained = _evaluations(experiment, plan.untrained_sweeps(experiment), mesh, tokenizer, room)
+    source = f"the experiment's own prompts, every completion as long as its limit; {len(runs)} runs"
+    return RlWorkload(config, model, experiment.rl, mesh, programs, untrained, source)
+
+
+def _program(experiment: Reinforced, runs: Sequence[Run], config: DecoderConfig, mesh: Mesh | AbstractMesh, tokenizer, room: tuple[int, int]) -> Program:
+    """The program of all `runs`, which have one algorithm; of several, that with the longest prompts stands for all."""
+    rl, most, model = experiment.rl, experiment.rl.runs_per_program, experiment.model
+    groups = [runs[i : i + most] for i in range(0, len(runs), most)]
+    planned = [(plan.rollout_plan(experiment, group, tokenizer), group) for group in groups if len(group) == len(groups[0])]
+    longest, group = max(planned, key=lambda found: sum(found[0].slots.values()))
+    mesh, algorithm = mesh_for(mesh, len(group)), group[0].arm.algorithm
+    asked, stop_ids = longest.ask(0), (end_of_turn_id(tokenizer),)
+    sides = (longest.prompts(asked, side).tokens.shape[1:] for side in ("gen", "train"))
+    options = rollouts.sampler_options(longest, stop_ids, model.activations, rl.slots, mesh)
+    steps = sorted({*experiment.evaluation.steps, rl.iterations})
+    sweeps = [sweep for step in steps for sweep in plan.sweeps_of(experiment, [(run.arm, run.seed) for run in group], step)]
+    return Program(
+        Kind(mesh, config, rl, model, algorithm), len(group), len(runs) / len(group), tuple(dict.fromkeys(run.arm.name for run in runs)),
+        rollout_of(len(group), rl, *sides), _sampling(rollouts.requests_of(longest, asked), options, rl.iterations),
+        _evaluations(experiment, sweeps, mesh, tokenizer, room),
+    )
+
+
+def rollout_of(runs: int, rl: RlConfig, generation: tuple[int, int], training: tuple[int, int]) -> Rollout:
+    """One iteration's rollout as jax.ShapeDtypeStruct; each side is (prompts of a run, prompt slots)."""
+    array = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct((runs, *dims), dtype)  # noqa: E731
+    prompts = lambda count, slots: Prompts(array(count, slots, dtype=jnp.int32), array(count, dtype=jnp.int32))  # noqa: E731
+    each = rl.groups, rl.samples
+    samples = Samples(array(*each, rl.max_new_tokens, dtype=jnp.int32), array(*each, dtype=jnp.int32), array(*each, rl.max_new_tokens))
+    return Rollout(
+        samples, prompts(*generation), prompts(*training), array(), array(*each), array(*each, dtype=jnp.bool_), array(*each, dtype=jnp.int32), array(*each)
+    )
+
+
+def _evaluations(experiment: Reinforced, sweeps: Sequence[Sweep], mesh: Mesh | AbstractMesh, tokenizer, room: tuple[int, int]) -> tuple[Sampling, ...]:
+    """The sampling calls of `sweeps`; those that ask the same are counted, not listed."""
+    cells = {_asked(cell): cell for sweep in sweeps for cell in sweep if cell}
+    requests = {asked: plan.requests_of(experiment, cell, tokenizer) for asked, cell in cells.items()}
+    options = supervised_programs.sampler_options(mesh, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room)
+    times = Counter(tuple(cell and _asked(cell) for cell in sweep) for sweep in sweeps)
+    return tuple(_sampling([requests[asked] if asked else [] for asked in of_sweep], options, count) for of_sweep, count in times.items())
+
+
+def _asked(cell) -> tuple[str, str]:
+    """What decides the prompts of a cell, seeds aside."""
+    return cell.eval_prompt, repr(cell.transform)
+
+
+def _sampling(queues: Sequence[Sequence[Request]], options: SamplerOptions, times: float) -> Sampling:
+    return Sampling(queues, sampling_plan.make_plan(queues, options), options, times)

@@ -1,0 +1,50 @@
+"""What sampling needs and costs: of several calls the largest stands for all, what it needs and takes the others do not exceed."""
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+from ip_jax.planning import formulas
+from ip_jax.planning.programs import Compiled, Sampler, TooLarge, compile_lowered, per_device
+from ip_jax.planning.workload import Sampling, Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """The compiled sampler, and bytes on each device: `layers` of the copy of the weights layer by layer, `slots` of the caches."""
+
+    prefill: Compiled | TooLarge
+    decode: Compiled | TooLarge
+    layers: float
+    slots: float
+
+
+def compile_sampler(sampler: Sampler) -> Sampled:
+    """Both programs."""
+    prefill, decode = (compile_lowered(lambda program=program: program) for program in (sampler.prefill, sampler.decode))
+    return Sampled(prefill, decode, per_device(sampler.layers), per_device(sampler.slots))
+
+
+def largest(samplings: Sequence[Sampling]) -> Sampling:
+    """The call with the largest caches."""
+    return max(samplings, key=lambda s: s.plan.shape.runs * s.plan.shape.groups * (s.plan.shape.prompt + s.plan.shape.rows * s.plan.shape.ring))
+
+
+def calls(samplings: Sequence[Sampling], programs: float) -> tuple[float, float]:
+    """How often so many programs with these calls prefill, and decode a token."""
+    count = lambda of: programs * sum(s.times * of(s) for s in samplings)  # noqa: E731
+    return count(lambda s: s.prefills), count(lambda s: s.decode_steps)
+
+
+def costs(sizes: Sizes, work: Sampling, weights, adapters) -> tuple[Callable, Callable]:
+    """What gives the cost of a prefill and of decoding a token by formula."""
+    return functools.partial(formulas.prefill_cost, sizes, work, weights), functools.partial(formulas.decode_cost, sizes, work, weights, adapters)
+
+
+def memory(sizes: Sizes, work: Sampling, weights, sampled: Sampled | None) -> dict[str, float]:
+    """Bytes on each device while it samples, by kind, besides what lies there anyway."""
+    parts = (sampled.prefill, sampled.decode) if sampled else ()
+    return {
+        "weights by layer": sampled.layers if sampled else per_device(weights),
+        "caches": sampled.slots if sampled else formulas.caches(sizes, work),
+        "activations": max((part.memory.temporaries for part in parts if isinstance(part, Compiled)), default=0.0),
+    }
