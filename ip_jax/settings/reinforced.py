@@ -206,6 +206,7 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
     decide, measure = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=program.kind.layout)), jax.jit(sample_metrics)
     scores_of, update = _scoring(program), _updating(program)
     needed, looks = passes_needed(algorithm), {0, *experiment.evaluation.steps} - {rl.iterations}
+    for_llr = {"policy_training", "policy_generation"} if program.rollouts.slots["guide"] else {"policy_training"}  # guided samples come with other log-probabilities
     policy = program.decoders.policy, program.decoders.frozen
     couplings = measuring_couplings(program.rollouts, looks, policy, mesh, experiment.model.activations, rl.remat)
     moving = _moving_mean(program, len(past[0]))
@@ -228,7 +229,7 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
         rollout = _rollout(program, recorded)
         measured, scores = {}, scores_of(state, rollout, needed)
         if step in looks:  # by the state that sampled it; likelihood ratios need the pass at x_t, which few algorithms do
-            measured, scores = couplings(state.trained, rollout, step), scores | scores_of(state, rollout, {"policy_training"} - needed)
+            measured, scores = couplings(state.trained, rollout, step), scores | scores_of(state, rollout, for_llr - needed)
         batch, decisions = decide(rollout, {name: scores[name] for name in needed}, moving, None)
         recorded = dataclasses.replace(recorded, advantage=np.asarray(decisions.advantage), gate_weight=np.asarray(decisions.gate_weight))
         hosts.by_first(lambda: write_iteration(program.records, program.rollouts, recorded))

@@ -9,7 +9,7 @@ from etils import epath
 from rich.console import Console
 from safetensors.numpy import load
 from tiny_experiment import write_model
-from tiny_reinforced import ARMS, Vowels, make
+from tiny_reinforced import ARMS, IP, Vowels, make
 
 from ip_jax.evals import rl_tables
 from ip_jax.report.rl_view import load_rl_view

@@ -251,7 +251,7 @@ def _measured(program: Program, policy: tuple, step, rollout: Rollout, scores: d
         found = coupling_metrics(coupling(trained, weights, coupling_rows(rollout, neutral), graphdef=graphdef))
         if "policy_training" in scores:
             return found
-        generation = _score(policy, rollout.generation, rollout) if program.supervised else rollout.samples.log_probs
+        generation = _score(policy, rollout.generation, rollout) if program.supervised or program.guided else rollout.samples.log_probs
         return found | llr_metrics(rollout, _score(policy, rollout.training, rollout), generation)
 
     nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(look))
