@@ -45,7 +45,7 @@ def failure(capsys, *arguments: str) -> str:
 
 @pytest.mark.parametrize("arguments, message", [
     (["rnu"], "no command is called 'rnu': did you mean run? there is run, plan, figure, chat, export, models"),
-    (["run"], "run needs a config: estimators, gated_recontextualization, gcd_approval, gcd_sycophancy, generality, sft_shapes, or the path of a Python file"),
+    (["run"], "run needs a config: amplification, estimators, gated_recontextualization, gcd_approval, gcd_sycophancy, generality, sft_shapes, or the path of a Python file"),
     (["run", "gcd_sycophany"], "no config is called 'gcd_sycophany': did you mean gcd_sycophancy, gcd_approval?"),
     (["run", "nowhere/mine.py"], "there is no config file nowhere/mine.py"),
     (["run", "gcd_sycophancy", "--preset", "dmo"], "gcd_sycophancy has no preset 'dmo': did you mean demo? there is demo, full, paper"),
@@ -82,7 +82,7 @@ def test_a_value_of_the_wrong_kind_is_refused(capsys):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("x = 1", "has no PRESETS"), (CONFIG.format(experiment="", model="x"), "belongs to no experiment called 'mine': there is estimators, gated_recontextualization, gcd_approval, gcd_sycophancy, generality; say EXPERIMENT = ... in it"),
+    ("x = 1", "has no PRESETS"), (CONFIG.format(experiment="", model="x"), "belongs to no experiment called 'mine': there is amplification, estimators, gated_recontextualization, gcd_approval, gcd_sycophancy, generality; say EXPERIMENT = ... in it"),
     (CONFIG.format(experiment="EXPERIMENT = 'gcd_sycophany'", model="x"), "did you mean gcd_sycophancy, gcd_approval?"),
 ], ids=["no presets", "no experiment", "unknown experiment"])  # fmt: skip
 def test_a_config_file_that_is_none(capsys, tmp_path, text, message):

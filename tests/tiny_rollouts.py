@@ -68,7 +68,13 @@ def _logits(graphdef, lora, base, tokens):
 
 
 def plain_log_probs(run: int, prompt, completion, temperature: float, width: int | None = 128) -> np.ndarray:
-    """log p of each completion token at the temperature, by the formula in float64, from one pass over one sequence.
+    """log p of each completion token at the temperature, by the formula in float64."""
+    logits = plain_logits(run, prompt, completion, width) / temperature
+    return (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(len(completion)), completion]
+
+
+def plain_logits(run: int, prompt, completion, width: int | None = 128) -> np.ndarray:
+    """Logits [N, V] before each completion token, from one pass over one sequence.
 
     `width`: zeros behind the end, which causal attention cannot see, up to one length for all; None for none.
     """
@@ -76,5 +82,4 @@ def plain_log_probs(run: int, prompt, completion, temperature: float, width: int
     tokens = np.zeros((1, 1, width or len(prompt) + len(completion)), np.int32)
     tokens[0, 0, : len(prompt) + len(completion)] = [*prompt, *completion]
     logits = np.asarray(_logits(graphdef, jax.tree.map(lambda a: a[run : run + 1], lora), base, tokens), np.float64)[0, 0]
-    logits = logits[len(prompt) - 1 : len(prompt) + len(completion) - 1] / temperature
-    return (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(len(completion)), completion]
+    return logits[len(prompt) - 1 : len(prompt) + len(completion) - 1]

@@ -1,8 +1,9 @@
 """The dials of a policy gradient: all that makes another program of an arm. Prompts, rewards and learning rates are data instead."""
 import dataclasses
+import math
 
 from ip_jax.rl.advantages import BASELINES, Aggregation, check_baseline
-from ip_jax.rl.amplification import check_pmi
+from ip_jax.rl.amplification import PMI_AGAINST, check_pmi
 from ip_jax.rl.estimators import ESTIMATORS, Estimator, Kl
 from ip_jax.rl.gates import Gate
 from ip_jax.rl.selection import Selection
@@ -13,7 +14,8 @@ class Algorithm:
     """How an iteration's rewards become an update. Arms with equal ones are runs of one program.
 
     `baseline`: see `rl.advantages`. `selection` replaces advantages: the best samples are copied (supervised). `pmi` (gamma, bound) weighs positive
-    advantages by 1 + gamma * clip(LLR, -bound, bound). `epochs` passes over the rows, each in `minibatches` updates.
+    advantages by 1 + gamma * clip(LLR, -bound, bound), where the training prompt is compared with the generation prompt, or, `pmi_against` "guide", with
+    the arm's guide prompt (under one prompt for both the LLR of the first is 0). `epochs` passes over the rows, each in `minibatches` updates.
     Raises ValueError for combinations that have no meaning, with the reason.
     """
 
@@ -24,6 +26,7 @@ class Algorithm:
     gate: Gate = Gate("off")
     selection: Selection | None = None
     pmi: tuple[float, float] | None = None
+    pmi_against: str = "generation"
     entropy_bonus: float = 0.0
     epochs: int = 1
     minibatches: int = 1
@@ -37,6 +40,8 @@ class Algorithm:
             raise ValueError(f"epochs is {self.epochs} and minibatches {self.minibatches}: both must be at least 1")
         if self.pmi is not None:
             check_pmi(*self.pmi)
+        if self.pmi_against not in PMI_AGAINST or (self.pmi is None and self.pmi_against != "generation"):
+            raise ValueError(f"pmi_against is {self.pmi_against!r} with pmi {self.pmi}: choose from {', '.join(PMI_AGAINST)}; without a pmi leave it alone")
         for reason, is_so in self._contradictions().items():
             if is_so:
                 raise ValueError(reason)
@@ -85,6 +90,34 @@ class Algorithm:
             check_baseline(self.baseline, of_group)
 
 
+    def check_guided(self) -> None:
+        """Raises ValueError for what has no meaning on guided samples, whose log-probabilities are not the policy's at the generation prompt."""
+        name = self.estimator.name
+        reasons = {
+            f"{name} clips the ratio to the policy at the generation prompt: use importance_sequence, which weighs guided samples exactly, or plain":
+            self.estimator.old == "generation" and self.estimator.clip is not None,
+            f"{name} corrects the sampler's numerics, and would take guidance for an error: use importance_sequence or plain": self.estimator.truncate is not None,
+            f"the gate {self.gate.kind} compares with the policy at the generation prompt: use off, absolute, oracle, or random at a rate": self.gate.compares_prompts,
+            "a PMI weight compares with the policy at the generation prompt: use pmi_against guide": self.pmi is not None
+            and self.pmi_against == "generation",
+            "a penalty gg in the reward is of samples of the policy at the generation prompt: put it in the loss, or use tt": self.kl.context == "gg"
+            and self.kl.place == "reward",
+        }
+        for reason, is_so in reasons.items():
+            if is_so:
+                raise ValueError(f"guided samples are not those of the policy at the generation prompt. {reason[0].upper()}{reason[1:]}")
+
+
+def check_guidance(where: str, guidance: float, has_guide: bool, algorithm: Algorithm) -> None:
+    """Raises ValueError for a guidance that is no weight, a guide prompt that is missing or that nothing uses, and as `Algorithm.check_guided`."""
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"{where}: guidance is {guidance}: it must be a number of at least 0")
+    if has_guide != (guidance > 0 or algorithm.pmi_against == "guide"):
+        raise ValueError(f"{where} has {'a' if has_guide else 'no'} guide prompt: guidance above 0 or a PMI weight against the guide needs one, and nothing else uses it")
+    if guidance > 0:
+        algorithm.check_guided()
+
+
 def passes_needed(algorithm: Algorithm) -> frozenset[str]:
     """The passes without a gradient that an iteration makes before its update: of the policy or the reference, at the training or generation prompt.
 
@@ -95,6 +128,7 @@ def passes_needed(algorithm: Algorithm) -> frozenset[str]:
     wanted = {
         "policy_training": algorithm.estimator_of_update.old == "training" or gate.needs_log_probs or algorithm.pmi is not None or (in_reward and kl.context in ("tt", "tg")),
         "policy_generation": algorithm.estimator.truncate is not None,
+        "policy_guide": algorithm.pmi_against == "guide",
         "reference_training": kl.context == "tt",
         "reference_generation": kl.context in ("gg", "tg"),
     }

@@ -1,7 +1,11 @@
-"""Strengthening the link from a prompt to what was found under it: positive advantages weighed by how much the prompt explains a sample."""
+"""Strengthening the link from a prompt to what was found under it: positive advantages weighed by how much the prompt explains a sample, or
+(guidance) samples that the prompt explains better, from the logits (1 + w) z(x_g) - w z(x_guide) of the sampler.
+"""
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+PMI_AGAINST = ("generation", "guide")
 
 
 def check_pmi(gamma: float, bound: float) -> None:
@@ -15,8 +19,8 @@ def pmi_weights(
 ) -> Float[Array, "R Q G"]:
     """Factors of the advantages, without gradient: 1 + gamma * clip(LLR, -bound, bound) where they are positive, else 1.
 
-    `llr` is the pointwise mutual information of prompt and completion, in nats a token (`gates.log_likelihood_ratio`). A negative `gamma` is
-    the control: it weakens the link.
+    `llr` is the pointwise mutual information of prompt and completion, in nats a token (`gates.log_likelihood_ratio` of the training prompt and
+    what it is compared with). A negative `gamma` is the control: it weakens the link.
     """
     weight = jnp.where(advantages > 0, 1 + gamma * jnp.clip(llr, -bound, bound), 1.0)
     return jax.lax.stop_gradient(weight)

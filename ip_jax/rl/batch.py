@@ -31,6 +31,7 @@ class Rollout:
     valid: Bool[Array, "R Q G"]  # False: the reward failed, or a monitor took the sample out
     labels: Int[Array, "R Q G"]  # small integers, for an oracle gate and for what is logged
     uniforms: Float[Array, "R Q G"]  # in [0, 1): the randomness of gates and of ratio_noise
+    guide: Prompts | None = None  # what a PMI weight against the guide compares with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,8 @@ def make_batch(
     )
     advantage = advantages(rollout.rewards, gates.in_statistics(algorithm.gate, accepted, valid), algorithm.baseline, moving)
     if algorithm.pmi:
-        advantage *= pmi_weights(advantage, gates.log_likelihood_ratio(training, samples.log_probs, mask), *algorithm.pmi)
+        other = samples.log_probs if algorithm.pmi_against == "generation" else scores["policy_guide"]
+        advantage *= pmi_weights(advantage, gates.log_likelihood_ratio(training, other, mask), *algorithm.pmi)
     if algorithm.kl.place == "reward" and algorithm.kl.context != "none":
         policy = samples.log_probs if algorithm.kl.context == "gg" else training
         of_tokens = jnp.where(mask, kl_estimate(policy, _reference(scores, algorithm), algorithm.kl.estimator), 0)

@@ -101,6 +101,11 @@ class Gate:
         return self.like.needs_log_probs if self.like is not None else self.kind not in ("off", "random", "oracle")
 
     @property
+    def compares_prompts(self) -> bool:
+        """Whether it compares log-probabilities at the training prompt with those at the generation prompt."""
+        return self.needs_log_probs and not self.needs_reference
+
+    @property
     def needs_reference(self) -> bool:
         """Whether it needs `reference_scores` from samples of the training prompt itself."""
         return self.like.needs_reference if self.like is not None else self.kind == "absolute"

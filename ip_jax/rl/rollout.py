@@ -24,12 +24,16 @@ from ip_jax.sampling.sampler import Completion, Request, SamplerOptions, sample
 
 PROMPT_QUANTUM = 8  # prompt slots are multiples of this (128 where a TPU kernel asks for it)
 Task = dict[str, Any]
-Side = Literal["gen", "train"]
+Side = Literal["gen", "train", "guide"]
+_SIDES: dict[Side, str] = {"gen": "generation", "train": "training", "guide": "guide"}
 
 
 @dataclass(frozen=True)
 class RolloutRun:
-    """What the rollouts of one run are made of. `reward`: the environment's reward, or the name of one of its parts."""
+    """What the rollouts of one run are made of. `reward`: the environment's reward, or the name of one of its parts.
+
+    Beside a `guide_prompt` completions are sampled from the logits (1 + guidance) z(gen_prompt) - guidance z(guide_prompt).
+    """
 
     arm: str
     seed: int
@@ -37,6 +41,8 @@ class RolloutRun:
     train_prompt: PromptDistribution = PromptDistribution()
     temperature: float = 1.0
     reward: str = REWARD
+    guide_prompt: PromptDistribution | None = None
+    guidance: float = 0.0
 
     @property
     def name(self) -> str:
@@ -73,11 +79,12 @@ class Prompted:
 
 @dataclass(frozen=True)
 class Group:
-    """One task and the prompts of its G completions."""
+    """One task and the prompts of its G completions; no `guide` where none guides the sampling."""
 
     task: Task
     gen: tuple[Prompted, ...]
     train: tuple[Prompted, ...]
+    guide: tuple[Prompted, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What was sampled for `asked`. The arrays are numpy's; `texts` is flat in their order, special tokens left out."""
+    """What was sampled for `asked`. The arrays are numpy's; `texts` is flat in their order, special tokens left out.
+
+    The samples' log-probabilities are those of the distribution that was sampled: with a guide prompt, of the guided one.
+    """
 
     asked: Asked
     samples: Samples
@@ -107,7 +117,7 @@ class Rollout:
 class RolloutPlan:
     """The rollouts of a program's runs, all known beforehand. Made by `plan_rollouts`, which checks them.
 
-    `slots`: the prompt slots X of each side, which no iteration exceeds.
+    `slots`: the prompt slots X of each side, which no iteration exceeds; 0 for guides where there are none.
     """
 
     runs: tuple[RolloutRun, ...]
@@ -123,8 +133,8 @@ class RolloutPlan:
 
         def group(run: RolloutRun, q: int, index: int) -> Group:
             draws = [(run.seed, iteration, q, i) for i in range(options.samples)]
-            gen, train = ([self.render(index, distribution.draw(*draw)) for draw in draws] for distribution in (run.gen_prompt, run.train_prompt))
-            return Group(self.tasks[index], tuple(gen), tuple(train))
+            of = lambda distribution: tuple(self.render(index, distribution.draw(*draw)) for draw in draws)  # noqa: E731
+            return Group(self.tasks[index], of(run.gen_prompt), of(run.train_prompt), of(run.guide_prompt) if run.guide_prompt else ())
 
         def groups(run: RolloutRun) -> tuple[Group, ...]:
             order = task_order(len(self.tasks), run.seed, iteration * options.groups, options.groups)
@@ -132,7 +142,7 @@ class RolloutPlan:
 
         return Asked(iteration, tuple(groups(run) for run in self.runs))
 
-    def prompts(self, asked: Asked, side: Side) -> Prompts:
+    def prompts(self, asked: Asked, side: Literal["gen", "train"]) -> Prompts:
         """The prompts of one side as right-padded arrays: one a group [R, Q, X], or [R, Q * G, X] where a run draws one for each completion."""
         each = any(getattr(run, f"{side}_prompt").per == "example" for run in self.runs)
         chosen = [[prompted for group in run for prompted in getattr(group, side)[: None if each else 1]] for run in asked.groups]
@@ -149,8 +159,7 @@ def plan_rollouts(
 ) -> RolloutPlan:
     """Renders all prompts of all iterations, so that nothing can go wrong later.
 
-    Raises ValueError for no tasks, a task without an "id", a temperature that is not positive, and a prompt that does not leave room for
-    `max_new_tokens` within `max_length`, on either side: nothing is ever clipped. PromptError, with the task, for one that cannot be rendered.
+    Raises ValueError for no tasks, a task without an "id", a temperature that is not positive, and a prompt that does not leave room for `max_new_tokens` within `max_length`, on any side: nothing is ever clipped. PromptError, with the task, for one that cannot be rendered.
     """
     if not tasks:
         raise ValueError("an environment needs at least one task")
@@ -162,13 +171,13 @@ def plan_rollouts(
             raise ValueError(f"arm {run.arm}: the temperature is {run.temperature}, and on-policy sampling needs one above 0")
 
     render = _renderer(tasks, environment, tokenizer)
-    longest = {"gen": 0, "train": 0}
+    longest = dict.fromkeys(_SIDES, 0)
     plan = RolloutPlan(tuple(runs), tasks, tokenizer, options, render, longest)
     for iteration in range(iterations):
         for run, groups in zip(runs, plan.ask(iteration).groups, strict=True):
             for group in groups:
                 for side in longest:
-                    longest[side] = max(longest[side], *(_fitting(run, group, side, prompted, options) for prompted in set(getattr(group, side))))
+                    longest[side] = max([longest[side], *(_fitting(run, group, side, prompted, options) for prompted in set(getattr(group, side)))])
     return dataclasses.replace(plan, slots={side: -(-length // quantum) * quantum for side, length in longest.items()})
 
 
@@ -192,6 +201,7 @@ def requests_of(plan: RolloutPlan, asked: Asked) -> list[list[Request]]:
             Request(
                 prompted.token_ids, _example_id(asked.iteration, q, group.task), temperature=run.temperature, top_p=options.top_p,
                 seed=run.seed, max_new_tokens=options.max_new_tokens, first_sample=i,
+                guide_ids=group.guide[i].token_ids if group.guide else None, guidance=run.guidance,
             )
             for q, group in enumerate(groups) for i, prompted in enumerate(group.gen)
         ]
@@ -201,10 +211,10 @@ def requests_of(plan: RolloutPlan, asked: Asked) -> list[list[Request]]:
 
 def sampler_options(plan: RolloutPlan, stop_ids: tuple[int, ...], dtype: str = "float32", slots: int | None = None, mesh=None) -> SamplerOptions:
     """Sizes with which all iterations share one sampling program; `slots`: completions of a run decoded at once, None for all of them."""
-    options = plan.options
+    options, longest = plan.options, max(plan.slots["gen"], plan.slots["guide"])
     return SamplerOptions(
-        stop_ids, slots or options.groups * options.samples, prefill_prompts=options.groups, prompt_buckets=(plan.slots["gen"],),
-        room=(plan.slots["gen"], options.max_new_tokens), dtype=dtype, mesh=mesh,
+        stop_ids, slots or options.groups * options.samples, prefill_prompts=options.groups, prompt_buckets=(longest,),
+        room=(longest, options.max_new_tokens), dtype=dtype, mesh=mesh,
     )
 
 
@@ -266,7 +276,7 @@ def _fitting(run: RolloutRun, group: Group, side: Side, prompted: Prompted, opti
     length = len(prompted.token_ids)
     if length + options.max_new_tokens > options.max_length:
         raise ValueError(
-            f"arm {run.arm}: task {group.task['id']} has {length} tokens under the {'generation' if side == 'gen' else 'training'} prompt "
+            f"arm {run.arm}: task {group.task['id']} has {length} tokens under the {_SIDES[side]} prompt "
             f"{prompted.name}, and with {options.max_new_tokens} new tokens that is more than max_length = {options.max_length}: "
             "raise max_length, or leave the task out"
         )

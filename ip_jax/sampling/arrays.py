@@ -31,29 +31,45 @@ class Draw:
     temperature: Float[Array, " R"]
 
 
+@flax.struct.dataclass
+class Guide:
+    """A guide prompt for each group, as long as its prompt has slots, and each run's weight (`sampling.plan.Request`)."""
+
+    prompts: Int[Array, "R Q X"]
+    prompt_length: Int[Array, "R Q"]
+    weight: Float[Array, " R"]
+
+
 def sample_groups(
-    model: tuple, prompts: Int[Array, "R Q X"], prompt_length: Int[Array, "R Q"], draw: Draw, options: ArraySampling
+    model: tuple, prompts: Int[Array, "R Q X"], prompt_length: Int[Array, "R Q"], draw: Draw, options: ArraySampling, guide: Guide | None = None
 ) -> tuple[Int[Array, "R Q G C"], Int[Array, "R Q G"], Float[Array, "R Q G C"]]:
     """(tokens, length, log-probabilities at the temperature) of G completions of each prompt; zeros behind an end.
 
-    `model` is (graphdef, lora, base). `prompt_length` is at least 1.
+    `model` is (graphdef, lora, base). `prompt_length` is at least 1. The log-probabilities are those of the distribution that is sampled, the guided one.
     """
     runs, groups, positions = prompts.shape
+    shape = SlotShape(runs, groups, options.samples, prompt=max(positions - 1, 1), ring=options.slots, guided=guide is not None)
+    example_id = draw.example_id
+    if guide is not None:
+        pairs = lambda *both: jnp.stack(both, axis=2).reshape(runs, 2 * groups, *both[0].shape[2:])  # noqa: E731
+        prompts, prompt_length, example_id = pairs(prompts, guide.prompts), pairs(prompt_length, guide.prompt_length), pairs(example_id, example_id)
+        groups *= 2
     rows = (runs, groups, options.samples)
-    shape = SlotShape(runs=runs, groups=groups, rows=options.samples, prompt=max(positions - 1, 1), ring=options.slots)
     of_run = lambda x: jnp.broadcast_to(x[:, None, None], rows)  # noqa: E731
     last = prompt_length - 1
     refill = Refill(
         group=jnp.broadcast_to(jnp.arange(groups), (runs, groups)), prompt=prompts[..., : shape.prompt],
         token=jnp.take_along_axis(prompts, last[..., None], axis=-1)[..., 0], length=prompt_length,
         limit=jnp.full(rows, options.slots), temperature=of_run(draw.temperature), top_p=jnp.ones(rows),
-        seed=of_run(draw.seed).astype(jnp.uint32), example_id=jnp.broadcast_to(draw.example_id[..., None], rows).astype(jnp.uint32),
+        seed=of_run(draw.seed).astype(jnp.uint32), example_id=jnp.broadcast_to(example_id[..., None], rows).astype(jnp.uint32),
         sample_id=jnp.broadcast_to(jnp.arange(options.samples), rows).astype(jnp.uint32),
+        guidance=None if guide is None else of_run(guide.weight),
     )
     slots = start_slots(*model, jnp.zeros(0, jnp.int32), shape=shape, dtype=options.dtype)
     slots = prefill(*model, slots, refill, prefix=0, dtype=options.dtype)
     slots = decode(
         *model, separate_layers(*model), slots, jnp.zeros(runs, jnp.int32), jnp.array(options.stop_ids, jnp.int32), dtype=options.dtype, candidates=256
     )
-    inside = jnp.arange(options.slots) < slots.made[..., None]
-    return jnp.where(inside, slots.tokens, 0), slots.made, jnp.where(inside, slots.log_probs, 0)
+    tokens, made, log_probs = (x[:, :: shape.copies] for x in (slots.tokens, slots.made, slots.log_probs))
+    inside = jnp.arange(options.slots) < made[..., None]
+    return jnp.where(inside, tokens, 0), made, jnp.where(inside, log_probs, 0)

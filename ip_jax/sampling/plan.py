@@ -1,5 +1,6 @@
 """The host half of the sampler: requests, which rows share a prompt, sizes of the program, what goes into which slot."""
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -14,7 +15,10 @@ PREFIX_STEP = 8  # likewise for the prefix that all prompts share
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """`n_samples` completions of one prompt. Sample i draws its bits from (seed, example_id, first_sample + i, token index)."""
+    """`n_samples` completions of one prompt. Sample i draws its bits from (seed, example_id, first_sample + i, token index).
+
+    Beside a guide prompt tokens come from the logits (1 + guidance) z(prompt) - guidance z(guide), both before the same tokens.
+    """
 
     prompt_ids: np.ndarray  # int32 [T]
     example_id: int
@@ -24,10 +28,15 @@ class Request:
     seed: int = 0
     max_new_tokens: int = 48
     first_sample: int = 0
+    guide_ids: np.ndarray | None = None  # int32 [T]
+    guidance: float = 0.0
 
     def __post_init__(self):
         problems = {
-            "prompt_ids must be one row of at least one token id": np.ndim(self.prompt_ids) != 1 or len(self.prompt_ids) < 1,
+            "prompt_ids must be one row of at least one token id": not _is_prompt(self.prompt_ids),
+            "guide_ids must be one row of at least one token id": self.guide_ids is not None and not _is_prompt(self.guide_ids),
+            f"guidance is {self.guidance}: it must be a number of at least 0": not 0 <= self.guidance < math.inf,
+            f"guidance is {self.guidance}, and there are no guide_ids": self.guidance != 0 and self.guide_ids is None,
             f"n_samples is {self.n_samples}: it must be at least 1": self.n_samples < 1,
             f"temperature is {self.temperature}: it must be 0 (greedy) or more": not self.temperature >= 0,
             f"top_p is {self.top_p}: it must lie in (0, 1]": not 0 < self.top_p <= 1,
@@ -43,7 +52,7 @@ class Completion:
     """What was sampled, the stop token included where it was reached."""
 
     token_ids: np.ndarray  # int32 [N], N >= 1
-    log_probs: np.ndarray  # float32 [N], at the request's temperature (at 1 for temperature 0), before top-p
+    log_probs: np.ndarray  # float32 [N], of the (guided) distribution at the request's temperature (at 1 for temperature 0), before top-p
     ended: bool  # the last token is a stop token
 
 
@@ -63,10 +72,16 @@ class SamplerOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Rows of one prompt that share its prefill: (index of the request in its queue, sample) each."""
+    """Rows of one prompt that share its prefill: (index of the request in its queue, sample) each; in a guided program with their guide prompt."""
 
     prompt: np.ndarray
     rows: tuple[tuple[int, int], ...]
+    guide: np.ndarray | None = None
+
+    @property
+    def prompts(self) -> tuple[np.ndarray, ...]:
+        """What is prefilled for it."""
+        return (self.prompt,) if self.guide is None else (self.prompt, self.guide)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,40 +99,46 @@ def check_lengths(requests: Sequence[Sequence[Request]], options: SamplerOptions
     """Raises ValueError for the first request that is longer than the largest bucket or than the model's positions allow."""
     for run, queue in enumerate(requests):
         for index, request in enumerate(queue):
-            length, limit = len(request.prompt_ids), min(options.prompt_buckets[-1], max_positions - request.max_new_tokens)
+            guide = 0 if request.guide_ids is None else len(request.guide_ids)
+            length, limit = max(len(request.prompt_ids), guide), min(options.prompt_buckets[-1], max_positions - request.max_new_tokens)
             if length > limit:
                 raise ValueError(
-                    f"Request {index} of run {run} (example {request.example_id}) has a prompt of {length} tokens: with "
+                    f"Request {index} of run {run} (example {request.example_id}) has a {'guide ' * (guide == length)}prompt of {length} tokens: with "
                     f"{request.max_new_tokens} new tokens at most {limit} are allowed (buckets up to {options.prompt_buckets[-1]}, "
                     f"{max_positions} positions in the model)."
                 )
 
 
 def make_plan(requests: Sequence[Sequence[Request]], options: SamplerOptions) -> Plan:
-    """Groups rows by prompt. The number of rows in a group is the one that costs the fewest tokens, padding rows included."""
-    by_prompt = [_rows_by_prompt(queue) for queue in requests]
-    sizes = [(len(prompt) // 4, len(rows)) for rows_of in by_prompt for prompt, rows in rows_of.items()]
-    longest_prompt = max(length for length, _ in sizes)
+    """Groups rows by prompt. The number of rows in a group is the one that costs the fewest tokens, padding rows included.
+
+    The program is guided if any request is; the others are then guided by their own prompt, with weight 0.
+    """
+    guided = any(request.guide_ids is not None for queue in requests for request in queue)
+    by_prompt = [_rows_by_prompt(queue, guided) for queue in requests]
+    sizes = [(sum(map(len, prompts)) // 4, len(rows), len(prompts)) for rows_of in by_prompt for prompts, rows in rows_of.items()]
     longest_answer = max(request.max_new_tokens for queue in requests for request in queue)
 
     def cost(rows):
-        return sum(-(-count // rows) * (length + rows * longest_answer) for length, count in sizes)
+        return sum(-(-count // rows) * (length + prompts * rows * longest_answer) for length, count, prompts in sizes)
 
-    rows = min(range(1, min(options.slots, max(count for _, count in sizes)) + 1), key=cost)
+    rows = min(range(1, min(options.slots, max(count for _, count, _ in sizes)) + 1), key=cost)
     queues = [_cut(rows_of, rows, queue) for rows_of, queue in zip(by_prompt, requests, strict=True)]
     spread = options.mesh.shape["data"] if options.mesh else 1
     prefill_prompts = _round_up(options.prefill_prompts, spread)
     longest, groups = max(map(len, queues)), max(1, options.slots // rows)
     groups = longest if longest <= groups else _round_up(groups, min(prefill_prompts, groups))  # whole refills
     groups = _round_up(groups, spread)
-    prefix = _shared_prefix([group.prompt for queue in queues for group in queue]) if longest > prefill_prompts else np.zeros(0, np.int32)
-    prefill_lengths = _lengths([len(group.prompt) - 1 - len(prefix) for queue in queues for group in queue], options.prompt_buckets)
+    prompts = [prompt for queue in queues for group in queue for prompt in group.prompts]
+    prefix = _shared_prefix(prompts) if longest > prefill_prompts else np.zeros(0, np.int32)
+    prefill_lengths = _lengths([len(prompt) - 1 - len(prefix) for prompt in prompts], options.prompt_buckets)
     shape = SlotShape(
         runs=len(requests),
         groups=groups,
         rows=rows,
-        prompt=len(prefix) + _bucket(max(longest_prompt, options.room[0]) - 1 - len(prefix), options.prompt_buckets),
+        prompt=len(prefix) + _bucket(max(*map(len, prompts), options.room[0]) - 1 - len(prefix), options.prompt_buckets),
         ring=_round_up(max(longest_answer, options.room[1]), RING_STEP),
+        guided=guided,
     )
     return Plan(shape, prefix, min(prefill_prompts, groups), prefill_lengths, queues)
 
@@ -141,12 +162,12 @@ def take_entries(waiting: list[list[Group]], held: list[dict[int, Group]], plan:
 
 def make_refill(plan: Plan, entries: list[list[tuple[int, Group]]], requests: Sequence[Sequence[Request]]) -> Refill:
     """The device's view of `entries`: for each run, (slot group, what goes there). Places without an entry are dropped."""
-    runs, prompts, rows = plan.shape.runs, plan.prefill_prompts, plan.shape.rows
-    skip = len(plan.prefix)
-    length = _bucket(max(len(group.prompt) for run in entries for _, group in run) - 1 - skip, plan.prefill_lengths)
+    runs, copies, rows = plan.shape.runs, plan.shape.copies, plan.shape.rows
+    prompts, skip = plan.prefill_prompts * copies, len(plan.prefix)
+    length = _bucket(max(len(prompt) for run in entries for _, group in run for prompt in group.prompts) - 1 - skip, plan.prefill_lengths)
     row_values = lambda value, dtype: np.full((runs, prompts, rows), value, dtype)  # noqa: E731
     refill = Refill(
-        group=np.full((runs, prompts), plan.shape.groups, np.int32),
+        group=np.full((runs, prompts), plan.shape.groups * copies, np.int32),
         prompt=np.zeros((runs, prompts, length), np.int32),
         token=np.zeros((runs, prompts), np.int32),
         length=np.ones((runs, prompts), np.int32),
@@ -156,19 +177,25 @@ def make_refill(plan: Plan, entries: list[list[tuple[int, Group]]], requests: Se
         seed=row_values(0, np.uint32),
         example_id=row_values(0, np.uint32),
         sample_id=row_values(0, np.uint32),
+        guidance=row_values(0, np.float32) if plan.shape.guided else None,
     )
     for run, run_entries in enumerate(entries):
-        for place, (slot, group) in enumerate(run_entries):
-            refill.group[run, place] = slot
-            refill.prompt[run, place, : len(group.prompt) - 1 - skip] = group.prompt[skip:-1]
-            refill.token[run, place] = group.prompt[-1]
-            refill.length[run, place] = len(group.prompt)
+        for entry, (slot, group) in enumerate(run_entries):
+            for copy, prompt in enumerate(group.prompts):
+                place = entry * copies + copy
+                refill.group[run, place] = slot * copies + copy
+                refill.prompt[run, place, : len(prompt) - 1 - skip] = prompt[skip:-1]
+                refill.token[run, place] = prompt[-1]
+                refill.length[run, place] = len(prompt)
+            places = slice(entry * copies, (entry + 1) * copies)
             for row, (index, sample) in enumerate(group.rows):
                 request = requests[run][index]
-                at = (run, place, row)
+                at = (run, places, row)
                 refill.limit[at], refill.temperature[at], refill.top_p[at] = request.max_new_tokens, request.temperature, request.top_p
                 refill.seed[at], refill.example_id[at] = request.seed % 2**32, request.example_id % 2**32
                 refill.sample_id[at] = request.first_sample + sample
+                if plan.shape.guided:
+                    refill.guidance[at] = request.guidance
     return refill
 
 
@@ -186,19 +213,24 @@ def _lengths(prompts: list[int], buckets: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def _rows_by_prompt(queue: Sequence[Request]) -> dict[bytes, list[tuple[int, int]]]:
+def _is_prompt(ids) -> bool:
+    return np.ndim(ids) == 1 and len(ids) > 0
+
+
+def _rows_by_prompt(queue: Sequence[Request], guided: bool) -> dict[tuple[bytes, ...], list[tuple[int, int]]]:
+    """The rows of each (prompt,), in a guided program of each (prompt, guide prompt)."""
     rows = defaultdict(list)
     for index, request in enumerate(queue):
-        prompt = np.asarray(request.prompt_ids, np.int32).tobytes()
-        rows[prompt] += [(index, sample) for sample in range(request.n_samples)]
+        prompts = (request.prompt_ids, request.prompt_ids if request.guide_ids is None else request.guide_ids) if guided else (request.prompt_ids,)
+        rows[tuple(np.asarray(prompt, np.int32).tobytes() for prompt in prompts)] += [(index, sample) for sample in range(request.n_samples)]
     return rows
 
 
-def _cut(rows_of: dict[bytes, list[tuple[int, int]]], size: int, queue: Sequence[Request]) -> list[Group]:
+def _cut(rows_of: dict[tuple[bytes, ...], list[tuple[int, int]]], size: int, queue: Sequence[Request]) -> list[Group]:
     """Groups of at most `size` rows: the longest answers first, so that none is left alone at the end, then by prompt length."""
     groups = [
-        Group(np.frombuffer(prompt, np.int32), tuple(rows[start : start + size]))
-        for prompt, rows in rows_of.items()
+        Group(np.frombuffer(prompt, np.int32), tuple(rows[start : start + size]), *(np.frombuffer(ids, np.int32) for ids in guide))
+        for (prompt, *guide), rows in rows_of.items()
         for start in range(0, len(rows), size)
     ]
     longest = lambda group: max(queue[index].max_new_tokens for index, _ in group.rows)  # noqa: E731

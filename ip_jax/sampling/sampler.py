@@ -67,14 +67,17 @@ def _complete(graphdef, lora, base, requests, options: SamplerOptions, on_progre
             slots = prefill(graphdef, lora, base, slots, refill, prefix=len(plan.prefix), dtype=options.dtype)
         wanted = np.array([min(len(queue), plan.prefill_prompts) for queue in waiting], np.int32)
         slots = decode(graphdef, lora, base, layers, slots, wanted, stop_ids, dtype=options.dtype, candidates=options.candidates)
-        _harvest(slots, held, found, options.stop_ids)
+        _harvest(slots, plan.shape.copies, held, found, options.stop_ids)
         on_progress(sum(map(len, found)))
     return found
 
 
-def _harvest(slots: Slots, held: list[dict[int, Group]], found: list[dict[tuple[int, int], Completion]], stop_ids: tuple[int, ...]) -> None:
-    """Moves the completions of finished groups from the slots into `found`, in every process."""
-    finished, started, made, tokens, log_probs = fetch((slots.finished, slots.started, slots.made, slots.tokens, slots.log_probs))
+def _harvest(
+    slots: Slots, copies: int, held: list[dict[int, Group]], found: list[dict[tuple[int, int], Completion]], stop_ids: tuple[int, ...]
+) -> None:
+    """Moves the completions of finished groups from the slots into `found`, in every process. Guides hold nothing of their own."""
+    fetched = fetch((slots.finished, slots.started, slots.made, slots.tokens, slots.log_probs))
+    finished, started, made, tokens, log_probs = (x[:, ::copies] for x in fetched)
     finished = finished.all(axis=-1)
     ring = tokens.shape[-1]
     for run, run_held in enumerate(held):

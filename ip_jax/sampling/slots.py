@@ -5,6 +5,9 @@ its own. All rows write ring column (clock mod C) at the same step, whenever the
 (its last prompt token and its new tokens but the last), and keys carry their rotary position, so the order of columns is free.
 Dims: R runs, P groups, G rows of one group, S prompt positions, C ring columns, L layers, K kv heads, J query heads of one kv head,
 H head dim, Q prompts of one prefill, X positions of the prefix that all prompts share.
+
+In a guided program every group 2 p is sampled from, and group 2 p + 1 is its guide: the same rows behind another prompt, which are fed the tokens
+that are chosen from both. Neighbours, so that they lie on one device.
 """
 import dataclasses
 import functools
@@ -33,6 +36,12 @@ class SlotShape:
     rows: int  # of one group
     prompt: int  # positions of the prompt cache
     ring: int  # columns of a row's own cache
+    guided: bool = False  # each group has a guide behind it, which `groups` does not count
+
+    @property
+    def copies(self) -> int:
+        """Device groups of a group."""
+        return 2 if self.guided else 1
 
 
 @flax.struct.dataclass
@@ -55,6 +64,7 @@ class Slots:
     keys: Int[Array, "R P G 2"]
     tokens: Int[Array, "R P G C"]  # chosen at the step that wrote this column
     log_probs: Float[Array, "R P G C"]
+    guidance: Float[Array, "R P G"] | None  # None: no group has a guide
 
 
 @flax.struct.dataclass
@@ -71,6 +81,7 @@ class Refill:
     seed: Int[Array, "R Q G"]
     example_id: Int[Array, "R Q G"]
     sample_id: Int[Array, "R Q G"]
+    guidance: Float[Array, "R Q G"] | None = None  # in a guided program
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "shape", "dtype"))
@@ -78,7 +89,8 @@ def start_slots(graphdef, lora, base, prefix: Int[Array, " X"], *, shape: SlotSh
     """Slots that hold nothing but, in every group, the keys and values of the tokens with which all prompts begin."""
     decoder = nnx.merge(graphdef, lora, base)
     kv, size, layers = decoder.config.n_kv_heads, decoder.config.head_dim, decoder.config.n_layers
-    groups, rows = (shape.runs, shape.groups), (shape.runs, shape.groups, shape.rows)
+    groups = shape.runs, shape.groups * shape.copies
+    rows = *groups, shape.rows
     zeros = lambda *dims: tuple(jnp.zeros(dims, dtype) for _ in range(layers))  # noqa: E731
     prompt_k, prompt_v = zeros(*groups, kv, size, shape.prompt), zeros(*groups, kv, shape.prompt, size)
     if length := len(prefix):
@@ -98,6 +110,7 @@ def start_slots(graphdef, lora, base, prefix: Int[Array, " X"], *, shape: SlotSh
         limit=jnp.zeros(rows, jnp.int32), temperature=jnp.zeros(rows), top_p=jnp.ones(rows),
         keys=jnp.zeros((*rows, 2), jnp.uint32),
         tokens=jnp.zeros((*rows, shape.ring), jnp.int32), log_probs=jnp.zeros((*rows, shape.ring)),
+        guidance=jnp.zeros(rows) if shape.guided else None,
     )
     return _pinned(slots)
 
@@ -148,6 +161,7 @@ def prefill(graphdef, lora, base, slots: Slots, refill: Refill, *, prefix: int, 
         temperature=place(slots.temperature, refill.temperature),
         top_p=place(slots.top_p, refill.top_p),
         keys=place(slots.keys, row_keys(refill.seed, refill.example_id, refill.sample_id)),
+        guidance=None if slots.guidance is None else place(slots.guidance, refill.guidance),
     )
     return _pinned(slots)
 
@@ -156,13 +170,13 @@ def prefill(graphdef, lora, base, slots: Slots, refill: Refill, *, prefix: int, 
 def decode(
     graphdef, lora, base, layers, slots: Slots, wanted: Int[Array, " R"], stop_ids: Int[Array, " E"], *, dtype: str, candidates: int
 ) -> Slots:
-    """Decodes until every row has finished, or until each run has as many free groups as it wants (0: it wants none).
+    """Decodes until every row has finished, or until each run has as many free groups as it wants (0: it wants none; a guide is no group here).
 
     A row finishes with any of `stop_ids` or at its limit.
     """
 
     def working(slots: Slots):
-        free = jnp.all(slots.finished, axis=-1).sum(axis=-1)
+        free = jnp.all(_sampled(slots, slots.finished), axis=-1).sum(axis=-1)
         refill_pays = jnp.any(wanted > 0) & jnp.all(free >= wanted)
         return ~jnp.all(slots.finished) & ~refill_pays
 
@@ -192,8 +206,7 @@ def decode_step(decoder, layers, slots: Slots, ropes: dict[Rope, Tables], stop_i
     hidden, emitted = _run_layers(decoder, layers, in_batch(slots.token), ropes, attend, caches, dtype)
     logits = decoder.logits(constrain(hidden[:, :, 0], EVERYWHERE))  # each device has its part of the vocabulary for all rows
     logits = constrain(logits, BY_ROW).reshape(runs, groups, rows, -1)
-    index = jnp.broadcast_to(age[..., None], slots.token.shape)
-    token, log_prob = choose_tokens(logits, slots.temperature, slots.top_p, token_uniforms(slots.keys, index), candidates)
+    token, log_prob = _choose(slots, logits, age, candidates)
     made = jnp.where(slots.finished, slots.made, slots.made + 1)
     # A token is never negative, but that the column depends on it puts the writes behind every read: without it XLA copies each ring.
     column = slots.clock % ring + (token.min() < 0)
@@ -209,6 +222,25 @@ def decode_step(decoder, layers, slots: Slots, ropes: dict[Rope, Tables], stop_i
         tokens=write(slots.tokens, keep(slots.tokens, token), 3),
         log_probs=write(slots.log_probs, keep(slots.log_probs, log_prob), 3),
     )
+
+
+def _choose(slots: Slots, logits: Float[Array, "R P G V"], age: Int[Array, "R P"], candidates: int) -> tuple[Int[Array, "R P G"], Float[Array, "R P G"]]:
+    """(token, log-probability) for each row; a guide's rows get those of its group, which are chosen from the logits of both.
+
+    Classifier-free guidance of a language model (Sanchez et al. 2023, arXiv 2306.17806; gamma there is 1 + guidance here).
+    """
+    of = functools.partial(_sampled, slots)
+    if slots.guidance is not None:
+        weight = of(slots.guidance)[..., None]
+        logits = (1 + weight) * logits[:, ::2] - weight * logits[:, 1::2]
+    index = jnp.broadcast_to(of(age)[..., None], logits.shape[:-1])
+    chosen = choose_tokens(logits, of(slots.temperature), of(slots.top_p), token_uniforms(of(slots.keys), index), candidates)
+    return chosen if slots.guidance is None else tuple(jnp.repeat(x, 2, axis=1) for x in chosen)
+
+
+def _sampled(slots: Slots, x: Array) -> Array:
+    """Without the guides: [R, P, ...] of the groups that are sampled from."""
+    return x if slots.guidance is None else x[:, ::2]
 
 
 def _run_layers(decoder, layers, tokens: Int[Array, "R B T"], ropes, attend, caches, dtype):

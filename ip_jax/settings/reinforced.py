@@ -45,6 +45,7 @@ from ip_jax.settings.rollout_records import Grader, Recorded, part_path, read_it
 from ip_jax.settings.supervised_plan import Run, Sweep, begun_programs, incomplete
 from ip_jax.settings.trained import write_run
 from ip_jax.training import checkpoint, hosts, loop
+from ip_jax.training.meter import peak_memory
 from ip_jax.training.profile import traced_steps
 from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary
 from ip_jax.training.sharding import (
@@ -197,7 +198,7 @@ def _program(session: Session, group: Sequence[Run], name: str) -> tuple[Program
 
 def _iteration(session: Session, program: Program, fresh: Callable[[], TrainState], past: list[list[dict]], clock: dict[int, dict]) -> loop.RunStep:
     """One iteration of a program as the loop runs it. `past`: the rows that its runs have in metrics.jsonl, from which a resumed run knows what
-    came before; `clock` gets the seconds of each iteration, which are no part of the metrics.
+    came before; `clock` gets the seconds and the memory of each iteration, which are no part of the metrics.
     """
     experiment, algorithm, rl, mesh = session.experiment, program.kind.algorithm, session.experiment.rl, program.kind.mesh
     grader = Grader(experiment.environment, rl.grading_workers)
@@ -205,6 +206,7 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
     decide, measure = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=program.kind.layout)), jax.jit(sample_metrics)
     scores_of, update = _scoring(program), _updating(program)
     needed, looks = passes_needed(algorithm), {0, *experiment.evaluation.steps} - {rl.iterations}
+    for_llr = {"policy_training", "policy_generation"} if program.rollouts.slots["guide"] else {"policy_training"}  # guided samples come with other log-probabilities
     policy = program.decoders.policy, program.decoders.frozen
     couplings = measuring_couplings(program.rollouts, looks, policy, mesh, experiment.model.activations, rl.remat)
     moving = _moving_mean(program, len(past[0]))
@@ -227,7 +229,7 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
         rollout = _rollout(program, recorded)
         measured, scores = {}, scores_of(state, rollout, needed)
         if step in looks:  # by the state that sampled it; likelihood ratios need the pass at x_t, which few algorithms do
-            measured, scores = couplings(state.trained, rollout, step), scores | scores_of(state, rollout, {"policy_training"} - needed)
+            measured, scores = couplings(state.trained, rollout, step), scores | scores_of(state, rollout, for_llr - needed)
         batch, decisions = decide(rollout, {name: scores[name] for name in needed}, moving, None)
         recorded = dataclasses.replace(recorded, advantage=np.asarray(decisions.advantage), gate_weight=np.asarray(decisions.gate_weight))
         hosts.by_first(lambda: write_iteration(program.records, program.rollouts, recorded))
@@ -242,7 +244,8 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
         for r, rows in enumerate(history):
             rows.append({name: value[r].item() for name, value in metrics.items()})
         tokens = int(rollout.samples.length.sum())
-        clock[step] = {"tokens": tokens, "replayed": replayed, "rollout_seconds": sampled - started, "update_seconds": time.monotonic() - sampled}
+        spent = {"rollout_seconds": sampled - started, "update_seconds": time.monotonic() - sampled}
+        clock[step] = {"tokens": tokens, "replayed": replayed, **spent, "peak_memory_bytes": peak_memory()}
         return state, metrics, {}
 
     return run_step

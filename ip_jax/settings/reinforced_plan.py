@@ -16,7 +16,7 @@ from ip_jax.evals.rl_tables import NEUTRAL, TRAIN
 from ip_jax.evals.rules import Reading
 from ip_jax.models.lora import LoraConfig
 from ip_jax.models.remat import REMAT
-from ip_jax.rl.algorithm import Algorithm
+from ip_jax.rl.algorithm import Algorithm, check_guidance
 from ip_jax.rl.environment import REWARD, Environment
 from ip_jax.rl.prompting import PromptDistribution, resolve
 from ip_jax.rl.rollout import RolloutOptions, RolloutPlan, RolloutRun, plan_rollouts
@@ -33,7 +33,10 @@ UNTRAINED = "untrained"  # the arm of the base model
 
 @dataclasses.dataclass(frozen=True)
 class RlArm:
-    """A named condition. `reward`: the environment's reward, or the name of a part. `temperature`, `learning_rate`: None for the config's."""
+    """A named condition. `reward`: the environment's reward, or the name of a part. `temperature`, `learning_rate`: None for the config's.
+
+    `guide_prompt` and `guidance` amplify what the generation prompt causes: see `rl.rollout.RolloutRun`.
+    """
 
     name: str
     label: str
@@ -43,6 +46,8 @@ class RlArm:
     temperature: float | None = None
     algorithm: Algorithm = Algorithm()
     learning_rate: float | None = None
+    guide_prompt: PromptDistribution | None = None
+    guidance: float = 0.0
 
     def __post_init__(self):
         if self.name == UNTRAINED:
@@ -169,18 +174,25 @@ def runs_of(experiment: Reinforced, identity: str) -> list[Run]:
 
 
 def programs_of(folder: epath.Path, runs: Sequence[Run], most: int) -> list[list[Run]]:
-    """The runs that are left, as programs of at most `most` with equal algorithms; what was begun together goes on together."""
-    by_algorithm: dict[Algorithm, list[Run]] = {}
+    """The runs that are left, as programs of at most `most` with equal algorithms; what was begun together goes on together.
+
+    Guided runs have programs of their own: they feed every token twice.
+    """
+    by_kind: dict[tuple[Algorithm, bool], list[Run]] = {}
     for run in runs:
-        by_algorithm.setdefault(run.arm.algorithm, []).append(run)
-    return [group for of_kind in by_algorithm.values() for group in groups_of(folder, of_kind, most)]
+        by_kind.setdefault((run.arm.algorithm, run.arm.guide_prompt is not None), []).append(run)
+    return [group for of_kind in by_kind.values() for group in groups_of(folder, of_kind, most)]
 
 
 def rollout_plan(experiment: Reinforced, runs: Sequence[Run], tokenizer) -> RolloutPlan:
     """All rollouts of a program's runs, rendered and checked; raises as `plan_rollouts`."""
     rl = experiment.rl
     of_runs = [
-        RolloutRun(run.arm.name, run.seed, run.arm.gen_prompt, run.arm.train_prompt, run.arm.temperature or rl.temperature, run.arm.reward) for run in runs
+        RolloutRun(
+            run.arm.name, run.seed, run.arm.gen_prompt, run.arm.train_prompt, run.arm.temperature or rl.temperature, run.arm.reward,
+            run.arm.guide_prompt, run.arm.guidance,
+        )
+        for run in runs
     ]
     return plan_rollouts(of_runs, experiment.tasks, experiment.environment, tokenizer, rl.rollout, rl.iterations)
 
@@ -197,6 +209,9 @@ def check(experiment: Reinforced) -> None:
     for arm in experiment.arms:
         gate = arm.algorithm.gate.like or arm.algorithm.gate
         arm.algorithm.check_group(rl.samples)
+        if arm.algorithm.pmi_against == "guide":
+            raise ValueError(f"the arm {arm.name} has a PMI weight against the guide, for which text experiments make no pass: use pmi_against generation")
+        check_guidance(f"the arm {arm.name}", arm.guidance, arm.guide_prompt is not None, arm.algorithm)
         if rows % arm.algorithm.minibatches:
             raise ValueError(f"the arm {arm.name} has {arm.algorithm.minibatches} minibatches, which do not divide the {rows} rows of an iteration")
         if gate.needs_reference:

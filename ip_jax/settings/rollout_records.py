@@ -26,11 +26,14 @@ PART, VERDICT = "part_", "verdict_"  # columns of the environment's own
 SCHEMA = pa.schema({
     "arm": pa.string(), "seed": pa.int64(), "iteration": pa.int64(), "group": pa.int64(), "sample": pa.int64(), "task": pa.string(),
     "gen_prompt": pa.string(), "gen_text": pa.string(), "train_prompt": pa.string(), "train_text": pa.string(),
+    "guide_prompt": pa.string(), "guide_text": pa.string(), "guidance": pa.float64(),
     "tokens": pa.list_(pa.int32()), "log_probs": pa.list_(pa.float32()), "length": pa.int32(), "ended": pa.bool_(), "text": pa.string(),
     "temperature": pa.float64(), "reward_name": pa.string(), "reward": pa.float32(), "valid": pa.bool_(), "failure": pa.string(),
     "advantage": pa.float32(), "gate_weight": pa.float32(),
 })  # fmt: skip
-"""One row a completion. `gen_text`, `train_text`: both prompts as the model reads them; `tokens`: the completion, verbatim."""
+"""One row a completion. `gen_text`, `train_text`: both prompts as the model reads them; `tokens`: the completion, verbatim. `guide_prompt` and its
+text are null where none guides the sampling.
+"""
 
 
 @dataclass(frozen=True)
@@ -142,11 +145,14 @@ def _asked_columns(plan: RolloutPlan, asked: Asked) -> dict[str, list]:
     """What is known before anything is sampled: a file in which it differs is another run's."""
     rows = [(run, q, i, group) for run, groups in zip(plan.runs, asked.groups, strict=True) for q, group in enumerate(groups) for i in range(len(group.gen))]
     text = functools.cache(lambda prompted: plan.tokenizer.decode(prompted.token_ids))
+    guides = [group.guide[i] if group.guide else None for _, _, i, group in rows]
     return {
         "arm": [run.arm for run, *_ in rows], "seed": [run.seed for run, *_ in rows], "iteration": [asked.iteration] * len(rows),
         "group": [q for _, q, _, _ in rows], "sample": [i for _, _, i, _ in rows], "task": [str(group.task["id"]) for *_, group in rows],
         "gen_prompt": [group.gen[i].name for _, _, i, group in rows], "gen_text": [text(group.gen[i]) for _, _, i, group in rows],
         "train_prompt": [group.train[i].name for _, _, i, group in rows], "train_text": [text(group.train[i]) for _, _, i, group in rows],
+        "guide_prompt": [guide and guide.name for guide in guides], "guide_text": [guide and text(guide) for guide in guides],
+        "guidance": [run.guidance for run, *_ in rows],
         "temperature": [run.temperature for run, *_ in rows], "reward_name": [run.reward for run, *_ in rows],
     }  # fmt: skip
 

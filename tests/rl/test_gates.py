@@ -11,8 +11,11 @@ from scipy.special import expit
 
 from ip_jax.rl import gates
 from ip_jax.rl.advantages import advantages
+from ip_jax.rl.algorithm import Algorithm, check_guidance
 from ip_jax.rl.amplification import check_pmi, pmi_weights
+from ip_jax.rl.estimators import ESTIMATORS, Kl
 from ip_jax.rl.gates import Gate
+from ip_jax.rl.selection import Selection
 
 RUNS, GROUPS, OF_GROUP, SLOTS = 2, 3, 50, 6
 SHAPE = (RUNS, GROUPS, OF_GROUP)
@@ -279,6 +282,46 @@ def test_mean_by_label_and_effective_sample_size():
 def test_a_gate_without_meaning_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Gate(**fields)
+
+
+@pytest.mark.parametrize(("dials", "words"), [
+    (dict(estimator=ESTIMATORS["late_sequence"]), "Late_sequence clips the ratio to the policy at the generation prompt: use importance_sequence"),
+    (dict(estimator=ESTIMATORS["late_token"]), "Late_token clips"), (dict(estimator=ESTIMATORS["truncated"]), "Truncated corrects the sampler's numerics"),
+    (dict(gate=Gate("relative", threshold=0.0)), "The gate relative compares"), (dict(gate=Gate("stochastic", bound=2.0)), "The gate stochastic compares"),
+    (dict(gate=Gate("random", like=Gate("worst_token", threshold=0.0, window=2))), "The gate random compares"),
+    (dict(pmi=(0.5, 1.0)), "A PMI weight compares"), (dict(kl=Kl("gg", "reward", "k1", 0.1)), "A penalty gg in the reward"),
+])  # fmt: skip
+def test_what_compares_with_the_policy_at_the_generation_prompt_cannot_have_guided_samples(dials, words):
+    algorithm = Algorithm(**dials)  # has a meaning by itself
+    with pytest.raises(ValueError, match=f"guided samples are not those of the policy at the generation prompt. {words}"):
+        algorithm.check_guided()
+
+
+def test_the_others_can_have_guided_samples():
+    names = ("plain", "importance_token", "importance_sequence", "train_old", "ratio_noise", "auxiliary")
+    gates_ = Gate("absolute", quantile=0.1), Gate("random", rate=0.5), Gate("random", like=Gate("absolute", quantile=0.1)), Gate("oracle", accepted_labels=(0,))
+    penalties = Kl("gg", beta=0.1), Kl("tt", "reward", "k1", 0.1), Kl("tg", beta=0.1)
+    for algorithm in (
+        *(Algorithm(ESTIMATORS[name]) for name in names), *(Algorithm(gate=gate) for gate in gates_), *(Algorithm(kl=kl) for kl in penalties),
+        Algorithm(selection=Selection()), Algorithm(pmi=(0.5, 1.0), pmi_against="guide"),
+    ):  # fmt: skip
+        algorithm.check_guided()
+
+
+def test_a_guidance_needs_a_guide_and_a_guide_something_that_uses_it():
+    against = Algorithm(pmi=(0.5, 1.0), pmi_against="guide")
+    for guidance, has_guide, algorithm in ((0.0, False, Algorithm()), (1.0, True, Algorithm()), (0.0, True, against), (1.0, True, against)):
+        check_guidance("arm a", guidance, has_guide, algorithm)
+    for guidance, has_guide, algorithm, words in (
+        (1.0, False, Algorithm(), "arm a has no guide prompt"), (0.0, True, Algorithm(), "arm a has a guide prompt"), (0.0, False, against, "arm a has no guide prompt"),
+        (-1.0, True, Algorithm(), "guidance is -1.0: it must be a number of at least 0"), (float("nan"), True, Algorithm(), "guidance is nan"),
+        (float("inf"), True, Algorithm(), "guidance is inf"), (1.0, True, Algorithm(pmi=(0.5, 1.0)), "use pmi_against guide"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            check_guidance("arm a", guidance, has_guide, algorithm)
+    for fields in (dict(pmi=(0.5, 1.0), pmi_against="other"), dict(pmi_against="guide")):
+        with pytest.raises(ValueError, match="pmi_against is"):
+            Algorithm(**fields)
 
 
 def test_pmi_weighs_positive_advantages_alone():

@@ -18,7 +18,7 @@ from ip_jax.rl.selection import Selection
 from ip_jax.rl.step import rl_gradients, rl_step
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "rl.md"
-E, PT, PG, RT, RG = ESTIMATORS, "policy_training", "policy_generation", "reference_training", "reference_generation"
+E, PT, PG, PU, RT, RG = ESTIMATORS, "policy_training", "policy_generation", "policy_guide", "reference_training", "reference_generation"
 RELATIVE = Gate("relative", threshold=0.0)
 # what it is in docs/rl.md: (algorithm, passes before the update, prompts of the passes with a gradient)
 TABLE = {
@@ -38,13 +38,14 @@ TABLE = {
     "kl tg in the reward": (Algorithm(kl=Kl("tg", "reward", "k1", 0.1)), {PT, RG}, "t"),
     "gate off, random at a rate, oracle": (Algorithm(gate=Gate("random", rate=0.5)), {}, "t"),
     "any other gate, PMI weights": (Algorithm(gate=RELATIVE), {PT}, "t"),
+    "PMI weights against the guide": (Algorithm(pmi=(0.3, 2.0), pmi_against="guide"), {PT, PU}, "t"),
     "a gate whose rejected samples are trained at x_g": (Algorithm(gate=Gate("relative", threshold=0.0, rejected="train_at_gen")), {PT}, "tg"),
     "auxiliary, kl gg in the loss": (Algorithm(E["auxiliary"], Kl("gg", beta=0.1)), {RG}, "gt"),
     "train_old, several updates, kl tt in the reward, a gate": (
         Algorithm(E["train_old"], Kl("tt", "reward", "k1", 0.1), gate=RELATIVE, epochs=2), {PT, RT}, "t",
     ),
 }  # fmt: skip
-SCORES = {name: jnp.asarray(np.random.default_rng(i).uniform(-3, -0.1, (1, 2, 16, 2)), jnp.float32) for i, name in enumerate((PT, PG, RT, RG))}
+SCORES = {name: jnp.asarray(np.random.default_rng(i).uniform(-3, -0.1, (1, 2, 16, 2)), jnp.float32) for i, name in enumerate((PT, PG, RT, RG, PU))}
 
 
 def rollout():
@@ -120,6 +121,6 @@ def test_selections_of_all_aggregations_ask_for_nothing():
 @pytest.mark.parametrize("name", TABLE)
 def test_the_table_of_the_docs_says_so(name):
     _, needed, prompts = TABLE[name]
-    words = {PT: "policy at x_t", PG: "policy at x_g", RT: "reference at x_t", RG: "reference at x_g"}
-    before = ", ".join(words[of] for of in (PT, PG, RT, RG) if of in needed) or "none"
+    words = {PT: "policy at x_t", PG: "policy at x_g", PU: "policy at the guide prompt", RT: "reference at x_t", RG: "reference at x_g"}
+    before = ", ".join(words[of] for of in (PT, PG, PU, RT, RG) if of in needed) or "none"
     assert f"| {name} | {before} | {', '.join(f'x_{p}' for p in prompts)} |" in DOCS.read_text().splitlines()

@@ -5,7 +5,20 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_rollouts import OPTIONS, RUNS, TASKS, Sums, decoder, make_plan, plain_log_probs, sampled, stop_ids, tokenizer
+from scipy.special import log_softmax
+from tiny_rollouts import (
+    OPTIONS,
+    RUNS,
+    TASKS,
+    Sums,
+    decoder,
+    make_plan,
+    plain_log_probs,
+    plain_logits,
+    sampled,
+    stop_ids,
+    tokenizer,
+)
 
 from ip_jax.prompts import library
 from ip_jax.prompts.transforms import PromptError
@@ -123,6 +136,25 @@ def test_bits_depend_on_seed_iteration_group_and_sample_alone():
     assert len(set(keys)) == len(keys)  # one task in three groups draws three times
 
 
+def test_a_guided_run_is_sampled_from_both_prompts_and_its_neighbour_as_alone():
+    """Its log-probabilities are those of the combined logits of two plain passes; one that is not guided stays what it is."""
+    guide, weight = PromptDistribution(("mine=" + "very " * 12 + "long",)), 1.5
+    plan = make_plan((dataclasses.replace(RUNS[0], guide_prompt=guide, guidance=weight), RUNS[1]), iterations=1)
+    asked = plan.ask(0)
+    assert {prompted.name for group in asked.groups[0] for prompted in group.guide} == {"mine"} and not any(group.guide for group in asked.groups[1])
+    options = sampler_options(plan, stop_ids())
+    assert plan.slots["guide"] > plan.slots["gen"] and options.room[0] == plan.slots["guide"]
+    found, (_, plain) = generate(decoder(), plan, asked, options), sampled()
+    np.testing.assert_array_equal(found.samples.tokens[1], plain.samples.tokens[1])
+    np.testing.assert_allclose(found.samples.log_probs[1], plain.samples.log_probs[1], atol=T_EXACT)
+    assert (found.samples.tokens[0] != plain.samples.tokens[0]).any()
+    for q, i in np.ndindex(3, 4):
+        tokens, group = found.samples.tokens[0, q, i][: found.samples.length[0, q, i]], asked.groups[0][q]
+        own, other = (plain_logits(0, prompted.token_ids, tokens) for prompted in (group.gen[i], group.guide[i]))
+        expected = log_softmax((1 + weight) * own - weight * other, axis=-1)[np.arange(len(tokens)), tokens]
+        np.testing.assert_allclose(found.samples.log_probs[0, q, i][: len(tokens)], expected, atol=T_EXACT)
+
+
 def test_all_iterations_share_one_sampling_program():
     plan = many()
     generate(decoder(), plan, plan.ask(0), sampler_options(plan, stop_ids()))
@@ -132,10 +164,10 @@ def test_all_iterations_share_one_sampling_program():
     assert (slots.decode._cache_size(), slots.prefill._cache_size()) == before
 
 
-@pytest.mark.parametrize(("side", "words"), [("gen", "generation"), ("train", "training")])
+@pytest.mark.parametrize(("side", "words"), [("gen", "generation"), ("train", "training"), ("guide", "guide")])
 def test_a_prompt_that_leaves_no_room_is_refused_with_its_example(side, words):
     long = PromptDistribution(("mine=" + "very " * 40 + "long",))
-    run = dataclasses.replace(RUNS[0], **{f"{side}_prompt": long})
+    run = dataclasses.replace(RUNS[0], **{f"{side}_prompt": long}, guidance=float(side == "guide"))
     with pytest.raises(ValueError, match=rf"arm swap: task sum-\d has \d+ tokens under the {words} prompt mine, and with 6 new tokens that is more than max_length = 128"):
         make_plan((run,))
     length = max(len(getattr(group, side)[0].token_ids) for t in range(3) for group in make_plan((run,), dataclasses.replace(OPTIONS, max_length=999)).ask(t).groups[0])

@@ -22,6 +22,7 @@ from rl_steps import (
     step_gradients,
     weighted,
 )
+from scipy.special import log_softmax
 
 from ip_jax.rl.advantages import Aggregation
 from ip_jax.rl.algorithm import Algorithm
@@ -77,6 +78,27 @@ def _gradient_of_expected_reward(trained, prompts):
 
 def gradient_of_expected_reward(trained, prompts) -> np.ndarray:
     return rl.flat(_gradient_of_expected_reward(trained, prompts))
+
+
+def guided(trained, guide, weight: float) -> np.ndarray:
+    """Token log-probabilities [4, 4, 2] of all completions by softmax((1 + weight) z(GENERATION) - weight z(guide)), in float64."""
+    own, other = (np.float64(sampled(trained, prompts).log_probs).reshape(4, 4, 2) for prompts in (GENERATION, guide))
+    combined = (1 + weight) * own - weight * other
+    first, second = log_softmax(combined[:, 0, 0]), log_softmax(combined[:, :, 1], axis=-1)
+    return np.stack([np.broadcast_to(first[:, None], (4, 4)), second], axis=-1)
+
+
+@pytest.mark.slow
+def test_importance_weights_of_guided_samples_give_the_policy_gradient_at_the_training_prompt(trained):
+    """Where the behaviour's log-probabilities are the guided ones, as the sampler says them; where they were the policy's at x_g it would be another."""
+    behaviour = guided(trained, TRAINING, 0.7)
+    assert np.abs(np.exp(behaviour.sum(-1)).ravel() - probabilities(trained, GENERATION)).max() > 0.01
+    samples = rl.everything()
+    samples = samples.replace(log_probs=jnp.asarray(behaviour, jnp.float32).reshape(samples.log_probs.shape))
+    batch = batch_of(trained, graded(samples, GENERATION, TRAINING, REWARDS), FULL)
+    found = step_gradients(trained, weighted(batch, np.exp(behaviour.sum(-1)).ravel()), FULL)[0]
+    assert_same(found, -gradient_of_expected_reward(trained, TRAINING))
+
 
 
 @pytest.mark.parametrize("name", [pytest.param("importance_token", marks=pytest.mark.slow), "importance_sequence", "train_old"])

@@ -9,7 +9,7 @@ from etils import epath
 from rich.console import Console
 from safetensors.numpy import load
 from tiny_experiment import write_model
-from tiny_reinforced import ARMS, Vowels, make
+from tiny_reinforced import ARMS, IP, Vowels, make
 
 from ip_jax.evals import rl_tables
 from ip_jax.report.rl_view import load_rl_view
@@ -131,6 +131,17 @@ def test_a_penalty_begins_at_zero_and_a_moving_mean_survives_a_kill(model, tmp_p
 
 
 @pytest.mark.slow
+def test_a_guided_run_is_recorded_with_its_guide_and_survives_a_kill(model, tmp_path, monkeypatch):
+    arms = (RlArm("guided", "guided", IP, IP, guide_prompt=PromptDistribution(("neutral",)), guidance=2.0),)
+    undisturbed = run(make(model, arms), tmp_path / "undisturbed")
+    rows = read_rollouts(undisturbed / "rollouts").to_pylist()
+    assert {(row["gen_prompt"], row["guide_prompt"], row["guidance"]) for row in rows} == {("gcd/behave", "neutral", 2.0)}
+    assert all(row["guide_text"] != row["gen_text"] for row in rows)
+    killed(make(model, arms), tmp_path / "killed", monkeypatch, "rollout")
+    assert_equal_but_for_the_clock(run(make(model, arms), tmp_path / "killed"), undisturbed)
+
+
+@pytest.mark.slow
 def test_expert_iteration_that_restarts_from_the_base_ends_one_update_from_it(model, tmp_path):
     for restart in (False, True):
         arm = dataclasses.replace(ARMS[0], algorithm=Algorithm(selection=Selection("best_of_n", restart_from_base=restart)))
@@ -170,11 +181,12 @@ def test_a_gate_that_accepts_nothing_stops_after_saving(model, tmp_path):
 
 def test_arms_of_another_algorithm_are_another_program(tmp_path):
     late = Algorithm(estimator=ESTIMATORS["late_token"])
-    arms = (*ARMS, RlArm("late", "late", algorithm=late), RlArm("again", "again", reward="reward"))
+    guided = RlArm("guided", "guided", guide_prompt=IP, guidance=1.0)
+    arms = (*ARMS, RlArm("late", "late", algorithm=late), guided, dataclasses.replace(guided, name="more", guidance=2.0), RlArm("again", "again", reward="reward"))
     runs = [Run(arm, seed, f"{arm.name}{seed}") for arm in arms for seed in (0, 1)]
     names = lambda most: [[run.name for run in group] for group in programs_of(epath.Path(tmp_path), runs, most)]  # noqa: E731
-    assert names(64) == [["standard-s0", "standard-s1", "swap-s0", "swap-s1", "again-s0", "again-s1"], ["late-s0", "late-s1"]]
-    assert [len(group) for group in names(4)] == [4, 2, 2]
+    assert names(64) == [["standard-s0", "standard-s1", "swap-s0", "swap-s1", "again-s0", "again-s1"], ["late-s0", "late-s1"], ["guided-s0", "guided-s1", "more-s0", "more-s1"]]
+    assert [len(group) for group in names(4)] == [4, 2, 2, 4]
 
 
 def test_a_prompt_of_the_grid_is_something_else_to_every_arm():
@@ -215,4 +227,7 @@ def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(model, tmp_path)
     refused("more than max_length = 20", max_length=20)
     refused("3 minibatches, which do not divide the 2 rows", (RlArm("a", "a", algorithm=Algorithm(estimator=ESTIMATORS["train_old"], minibatches=3)),))
     refused("text experiments draw none", (RlArm("a", "a", algorithm=Algorithm(gate=Gate("absolute", quantile=0.5))),))
+    refused("the arm a has no guide prompt: guidance above 0", (RlArm("a", "a", guidance=1.0),))
+    refused("Late_sequence clips", (RlArm("a", "a", algorithm=Algorithm(ESTIMATORS["late_sequence"]), guide_prompt=IP, guidance=1.0),))
+    refused("for which text experiments make no pass", (RlArm("a", "a", algorithm=Algorithm(pmi=(0.5, 1.0), pmi_against="guide"), guide_prompt=IP),))
     refused("each with a name of its own", (ARMS[0], ARMS[0]))

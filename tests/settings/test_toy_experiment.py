@@ -4,21 +4,29 @@ import io
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from etils import epath
+from flax import nnx
 from rich.console import Console
+from scipy.special import log_softmax
+from tiny_models import random_params
 
+from configs import amplification
 from configs.estimators import ARMS, FIGURE, PRESETS
 from experiments import estimators
+from ip_jax.models.decoder import causal_attend
 from ip_jax.report.rl_view import load_rl_view
 from ip_jax.settings.toy import experiment as toy_experiment
+from ip_jax.settings.toy import training
 from ip_jax.settings.toy.config import Pretraining, ToyConfig
 from ip_jax.settings.toy.experiment import category_of, kinds_of
 from ip_jax.settings.toy.figure import ToyFigure
 from ip_jax.settings.toy.prompts import NEUTRAL
 from ip_jax.settings.toy.training import ToyRl
+from ip_jax.settings.toy.vocabulary import PROMPT_SLOTS
 
 TINY = ToyFigure(
     "tiny", ("standard", "oracle", "kl_tg"), (0, 1), ToyRl(iterations=6, groups=2, samples=4, probe_every=3, probe_tasks=4, grid_tasks=4),
@@ -97,6 +105,50 @@ def test_arms_with_other_prompts_and_rewards_share_a_program():
     ), [ARMS[name] for name in figure.arms])  # fmt: skip
     assert [arm.name for arm in kinds[0].arms] == ["standard", "oracle", "prior", "anti", "on_policy_ip", "plain"]
     assert all(len(kind.arms) * 20 <= 120 for kind in kinds) and len(kinds) == 10
+
+
+def test_guided_arms_have_programs_of_their_own_whatever_their_weight():
+    figure = dataclasses.replace(TINY, arms=tuple(amplification.ARMS))
+    kinds = kinds_of(toy_experiment.ToyExperiment("x", "x", {}, figure.toy, figure.rl, (), (0,), FIGURE.reading, (), 120), list(amplification.ARMS.values()))
+    assert [[arm.name for arm in kind.arms] for kind in kinds if kind.guided] == [["guided_low", "guided_high", "recon_away"], ["guided_importance"]]
+
+
+@pytest.mark.slow
+def test_a_guided_iteration_samples_from_the_logits_of_both_prompts():
+    """Against whole-sequence passes under both prompts, for runs of two weights and pools of guides."""
+    arm = amplification.ARMS["guided_high"]
+    arms = [arm, dataclasses.replace(arm, guidance=0.5, guide_prompts=(NEUTRAL, "never use the exit"))]
+    config, program = TINY.toy, training.Program(TINY.toy, TINY.rl, arm.algorithm, supervised=False, guided=True)
+    graphdef, state, base = training.start(program, random_params(config.decoder), np.array([3, 4]), [1e-3, 1e-3])
+    of_runs = training.conditions(arms, [3, 4])
+    rollout, _ = jax.jit(lambda state: training._sampled(program, graphdef, base, of_runs, state))(state)
+
+    @jax.jit
+    def logits(tokens):
+        merged = nnx.merge(graphdef, state.trained, base)
+        return merged.logits(merged(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape), causal_attend)[0])
+
+    samples, shape = rollout.samples, rollout.samples.tokens.shape
+    before = []
+    for prompts in (rollout.generation, rollout.guide):
+        tokens = np.concatenate([np.broadcast_to(prompts.tokens[:, :, None], (*shape[:3], PROMPT_SLOTS)), samples.tokens], axis=-1)
+        before.append(np.float64(logits(tokens.reshape(2, -1, tokens.shape[-1]))).reshape(*tokens.shape, -1)[..., PROMPT_SLOTS - 1 : -1, :])
+    weight = np.array([1.0, 0.5])[:, None, None, None, None]
+    of_all = log_softmax((1 + weight) * before[0] - weight * before[1], axis=-1)
+    expected = np.take_along_axis(of_all, np.asarray(samples.tokens)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(samples.log_probs, np.where(samples.mask, expected, 0), atol=1e-4)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (dict(guidance=1.0), "the arm plain has no guide prompt"), (dict(guide_prompts=(NEUTRAL,)), "the arm plain has a guide prompt"),
+    (dict(guide_prompts=(NEUTRAL,), guidance=1.0, algorithm=ARMS["truncated"].algorithm), "Truncated corrects the sampler's numerics"),
+    (dict(guide_prompts=("never heard",), guidance=1.0), "never heard"),
+])  # fmt: skip
+def test_guides_that_make_no_sense_are_refused_before_anything_is_trained(changes, words, tmp_path):
+    figure = dataclasses.replace(FIGURE, arms={**ARMS, "plain": dataclasses.replace(ARMS["plain"], **changes)})
+    with pytest.raises(ValueError, match=words):
+        figure.run(dataclasses.replace(TINY, arms=("plain",)), epath.Path(tmp_path / "refused"), Console(quiet=True))
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(("arm", "prompt", "wanted"), [

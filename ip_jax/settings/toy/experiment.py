@@ -21,7 +21,7 @@ from ip_jax.evals.rl_tables import NEUTRAL, ROLLOUT, TRAIN
 from ip_jax.evals.rules import Reading
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.hub import cache_dir
-from ip_jax.rl.algorithm import Algorithm
+from ip_jax.rl.algorithm import Algorithm, check_guidance
 from ip_jax.rl.estimators import WARNINGS
 from ip_jax.settings.display import Display
 from ip_jax.settings.live_table import ArmRow, live_arms, over_seeds
@@ -63,6 +63,7 @@ class Kind:
 
     algorithm: Algorithm
     supervised: bool
+    guided: bool
     arms: tuple[ToyArm, ...]
 
     @property
@@ -75,7 +76,7 @@ def kinds_of(experiment: ToyExperiment, arms: Sequence[ToyArm]) -> list[Kind]:
     """`arms` by kind, cut so that a program holds at most `runs_per_program` runs."""
     by_kind: dict[tuple, list[ToyArm]] = {}
     for arm in arms:
-        by_kind.setdefault((arm.algorithm, arm.source != "policy"), []).append(arm)
+        by_kind.setdefault((arm.algorithm, arm.source != "policy", arm.guidance > 0), []).append(arm)
     most = max(1, experiment.runs_per_program // len(experiment.seeds))
     return [Kind(*kind, tuple(arms[i : i + most])) for kind, arms in by_kind.items() for i in range(0, len(arms), most)]
 
@@ -106,10 +107,13 @@ def run_toy(experiment: ToyExperiment, folder: epath.Path, console: Console) -> 
 def _prepare(experiment: ToyExperiment, folder: epath.Path) -> None:
     """Checks what can be checked, and claims the folder."""
     for arm in experiment.arms:
-        for prompt in (*arm.gen_prompts, *arm.train_prompts, *experiment.grid):
+        for prompt in (*arm.gen_prompts, *arm.train_prompts, *arm.guide_prompts, *experiment.grid):
             encode(prompt)
             family_of(prompt)
         arm.algorithm.check_group(experiment.rl.samples)
+        check_guidance(f"the arm {arm.name}", arm.guidance, bool(arm.guide_prompts), arm.algorithm)
+        if arm.guidance > 0 and arm.source != "policy":
+            raise ValueError(f"the arm {arm.name} copies fixed data: there is nothing to guide")
         if arm.source != "policy" and arm.algorithm.selection is None:
             raise ValueError(f"the arm {arm.name} copies fixed data, so its algorithm needs a selection")
         if experiment.rl.groups % arm.algorithm.minibatches:
@@ -134,7 +138,7 @@ def _run_kind(experiment: ToyExperiment, kind: Kind, params: dict, folder: epath
     rl, config = experiment.rl, experiment.config
     runs = [(arm, seed) for arm in kind.arms for seed in experiment.seeds]
     arms, seeds = [arm for arm, _ in runs], [seed for _, seed in runs]
-    program = Program(config, rl, kind.algorithm, kind.supervised)
+    program = Program(config, rl, kind.algorithm, kind.supervised, kind.guided)
     graphdef, state, base = training.start(program, params, np.array(seeds), [arm.learning_rate or rl.learning_rate for arm in arms])
     reference, _, reference_base = split_decoder(config.decoder, params)
     of_runs = training.conditions(arms, seeds)

@@ -23,7 +23,7 @@ from ip_jax.rl.diagnostics import CORRECT, HACK, OTHER, llr_metrics, sample_metr
 from ip_jax.rl.policy import score
 from ip_jax.rl.rows import Prompts, Samples, to_samples
 from ip_jax.rl.step import RlOptions, rl_step
-from ip_jax.sampling.arrays import ArraySampling, Draw, sample_groups
+from ip_jax.sampling.arrays import ArraySampling, Draw, Guide, sample_groups
 from ip_jax.settings.toy.config import ToyConfig
 from ip_jax.settings.toy.prompts import NEUTRAL
 from ip_jax.settings.toy.tasks import Graded, Reward, draw_tasks, grade, stack_rewards
@@ -41,6 +41,7 @@ class ToyArm:
 
     `source`: "policy" samples on-policy; a pool of prompts instead samples from the untrained model under these, keeps what earns
     a reward, half of it hacks, and trains on this fixed data (supervised: the algorithm needs a selection).
+    `guide_prompts`, a pool as well: what guided sampling (`guidance` above 0) and a PMI weight against the guide compare the others with.
     """
 
     name: str
@@ -52,6 +53,8 @@ class ToyArm:
     keep: float = 1.0
     source: str | tuple[str, ...] = "policy"
     learning_rate: float | None = None
+    guide_prompts: tuple[str, ...] = ()
+    guidance: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,9 @@ class Conditions:
     train_count: Int[Array, " R"]
     keep: Float[Array, " R"]
     reward: Reward
+    guide_pool: Int[Array, "R P W"] | None  # None: no run has a guide
+    guide_count: Int[Array, " R"] | None
+    guidance: Float[Array, " R"]
 
 
 @flax.struct.dataclass
@@ -101,14 +107,16 @@ class Program:
     rl: ToyRl
     algorithm: Algorithm
     supervised: bool
+    guided: bool = False
 
 
 def conditions(arms: list[ToyArm], seeds: list[int]) -> Conditions:
     """Of runs, one entry of both lists each."""
     gen, gen_count = _pools([arm.gen_prompts for arm in arms])
     train, train_count = _pools([arm.train_prompts for arm in arms])
-    keep = jnp.array([arm.keep for arm in arms], jnp.float32)
-    return Conditions(jnp.array(seeds), gen, gen_count, train, train_count, keep, stack_rewards(tuple(arm.reward for arm in arms)))
+    guide = _pools([arm.guide_prompts for arm in arms]) if arms[0].guide_prompts else (None, None)
+    keep, guidance = (jnp.array([getattr(arm, name) for arm in arms], jnp.float32) for name in ("keep", "guidance"))
+    return Conditions(jnp.array(seeds), gen, gen_count, train, train_count, keep, stack_rewards(tuple(arm.reward for arm in arms)), *guide, guidance)
 
 
 def _pools(of_runs: list[tuple[str, ...]]) -> tuple[Array, Array]:
@@ -185,9 +193,14 @@ def _sampled(program: Program, graphdef, base, of_runs: Conditions, state: Train
     example = jnp.broadcast_to(state.step * rl.groups + jnp.arange(rl.groups), (runs, rl.groups))
     prompts, full = render(gen, task), jnp.full((runs, rl.groups), PROMPT_SLOTS)
     options = ArraySampling(rl.samples, config.slots, (END,))
-    found = Samples(*sample_groups((graphdef, state.trained, base), prompts, full, Draw(of_runs.seed, example, jnp.ones(runs)), options))
+    guide = None
+    if of_runs.guide_pool is not None:
+        words = _choose(of_runs.guide_pool, of_runs.guide_count, _uniform(of_runs, state.step, 7, rl.groups))
+        guide = Prompts(render(words, task), full)
+    guidance = Guide(guide.tokens, full, of_runs.guidance) if program.guided else None
+    found = Samples(*sample_groups((graphdef, state.trained, base), prompts, full, Draw(of_runs.seed, example, jnp.ones(runs)), options, guidance))
     graded = grade(of_runs.reward, config.loophole_length, task[:, :, None], found.tokens, found.length, _uniform(of_runs, state.step, 4, rl.groups, rl.samples))
-    return _rollout(of_runs, state.step, found, (Prompts(prompts, full), Prompts(render(train, task), full)), graded), graded
+    return _rollout(of_runs, state.step, found, (Prompts(prompts, full), Prompts(render(train, task), full)), graded).replace(guide=guide), graded
 
 
 def _copied(program: Program, of_runs: Conditions, data: Data, step) -> tuple[Rollout, Graded]:
@@ -216,7 +229,8 @@ def _scores(program: Program, graphdefs, base, state: TrainState, rollout: Rollo
     found = {}
     for name in sorted(passes_needed(program.algorithm)):
         who, where = name.split("_")
-        found[name] = _score(models[who], rollout.training if where == "training" else rollout.generation, rollout)
+        prompts = {"training": rollout.training, "generation": rollout.generation, "guide": rollout.guide}[where]
+        found[name] = _score(models[who], prompts, rollout)
     return found
 
 
@@ -237,7 +251,7 @@ def _measured(program: Program, policy: tuple, step, rollout: Rollout, scores: d
         found = coupling_metrics(coupling(trained, weights, coupling_rows(rollout, neutral), graphdef=graphdef))
         if "policy_training" in scores:
             return found
-        generation = _score(policy, rollout.generation, rollout) if program.supervised else rollout.samples.log_probs
+        generation = _score(policy, rollout.generation, rollout) if program.supervised or program.guided else rollout.samples.log_probs
         return found | llr_metrics(rollout, _score(policy, rollout.training, rollout), generation)
 
     nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(look))

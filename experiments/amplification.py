@@ -1,0 +1,14 @@
+"""Runs (or resumes) the figure of link amplification on the toy, then draws it: the same as `ip-jax run amplification`."""
+import functools
+import sys
+
+from configs.amplification import FIGURE
+from experiments import _toy
+
+NAME, shared_part = FIGURE.name, FIGURE.shared_part
+run, draw = functools.partial(_toy.run, FIGURE), _toy.draw
+
+if __name__ == "__main__":
+    from ip_jax.cli import main
+
+    main(["run", NAME, *sys.argv[1:]])
