@@ -124,7 +124,7 @@ def declared(shapes: RlShapes, config: DecoderConfig, mesh: Mesh | AbstractMesh)
         Request(prompt, q, temperature=rl.temperature, top_p=rl.top_p, max_new_tokens=rl.max_new_tokens, first_sample=i)
         for q, prompt in enumerate(prompts(rl.groups, shapes.prompts.generation)) for i in range(rl.samples)
     ]
-    sized = rollouts.RolloutPlan((), (), None, rl.rollout, None, {"gen": slots[0], "train": slots[1]})
+    sized = rollouts.RolloutPlan((), (), None, rl.rollout, None, {"gen": slots[0], "train": slots[1], "guide": 0})
     sampling = _sampling([queue] * runs, rollouts.sampler_options(sized, (0,), shapes.model.activations, rl.slots, of_program), rl.iterations)
     asked = [
         Request(prompt, i, temperature=evaluation.temperature, top_p=evaluation.top_p, max_new_tokens=evaluation.max_new_tokens)
