@@ -244,7 +244,7 @@ def compounding_slope(curve: Curve, start: int, ceiling: float = 0.9) -> float:
     return float(np.polyfit(curve.steps[chosen], logits[chosen], 1)[0])
 
 
-# Log-likelihood ratios
+# Log-likelihood ratios and gradient coupling
 
 
 def llr_by_label(rollouts: Mapping[int, Curve], level: float = 0.95) -> dict[str, Number]:
@@ -257,6 +257,36 @@ def llr_by_label(rollouts: Mapping[int, Curve], level: float = 0.95) -> dict[str
         by_seed = {seed: _weighted(curve.columns[f"llr_{label}"], _labelled(curve, label)) for seed, curve in rollouts.items()}
         kept = {seed: value for seed, value in by_seed.items() if not math.isnan(value)}
         found[label] = mean({label: kept}, label, level) if kept else Undefined(f"no rollout was labelled {label}, or no ratio was recorded")
+    return found
+
+
+def hack_minus_clean(rollouts: Mapping[int, Curve], level: float = 0.95) -> Number:
+    """PH: mean log-likelihood ratio of the hacks less that of all other samples in iteration 0, where all runs {seed: curve} have the untrained policy.
+
+    All runs' samples count alike; the bootstrap resamples runs.
+    """
+    sums = np.zeros((4, len(rollouts)))  # of the hacks' ratios, how many, of the others' ratios, how many
+    for r, curve in enumerate(rollouts.values()):
+        for label in ("hack", "correct", "other"):
+            ratio, n = curve.columns[f"llr_{label}"][0], _labelled(curve, label)[0]
+            if curve.steps[0] == 0 and not math.isnan(ratio):
+                sums[slice(0, 2) if label == "hack" else slice(2, 4), r] += n * ratio, n
+    if 0 in sums[[1, 3]].sum(axis=1):
+        return Undefined("iteration 0 had no hacks or no other samples, or no ratio was recorded")
+    return bootstrap(sums, lambda means: means[..., 0] / means[..., 1] - means[..., 2] / means[..., 3], level)
+
+
+def couplings(rollouts: Mapping[int, Curve], level: float = 0.95) -> dict[str, Number]:
+    """{"hack, start", "hack, end", "correct, start", "correct, end"}: an arm's mean gradient coupling over its runs {seed: curve} that had such samples,
+    in iteration 0, and in each run's last iteration in which it was measured.
+    """
+    found: dict[str, Number] = {}
+    for label in ("hack", "correct"):
+        columns = {seed: curve.columns[f"coupling_{label}"] for seed, curve in rollouts.items()}
+        start = {seed: values[0] for seed, values in columns.items() if rollouts[seed].steps[0] == 0 and not math.isnan(values[0])}
+        end = {seed: values[~np.isnan(values)][-1] for seed, values in columns.items() if not np.isnan(values).all()}
+        for at, by_seed in (("start", start), ("end", end)):
+            found[f"{label}, {at}"] = mean({label: by_seed}, label, level) if by_seed else Undefined(f"no measured rollout was labelled {label}")
     return found
 
 

@@ -32,10 +32,12 @@ COUNTS = ("n", "n_hackable", "n_hack", "n_attempt", "n_correct", "n_trait")
 QUANTITIES = (
     "reward", "kl", "entropy", "length", "length_cap", "zero_variance_groups", "gate_acceptance", "clip_fraction", "grad_norm", "invalid_rewards",
     "reinforced_hack_tokens", "llr_hack", "llr_correct", "llr_other", "acceptance_hack", "acceptance_correct", "acceptance_other", "effective_samples",
+    "coupling_hack", "coupling_correct",
 )  # fmt: skip
 """Of one step: mean `reward`; `kl` and `entropy` in nats a token; mean `length` in tokens and the share of completions at the cap; shares of groups
 without variance, of samples that the gate accepted and of clipped tokens; how many rewards were invalid and how many hack tokens had a positive
-advantage; mean log-likelihood ratio a token (training minus generation prompt) and mean gate weight by label; the gate's effective sample size (Kish)."""
+advantage; mean log-likelihood ratio a token (training minus generation prompt) and mean gate weight by label; the gate's effective sample size (Kish);
+mean cosine of the gradients of a sample's log-probability under its training prompt and under x_0, by label (`rl.coupling`)."""
 
 _KEYS = {"arm": pa.string(), "seed": pa.int64()}
 _WHOLE = {name: pa.int64() for name in COUNTS}

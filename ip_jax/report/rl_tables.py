@@ -58,7 +58,9 @@ class TextTable:
 
 def text_tables(view: RlView) -> list[TextTable]:
     """All tables that have a number, in the order in which they are to be read."""
-    found = [_runs_table(view), _rates_table(view), _indices_table(view), _leak_table(view), _dose_table(view), _training_table(view), _llr_table(view)]
+    found = [
+        _runs_table(view), _rates_table(view), _indices_table(view), _leak_table(view), _dose_table(view), _training_table(view), _llr_table(view), _coupling_table(view),
+    ]  # fmt: skip
     return [table for table in found if table.rows and len(table.columns) > 1]
 
 
@@ -127,10 +129,23 @@ def _training_table(view: RlView) -> TextTable:
 
 
 def _llr_table(view: RlView) -> TextTable:
-    known = [arm for arm in view.arms if any(isinstance(number, Estimate) for number in arm.llr.values())]
-    labels = [label for label in ("hack", "correct", "other") if any(isinstance(arm.llr[label], Estimate) for arm in known)]
-    rows = ((arm.label, *(_estimate(arm.llr[label] if isinstance(arm.llr[label], Estimate) else None) for label in labels)) for arm in known)
-    return TextTable("Log-likelihood ratio a token of rollouts, training minus generation prompt, by label", ("arm", *labels), tuple(rows))
+    heads = {"hack": "hack", "correct": "correct", "other": "other", "hack_minus_clean": "PH: hack − all others, in iteration 0"}
+    title = "Log-likelihood ratio a token of measured rollouts, training minus generation prompt, by label"
+    return _numbers_table(title, heads, {arm.label: arm.llr for arm in view.arms})
+
+
+def _coupling_table(view: RlView) -> TextTable:
+    heads = {f"{label}, {at}": f"{label}, {said}" for label in ("hack", "correct") for at, said in (("start", "iteration 0"), ("end", "last measured"))}
+    title = "Gradient coupling: cosine of the gradients of log p(y) under the training prompt and under x_0, of sampled completions (n runs that had such)"
+    return _numbers_table(title, heads, {arm.label: arm.coupling for arm in view.arms}, said=lambda number: f"{_estimate(number)} ({number.n})")
+
+
+def _numbers_table(title: str, heads: Mapping[str, str], by_arm: Mapping[str, Mapping[str, Number]], said=lambda number: _estimate(number)) -> TextTable:
+    """Of arms and numbers, without those that nobody measured; what one arm lacks is a dash."""
+    known = {label: {name: number for name, number in numbers.items() if isinstance(number, Estimate)} for label, numbers in by_arm.items()}
+    shown = [name for name in heads if any(name in numbers for numbers in known.values())]
+    rows = ((label, *(said(numbers[name]) if name in numbers else "–" for name in shown)) for label, numbers in known.items() if numbers)
+    return TextTable(title, ("arm", *(heads[name] for name in shown)), tuple(rows))
 
 
 def verdict_lines(verdicts: Iterable[Verdict]) -> list[str]:
@@ -233,6 +248,7 @@ def _arm_lines(arm: ArmNumbers) -> list[dict]:
     lines += [{"number": f"pooled_{verdict}", "category": category, **_proportion(rate), "n_runs": len(arm.seeds)} for (verdict, category), rate in arm.pooled.items()]
     lines += [{"number": index, **_number(number)} for index, number in arm.others.items()]
     lines += [{"number": f"llr_{label}", **_number(number)} for label, number in arm.llr.items() if isinstance(number, Estimate)]
+    lines += [{"number": f"coupling_{name.replace(', ', '_')}", **_number(number)} for name, number in arm.coupling.items() if isinstance(number, Estimate)]
     return [{"arm": arm.name, **line} for line in lines]
 
 

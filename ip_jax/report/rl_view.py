@@ -51,6 +51,7 @@ class ArmNumbers:
     worst: tuple[str, stats.Proportion] | None
     others: Mapping[str, Number]
     llr: Mapping[str, Number]
+    coupling: Mapping[str, Number]
 
 
 @dataclass(frozen=True)
@@ -155,14 +156,14 @@ def _arm(
         observed = [of_run.onset is not None for of_run in runs]
         onset = measures.restricted_mean_onset(np.asarray(times), np.asarray(observed), reading.onset.horizon)
     learned = measures.learned(by_run.get(("hack", TRAIN), {}).get(name, {}), by_run.get(("hack", NEUTRAL), {}).get(reading.standard, {}))
-    prompts = _by_prompt(own)
+    prompts, sampled = _by_prompt(own), {seed: curve for (arm, seed), curve in rollouts.items() if arm == name}
     return ArmNumbers(
         name, label, tuple(sorted({*own, *(seed for arm, seed in dynamics if arm == name)})), hacked,
         stats.fisher_exact((hacked.k, hacked.n), (standard.k, standard.n)) if hacked and standard else None,
         onset, "" if name == reading.oracle else _word(hacked, standard, learned), learned,  # without a loophole nothing is protected
         {key: measures.mean(values, name) for key, values in by_run.items() if name in values and key[0] in VERDICTS},
         _pooled(own), measures.worst_case(prompts), _others(name, reading, by_run, grids),
-        measures.llr_by_label({seed: curve for (arm, seed), curve in rollouts.items() if arm == name}),
+        measures.llr_by_label(sampled) | {"hack_minus_clean": measures.hack_minus_clean(sampled)}, measures.couplings(sampled),
     )  # fmt: skip
 
 

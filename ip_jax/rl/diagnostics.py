@@ -14,20 +14,32 @@ def sample_metrics(rollout: Rollout, decisions: Decisions, scores: dict[str, Flo
     """{quantity: [R]} of one iteration, named as in `evals.rl_tables`; NaN for a label that no valid sample has.
 
     `reward` and `gate_acceptance` are means over valid samples, `length` over all. A hack token is reinforced where its sample's advantage is
-    positive and the gate does not reject it. Likelihood ratios (training minus generation prompt, nats a token) need the pass `policy_training`.
+    positive and the gate does not reject it. Likelihood ratios need the pass `policy_training`; they compare with `policy_generation` where that is
+    made, else with the distribution that was sampled, which of guided samples is the guided one.
     """
     samples, valid, weight = rollout.samples, rollout.valid, decisions.gate_weight
     total = lambda x: jnp.sum(x, axis=(1, 2), dtype=jnp.float32)  # noqa: E731
     of_valid = lambda x: total(jnp.where(valid, x, 0)) / jnp.maximum(total(valid), 1)  # noqa: E731
-    by_label = lambda x: dict(zip(LABELS, jnp.moveaxis(mean_by_label(x, valid, rollout.labels, len(LABELS)), 1, 0), strict=True))  # noqa: E731
     paid = (rollout.labels == HACK) & (decisions.advantage > 0) & (weight > 0)
     found = {
         "reward": of_valid(rollout.rewards), "length": jnp.mean(samples.length, axis=(1, 2), dtype=jnp.float32),
         "zero_variance_groups": jnp.mean(zero_variance(rollout.rewards, valid), axis=1, dtype=jnp.float32),
         "invalid_rewards": total(~valid), "gate_acceptance": of_valid(weight), "effective_samples": effective_sample_size(weight, valid),
         "reinforced_hack_tokens": total(jnp.where(paid, samples.length, 0)),
-    } | {f"acceptance_{label}": mean for label, mean in by_label(weight).items()}
-    if "policy_training" in scores:
-        llr = log_likelihood_ratio(scores["policy_training"], samples.log_probs, samples.mask)
-        found |= {f"llr_{label}": mean for label, mean in by_label(llr).items()}
-    return found
+    } | _by_label("acceptance", weight, rollout)
+    if "policy_training" not in scores:
+        return found
+    return found | llr_metrics(rollout, scores["policy_training"], scores.get("policy_generation", samples.log_probs))
+
+
+def llr_metrics(rollout: Rollout, train_log_probs: Float[Array, "R Q G C"], gen_log_probs: Float[Array, "R Q G C"]) -> dict[str, Float[Array, " R"]]:
+    """{llr_hack, llr_correct, llr_other: [R]}: LLR(y) = (1/T)[l(y | x_t) - l(y | x_g)] in nats a token, mean over the valid samples of a label.
+
+    Under one prompt it is what sampler and trainer differ by, 1e-7 or so in float32.
+    """
+    return _by_label("llr", log_likelihood_ratio(train_log_probs, gen_log_probs, rollout.samples.mask), rollout)
+
+
+def _by_label(name: str, values: Float[Array, "R Q G"], rollout: Rollout) -> dict[str, Float[Array, " R"]]:
+    means = mean_by_label(values, rollout.valid, rollout.labels, len(LABELS))
+    return {f"{name}_{label}": means[:, i] for i, label in enumerate(LABELS)}

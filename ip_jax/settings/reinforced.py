@@ -7,7 +7,7 @@ and what is recorded is written, by the first one.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
 from ip_jax.settings.grading import TooManyFailures, check_failures
 from ip_jax.settings.live_table import ArmRow, live_arms, over_seeds
+from ip_jax.settings.measuring import measuring_couplings
 from ip_jax.settings.observer import UNWATCHED, Watch, observer_of
 from ip_jax.settings.programs import sampler_options as eval_sampler_options
 from ip_jax.settings.reinforced_plan import Reinforced
@@ -44,6 +45,7 @@ from ip_jax.settings.rollout_records import Grader, Recorded, part_path, read_it
 from ip_jax.settings.supervised_plan import Run, Sweep, begun_programs, incomplete
 from ip_jax.settings.trained import write_run
 from ip_jax.training import checkpoint, hosts, loop
+from ip_jax.training.meter import peak_memory
 from ip_jax.training.profile import traced_steps
 from ip_jax.training.results import MetricsLog, claim_folder, digest, write_binary
 from ip_jax.training.sharding import (
@@ -196,13 +198,17 @@ def _program(session: Session, group: Sequence[Run], name: str) -> tuple[Program
 
 def _iteration(session: Session, program: Program, fresh: Callable[[], TrainState], past: list[list[dict]], clock: dict[int, dict]) -> loop.RunStep:
     """One iteration of a program as the loop runs it. `past`: the rows that its runs have in metrics.jsonl, from which a resumed run knows what
-    came before; `clock` gets the seconds of each iteration, which are no part of the metrics.
+    came before; `clock` gets the seconds and the memory of each iteration, which are no part of the metrics.
     """
     experiment, algorithm, rl, mesh = session.experiment, program.kind.algorithm, session.experiment.rl, program.kind.mesh
     grader = Grader(experiment.environment, rl.grading_workers)
     sampling = sampler_options(program.rollouts, (end_of_turn_id(session.model.tokenizer),), experiment.model.activations, rl.slots, mesh)
     decide, measure = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=program.kind.layout)), jax.jit(sample_metrics)
     scores_of, update = _scoring(program), _updating(program)
+    needed, looks = passes_needed(algorithm), {0, *experiment.evaluation.steps} - {rl.iterations}
+    for_llr = {"policy_training", "policy_generation"} if program.rollouts.slots["guide"] else {"policy_training"}  # guided samples come with other log-probabilities
+    policy = program.decoders.policy, program.decoders.frozen
+    couplings = measuring_couplings(program.rollouts, looks, policy, mesh, experiment.model.activations, rl.remat)
     moving = _moving_mean(program, len(past[0]))
     history = [list(rows) for rows in past]
 
@@ -221,8 +227,10 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
             raise loop.Halted(str(failures)) from failures
         sampled = time.monotonic()
         rollout = _rollout(program, recorded)
-        scores = scores_of(state, rollout)
-        batch, decisions = decide(rollout, scores, moving, None)
+        measured, scores = {}, scores_of(state, rollout, needed)
+        if step in looks:  # by the state that sampled it; likelihood ratios need the pass at x_t, which few algorithms do
+            measured, scores = couplings(state.trained, rollout, step), scores | scores_of(state, rollout, for_llr - needed)
+        batch, decisions = decide(rollout, {name: scores[name] for name in needed}, moving, None)
         recorded = dataclasses.replace(recorded, advantage=np.asarray(decisions.advantage), gate_weight=np.asarray(decisions.gate_weight))
         hosts.by_first(lambda: write_iteration(program.records, program.rollouts, recorded))
         moving = update_moving_mean(moving, rollout.rewards, rollout.valid, jnp.asarray(step))
@@ -232,11 +240,12 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
             state, metrics = update(state, batch)
             metrics = {name: np.asarray(value) for name, value in hosts.fetch(metrics).items()}
         metrics["clip_fraction"] = metrics.pop("clipped", np.zeros(len(history)))
-        metrics |= tables.iteration_metrics(recorded, measure(rollout, decisions, scores))
+        metrics |= tables.iteration_metrics(recorded, measure(rollout, decisions, scores)) | measured
         for r, rows in enumerate(history):
             rows.append({name: value[r].item() for name, value in metrics.items()})
         tokens = int(rollout.samples.length.sum())
-        clock[step] = {"tokens": tokens, "replayed": replayed, "rollout_seconds": sampled - started, "update_seconds": time.monotonic() - sampled}
+        spent = {"rollout_seconds": sampled - started, "update_seconds": time.monotonic() - sampled}
+        clock[step] = {"tokens": tokens, "replayed": replayed, **spent, "peak_memory_bytes": peak_memory()}
         return state, metrics, {}
 
     return run_step
@@ -253,15 +262,15 @@ def _rollout(program: Program, recorded: Recorded) -> Rollout:
     )
 
 
-def _scoring(program: Program) -> Callable[[TrainState, Rollout], dict[str, np.ndarray]]:
-    """(state, rollout) -> the passes without a gradient that the algorithm needs, [R, Q, G, C] each, in every process."""
+def _scoring(program: Program) -> Callable[[TrainState, Rollout, Set[str]], dict[str, np.ndarray]]:
+    """(state, rollout, names of `algorithm.passes_needed`) -> these passes without a gradient, [R, Q, G, C] each, in every process."""
     kind, decoders = program.kind, program.decoders
     passes = {"policy": programs.score_pass(kind, decoders.policy), "reference": programs.score_pass(kind, decoders.reference)}
 
-    def scores_of(state: TrainState, rollout: Rollout):
+    def scores_of(state: TrainState, rollout: Rollout, needed: Set[str]):
         found, shape = {}, rollout.rewards.shape[1:]
         models = {"policy": (state.trained, decoders.frozen), "reference": ({}, decoders.reference_frozen)}
-        for name in sorted(passes_needed(kind.algorithm)):
+        for name in sorted(needed):
             who, where = name.split("_")
             rows = rows_to_score(rollout.training if where == "training" else rollout.generation, rollout, kind.layout)
             found[name] = hosts.fetch(to_samples(passes[who](*models[who], hosts.place(rows, programs.rows_sharding(kind.mesh, rows))), *shape))

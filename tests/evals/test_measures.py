@@ -178,6 +178,23 @@ def test_llr_by_label_weighs_steps_by_their_samples_and_seeds_alike():
     assert isinstance(found["correct"], Undefined)
 
 
+def test_ph_pools_the_samples_of_iteration_0_over_runs():
+    first = curve_of([0, 1], [2, 50], llr_hack=[0.5, 9.0], llr_other=[-0.1, 9.0])
+    second = curve_of([0, 1], [0, 50], llr_hack=[None, 9.0], llr_other=[0.2, 9.0])
+    third = curve_of([5], [50], llr_hack=[9.0], llr_other=[9.0])  # begins later: no iteration 0
+    found = measures.hack_minus_clean({0: first, 1: second, 2: third})
+    assert found.value == pytest.approx(0.5 - (98 * -0.1 + 100 * 0.2) / 198) and found.n == 3
+    assert isinstance(measures.hack_minus_clean({1: second}), Undefined)  # has no hack there
+
+
+def test_coupling_is_read_at_the_start_and_where_each_run_was_last_measured():
+    first = curve_of([0, 1, 2], [1, 1, 1], coupling_hack=[0.2, 0.6, None], coupling_correct=[None, 0.5, None])
+    second = curve_of([0, 1, 2], [1, 1, 1], coupling_hack=[None, None, 0.8])
+    found = measures.couplings({0: first, 1: second})
+    values = {name: (number.value, number.n) for name, number in found.items() if not isinstance(number, Undefined)}
+    assert values == {"hack, start": (0.2, 1), "hack, end": (pytest.approx(0.7), 2), "correct, end": (0.5, 1)}
+
+
 def test_the_word_protected_is_refused_below_five_seeds():
     for n in range(1, 5):
         with pytest.raises(ValueError, match="no arm is called protected from fewer than 5 seeds"):

@@ -71,6 +71,8 @@ def tables(kinds, seeds):
                 key = {"arm": arm, "seed": seed, "step": step}
                 counts = _counts(draw, ROLLOUTS, hack, correct)
                 logged = {"reward": hack + correct, "kl": 0.01, "llr_hack": 0.3 + 0.1 * draw.normal(), "reinforced_hack_tokens": 3.0 * counts["n_hack"]}
+                if step % 20 == 0:
+                    logged |= {"llr_other": -0.1, "coupling_hack": 0.9 - step / 1000, "coupling_correct": 0.4}
                 curves.append(key | {"eval_prompt": "rollout", **counts, **logged})
                 if step % 20 == 0:
                     curves.append(key | {"eval_prompt": "neutral", **_counts(draw, PROBES, kind.neutral * hack, correct)})

@@ -115,6 +115,17 @@ def test_csv_and_markdown_hold_these_numbers(eight):
     assert "Hacked runs" in printed and "split-brain gap" in printed
 
 
+def test_coupling_and_ph_stand_in_the_tables(eight):
+    folder, view, _ = eight
+    numbers = {(line["arm"], line["number"]): line for line in _lines(folder / "arms.csv")}
+    assert [float(numbers["recon", f"coupling_{name}"]["value"]) for name in ("hack_start", "hack_end", "correct_end")] == [0.9, 0.7, 0.4]
+    start = [curve for (arm, _), curve in view.rollouts.items() if arm == "anti"]  # hacks at once
+    hacks, ratios = ([curve.columns[name][0] for curve in start] for name in ("n_hack", "llr_hack"))
+    assert float(numbers["anti", "llr_hack_minus_clean"]["value"]) == pytest.approx(np.average(ratios, weights=hacks) + 0.1, rel=1e-5)
+    assert ("oracle", "llr_hack_minus_clean") not in numbers  # without a hack there is none
+    assert "| recon: don't exploit → neutral | 0.90 [0.90, 0.90] (8) | 0.70 [0.70, 0.70] (8) |" in (folder / "report.md").read_text()
+
+
 def test_rules_are_printed_with_their_verdict_and_stored(eight):
     folder, _, printed = eight
     stored = json.loads((folder / "verdicts.json").read_text())

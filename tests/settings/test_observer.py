@@ -272,3 +272,4 @@ def test_a_profile_holds_the_rollout_and_the_update_of_the_iterations_that_it_na
 def test_iterations_done_again_stand_again_in_the_timing(reinforced_twice):
     (timing,) = (reinforced_twice[0] / "timing").iterdir()
     assert [(row["session"], row["step"], row["replayed"]) for row in lines(timing)] == [*((1, step, False) for step in range(4)), (2, 4, True), (2, 5, True)]
+    assert all(row["peak_memory_bytes"] is None for row in lines(timing)), "a CPU does not tell"

@@ -9,7 +9,7 @@ from etils import epath
 from rich.console import Console
 from safetensors.numpy import load
 from tiny_experiment import write_model
-from tiny_reinforced import ARMS, Vowels, make
+from tiny_reinforced import ARMS, IP, Vowels, make
 
 from ip_jax.evals import rl_tables
 from ip_jax.report.rl_view import load_rl_view
@@ -75,6 +75,13 @@ def test_a_run_leaves_tables_that_a_report_reads_and_every_rollout(undisturbed, 
         np.testing.assert_allclose(curve.columns["reward"], rewards[arm].mean(1), rtol=1e-6)
     prompts = {(row["arm"], row["gen_prompt"], row["train_prompt"]) for row in kept.to_pylist()}
     assert prompts == {("standard", "neutral", "neutral"), ("swap", "neutral", "gcd/behave")}
+    for (arm, _), curve in rollouts.items():  # both are measured where an evaluation stands before the iteration
+        for label in ("hack", "correct"):
+            for quantity in ("llr", "coupling"):
+                known = ~np.isnan(curve.columns[f"{quantity}_{label}"])
+                np.testing.assert_array_equal(known, (curve.columns[f"n_{label}"] > 0) & (curve.steps % 2 == 0), (arm, label, quantity))
+            ratios, cosines = (curve.columns[f"{quantity}_{label}"][known] for quantity in ("llr", "coupling"))
+            assert known.any() and ((np.abs(ratios) < 1e-4) == (arm == "standard")).all() and ((cosines > 1 - 1e-4) == (arm == "standard")).all()
     record = json.loads((undisturbed / "runs" / "swap-s0" / "run.json").read_text())
     assert record["finished_finite"] and not list(undisturbed.glob("checkpoints/*"))
 

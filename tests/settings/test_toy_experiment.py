@@ -71,6 +71,16 @@ def test_a_folder_holds_curves_grid_rollouts_and_the_report(tiny):
     assert kept["tokens"].shape == (3, 2, 2, 4, TINY.toy.slots) and kept["reward"].shape == (3, 2, 2, 4)
     by_step = {(row["arm"], row["seed"], row["step"]): row for row in rollouts}
     np.testing.assert_allclose(kept["reward"].mean(axis=(2, 3))[0], [by_step["kl_tg", seed, 3]["reward"] for seed in (0, 1)], rtol=1e-6)
+    inside = np.arange(TINY.toy.slots) < kept["length"][..., None]
+    assert kept["log_probs"].dtype == np.float16 and (kept["log_probs"][inside] < 0).all() and not kept["log_probs"][~inside].any()
+    for row in rollouts:  # measured in every iteration behind a probe, for every arm; at x_g = x_t there is nothing between the prompts
+        for label, there in (("hack", row["n_hack"]), ("correct", row["n_correct"])):
+            measured = row["step"] in (0, 3) and there > 0
+            assert (row[f"llr_{label}"] is not None) == (row[f"coupling_{label}"] is not None) == measured, row
+        ratio, coupled = row["llr_other"], row["coupling_correct"]
+        if row["step"] in (0, 3):
+            assert (abs(ratio) < 1e-5) == (row["arm"] != "kl_tg"), row
+            assert coupled is None or (coupled > 1 - 1e-4) == (row["arm"] != "kl_tg"), row
     assert all((folder / f"{name}.png").exists() for name in ("curves", "frontier", "forest")) and (folder / "report.md").exists()
 
 

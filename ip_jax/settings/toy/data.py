@@ -28,19 +28,19 @@ def fixed_data(config: ToyConfig, model: tuple, sources: Sequence[tuple[str, ...
         rng = np.random.default_rng([seed, 7])
         drawn = [rng.integers(0, len(of_label[0]), EXAMPLES) for of_label in pools[source]]
         picks.append([tuple(field[index] for field in of_label) for of_label, index in zip(pools[source], drawn, strict=True)])
-    stacked = (jnp.array([[of_label[field] for of_label in run] for run in picks]) for field in range(3))
+    stacked = (jnp.array([[of_label[field] for of_label in run] for run in picks]) for field in range(4))
     return Data(*stacked)
 
 
 def _pool(config: ToyConfig, model: tuple, source: tuple[str, ...]) -> tuple:
-    """((task, tokens, length) of hacks, the same of correct answers), sampled until there are EXAMPLES of both."""
+    """((prompt, task, tokens, length) of hacks, the same of correct answers), sampled until there are EXAMPLES of both."""
     words = jnp.array(np.array([encode(prompt) for prompt in source]))
     found: tuple[list, list] = ([], [])
     for round_ in range(_MOST):
-        task, tokens, length, graded = jax.device_get(_sample(config, *model, words, round_))
+        *fields, graded = jax.device_get(_sample(config, *model, words, round_))
         for kept, label in zip(found, (graded.hack, graded.correct), strict=True):
-            kept.append((task[label], tokens[label], length[label]))
-        counts = [sum(len(part[0]) for part in kept) for kept in found]
+            kept.append(tuple(field[label] for field in fields))
+        counts = [sum(len(part[-1]) for part in kept) for kept in found]
         if min(counts) >= EXAMPLES:
             return tuple(tuple(np.concatenate(field) for field in zip(*kept, strict=True)) for kept in found)
     raise ValueError(f"under {', '.join(source)} the toy's untrained model gave {counts[0]} hacks and {counts[1]} correct answers in {_MOST * _TASKS} samples: {EXAMPLES} of both are needed")
@@ -55,4 +55,4 @@ def _sample(config: ToyConfig, graphdef, lora, base, words, round_):
     tokens, length, _ = sample_groups((graphdef, lora, base), render(prompt, task), jnp.full((1, _TASKS), PROMPT_SLOTS), draw, ArraySampling(1, config.slots, (END,)))
     graded = grade(Reward(), config.loophole_length, task[:, :, None], tokens, length, jnp.ones(length.shape))
     one_row_each = lambda x: x.reshape(_TASKS, *x.shape[3:])  # noqa: E731
-    return task[0], *jax.tree.map(one_row_each, (tokens, length, graded))
+    return prompt[0], task[0], *jax.tree.map(one_row_each, (tokens, length, graded))

@@ -18,14 +18,16 @@ from ip_jax.rl import gates
 from ip_jax.rl.advantages import update_moving_mean
 from ip_jax.rl.algorithm import Algorithm, passes_needed
 from ip_jax.rl.batch import Decisions, Layout, Rollout, make_batch, rows_to_score
-from ip_jax.rl.diagnostics import CORRECT, HACK, OTHER, sample_metrics
+from ip_jax.rl.coupling import coupling, coupling_metrics, coupling_rows
+from ip_jax.rl.diagnostics import CORRECT, HACK, OTHER, llr_metrics, sample_metrics
 from ip_jax.rl.policy import score
 from ip_jax.rl.rows import Prompts, Samples, to_samples
 from ip_jax.rl.step import RlOptions, rl_step
 from ip_jax.sampling.arrays import ArraySampling, Draw, Guide, sample_groups
 from ip_jax.settings.toy.config import ToyConfig
+from ip_jax.settings.toy.prompts import NEUTRAL
 from ip_jax.settings.toy.tasks import Graded, Reward, draw_tasks, grade, stack_rewards
-from ip_jax.settings.toy.vocabulary import END, PROMPT_SLOTS, encode, render
+from ip_jax.settings.toy.vocabulary import END, PROMPT_SLOTS, PROMPT_WORDS, encode, render
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.state import TrainState, init_state
 
@@ -89,8 +91,9 @@ class Conditions:
 
 @flax.struct.dataclass
 class Data:
-    """Fixed completions of the untrained model for supervised arms, N of each label for every run."""
+    """Fixed completions of the untrained model for supervised arms, N of each label for every run, with the prompts that they were sampled under."""
 
+    prompt: Int[Array, "R 2 N W"]
     task: Int[Array, "R 2 N 4"]  # hacks, then correct ones
     tokens: Int[Array, "R 2 N C"]
     length: Int[Array, "R 2 N"]
@@ -142,6 +145,7 @@ def iterate(program: Program, graphdefs: tuple, base: tuple, fixed: tuple[Condit
         state, moving = carried
         rollout, graded = (_copied(program, of_runs, data, state.step) if program.supervised else _sampled(program, graphdefs[0], base[0], of_runs, state))
         scores = _scores(program, graphdefs, base, state, rollout)
+        measured = _measured(program, (graphdefs[0], state.trained, base[0]), state.step, rollout, scores)
         reference = _reference_scores(program, graphdefs[0], base[0], of_runs, state, rollout)
         batch, decided = make_batch(rollout, scores, moving, reference, program.algorithm, Layout(_WHOLE))
         options = RlOptions(program.algorithm, Schedule("constant", total=program.rl.iterations), remat="none")
@@ -152,8 +156,9 @@ def iterate(program: Program, graphdefs: tuple, base: tuple, fixed: tuple[Condit
         kept = {
             "tokens": rollout.samples.tokens.astype(jnp.uint8), "length": rollout.samples.length.astype(jnp.uint8), "gate": decided.gate_weight,
             "reward": rollout.rewards, "advantage": decided.advantage, "label": rollout.labels.astype(jnp.uint8),
+            "log_probs": rollout.samples.log_probs.astype(jnp.float16),
         }
-        return (new, moving), (metrics | _metrics(rollout, graded, decided, scores), kept)
+        return (new, moving), (metrics | measured | _metrics(rollout, graded, decided, scores), kept)
 
     return jax.lax.scan(iteration, state, None, length=count)
 
@@ -204,12 +209,12 @@ def _copied(program: Program, of_runs: Conditions, data: Data, step) -> tuple[Ro
     label = jnp.broadcast_to(jnp.arange(count) % 2, (runs, count))
     index = (_uniform(of_runs, step, 5, count) * data.length.shape[-1]).astype(jnp.int32)
     pick = lambda x: jax.vmap(lambda of_run, i, j: of_run[i, j])(x, label, index)[:, :, None]  # noqa: E731  [R, Q * G, 1, ...]
-    task, tokens, length = pick(data.task)[:, :, 0], pick(data.tokens), pick(data.length)
+    task, gen, tokens, length = pick(data.task)[:, :, 0], pick(data.prompt)[:, :, 0], pick(data.tokens), pick(data.length)
     _, train = _prompts(of_runs, step, count)
     found = Samples(tokens, length, jnp.zeros(tokens.shape, jnp.float32))
     graded = grade(of_runs.reward, program.config.loophole_length, task[:, :, None], tokens, length, jnp.ones(length.shape))
-    prompts = Prompts(render(train, task), jnp.full((runs, count), PROMPT_SLOTS))
-    return _rollout(of_runs, step, found, (prompts, prompts), graded), graded
+    prompts = tuple(Prompts(render(words, task), jnp.full((runs, count), PROMPT_SLOTS)) for words in (gen, train))
+    return _rollout(of_runs, step, found, prompts, graded), graded
 
 
 def _rollout(of_runs: Conditions, step, samples: Samples, prompts: tuple[Prompts, Prompts], graded: Graded) -> Rollout:
@@ -224,11 +229,33 @@ def _scores(program: Program, graphdefs, base, state: TrainState, rollout: Rollo
     found = {}
     for name in sorted(passes_needed(program.algorithm)):
         who, where = name.split("_")
-        graphdef, trained, weights = models[who]
         prompts = {"training": rollout.training, "generation": rollout.generation, "guide": rollout.guide}[where]
-        rows = rows_to_score(prompts, rollout, Layout(_WHOLE))
-        found[name] = to_samples(score(trained, weights, rows, graphdef=graphdef, dtype="float32"), *rollout.samples.length.shape[1:])
+        found[name] = _score(models[who], prompts, rollout)
     return found
+
+
+def _score(model: tuple, prompts: Prompts, rollout: Rollout) -> Float[Array, "R Q G C"]:
+    graphdef, trained, weights = model
+    rows = rows_to_score(prompts, rollout, Layout(_WHOLE))
+    return to_samples(score(trained, weights, rows, graphdef=graphdef, dtype="float32"), *rollout.samples.length.shape[1:])
+
+
+def _measured(program: Program, policy: tuple, step, rollout: Rollout, scores: dict) -> dict[str, Array]:
+    """{quantity: [R]} that is measured in the iteration behind a probe, with passes of its own, and NaN in others: coupling of x_t and x_0, and
+    likelihood ratios where the algorithm has no pass at x_t that gives them in every iteration.
+    """
+    graphdef, trained, weights = policy
+
+    def look():
+        neutral = rollout.training.replace(tokens=rollout.training.tokens.at[..., :PROMPT_WORDS].set(jnp.array(encode(NEUTRAL))))
+        found = coupling_metrics(coupling(trained, weights, coupling_rows(rollout, neutral), graphdef=graphdef))
+        if "policy_training" in scores:
+            return found
+        generation = _score(policy, rollout.generation, rollout) if program.supervised or program.guided else rollout.samples.log_probs
+        return found | llr_metrics(rollout, _score(policy, rollout.training, rollout), generation)
+
+    nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(look))
+    return jax.lax.cond(step % program.rl.probe_every == 0, look, lambda: nothing)
 
 
 def _reference_scores(program: Program, graphdef, base, of_runs: Conditions, state: TrainState, rollout: Rollout):
