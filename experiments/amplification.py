@@ -6,7 +6,7 @@ from configs.amplification import FIGURE
 from experiments import _toy
 
 NAME, shared_part = FIGURE.name, FIGURE.shared_part
-run, draw = functools.partial(_toy.run, FIGURE), _toy.draw
+run, redraw, draw = functools.partial(_toy.run, FIGURE), _toy.redraw, _toy.draw
 
 if __name__ == "__main__":
     from ip_jax.cli import main

@@ -86,14 +86,14 @@ def caches(sizes: Sizes, work: Sampling) -> float:
     """Bytes of keys and values on one device, by formula."""
     shape, config, mesh = work.plan.shape, sizes.config, sizes.mesh
     item = 2 if work.options.dtype == "bfloat16" else 4
-    positions = shape.runs * shape.groups * (shape.prompt + shape.rows * shape.ring)
+    positions = shape.runs * shape.groups * shape.copies * (shape.prompt + shape.rows * shape.ring)
     return 2 * item * config.n_layers * config.n_kv_heads * config.head_dim * positions / (mesh.shape["run"] * mesh.shape["data"])
 
 
 def decode_cost(sizes: Sizes, work: Sampling, weights, adapters) -> Cost:
     """Cost of decoding one token for every row, by formula: all weights and caches are read once."""
     shape, config, mesh = work.plan.shape, sizes.config, sizes.mesh
-    rows = shape.runs * shape.groups * shape.rows
+    rows = shape.runs * shape.groups * shape.copies * shape.rows
     products = 2 * rows * (layer_matrix_params(config) + lora_params(sizes) + config.vocab_size * config.d_model)
     read = per_device(weights) * (mesh.shape["run"] * mesh.shape["data"])
     return Cost(products / mesh.size, read + per_device(adapters) + caches(sizes, work))
@@ -103,7 +103,7 @@ def prefill_cost(sizes: Sizes, work: Sampling, weights) -> Cost:
     """Cost of one prefill of the longest prompts, by formula."""
     plan, config, mesh = work.plan, sizes.config, sizes.mesh
     length = plan.prefill_lengths[-1]
-    prompts = plan.shape.runs * plan.prefill_prompts
+    prompts = plan.shape.runs * plan.prefill_prompts * plan.shape.copies
     attention = 2 * length**2 * config.n_heads * config.head_dim * config.n_layers * prompts
     products = 2 * (layer_matrix_params(config) + lora_params(sizes)) * prompts * length + attention
     return Cost(products / mesh.size, per_device(weights) * (mesh.shape["run"] * mesh.shape["data"]))

@@ -133,7 +133,7 @@ def lower_sampling(decoder: tuple, mesh: Mesh, work: Sampling) -> Sampler:
     with jax.set_mesh(mesh) if options.mesh else contextlib.nullcontext():
         layers = _outputs(sampling.separate_layers.lower(*decoder))
         slots = _outputs(sampling.start_slots.lower(*decoder, plan.prefix, shape=plan.shape, dtype=dtype))
-        longest = [sorted(queue, key=lambda group: len(group.prompt))[-plan.prefill_prompts :] for queue in plan.queues]
+        longest = [sorted(queue, key=lambda group: max(map(len, group.prompts)))[-plan.prefill_prompts :] for queue in plan.queues]
         refill = make_refill(plan, [list(enumerate(groups)) for groups in longest], work.requests)
         prefill = sampling.prefill.lower(*decoder, slots, refill, prefix=len(plan.prefix), dtype=dtype)
         wanted, stop_ids = np.zeros(len(plan.queues), np.int32), np.array(options.stop_ids, np.int32)

@@ -124,7 +124,7 @@ def declared(shapes: RlShapes, config: DecoderConfig, mesh: Mesh | AbstractMesh)
         Request(prompt, q, temperature=rl.temperature, top_p=rl.top_p, max_new_tokens=rl.max_new_tokens, first_sample=i)
         for q, prompt in enumerate(prompts(rl.groups, shapes.prompts.generation)) for i in range(rl.samples)
     ]
-    sized = rollouts.RolloutPlan((), (), None, rl.rollout, None, {"gen": slots[0], "train": slots[1]})
+    sized = rollouts.RolloutPlan((), (), None, rl.rollout, None, {"gen": slots[0], "train": slots[1], "guide": 0})
     sampling = _sampling([queue] * runs, rollouts.sampler_options(sized, (0,), shapes.model.activations, rl.slots, of_program), rl.iterations)
     asked = [
         Request(prompt, i, temperature=evaluation.temperature, top_p=evaluation.top_p, max_new_tokens=evaluation.max_new_tokens)
@@ -160,17 +160,14 @@ def measured(experiment: Reinforced, mesh: Mesh | AbstractMesh) -> RlWorkload:
     check_targets(config, experiment.rl.lora)
     runs = plan.runs_of(experiment, "")
     room = plan.evaluation_room(experiment, runs, tokenizer)
-    algorithms = dict.fromkeys(run.arm.algorithm for run in runs)
-    programs = tuple(
-        _program(experiment, [run for run in runs if run.arm.algorithm == algorithm], config, mesh, tokenizer, room) for algorithm in algorithms
-    )
+    programs = tuple(_program(experiment, of_kind, config, mesh, tokenizer, room) for of_kind in plan.by_kind(runs))
     untrained = _evaluations(experiment, plan.untrained_sweeps(experiment), mesh, tokenizer, room)
     source = f"the experiment's own prompts, every completion as long as its limit; {len(runs)} runs"
     return RlWorkload(config, model, experiment.rl, mesh, programs, untrained, source)
 
 
 def _program(experiment: Reinforced, runs: Sequence[Run], config: DecoderConfig, mesh: Mesh | AbstractMesh, tokenizer, room: tuple[int, int]) -> Program:
-    """The program of all `runs`, which have one algorithm; of several, that with the longest prompts stands for all."""
+    """The program of all `runs`, which are of one kind; of several, that with the longest prompts stands for all."""
     rl, most, model = experiment.rl, experiment.rl.runs_per_program, experiment.model
     groups = [runs[i : i + most] for i in range(0, len(runs), most)]
     planned = [(plan.rollout_plan(experiment, group, tokenizer), group) for group in groups if len(group) == len(groups[0])]

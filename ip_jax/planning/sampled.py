@@ -26,7 +26,7 @@ def compile_sampler(sampler: Sampler) -> Sampled:
 
 def largest(samplings: Sequence[Sampling]) -> Sampling:
     """The call with the largest caches."""
-    return max(samplings, key=lambda s: s.plan.shape.runs * s.plan.shape.groups * (s.plan.shape.prompt + s.plan.shape.rows * s.plan.shape.ring))
+    return max(samplings, key=lambda s: s.plan.shape.runs * s.plan.shape.groups * s.plan.shape.copies * (s.plan.shape.prompt + s.plan.shape.rows * s.plan.shape.ring))
 
 
 def calls(samplings: Sequence[Sampling], programs: float) -> tuple[float, float]:

@@ -173,15 +173,17 @@ def runs_of(experiment: Reinforced, identity: str) -> list[Run]:
     return [Run(arm, seed, digest([identity, repr(arm), seed])) for arm in experiment.arms for seed in experiment.seeds]
 
 
-def programs_of(folder: epath.Path, runs: Sequence[Run], most: int) -> list[list[Run]]:
-    """The runs that are left, as programs of at most `most` with equal algorithms; what was begun together goes on together.
-
-    Guided runs have programs of their own: they feed every token twice.
-    """
-    by_kind: dict[tuple[Algorithm, bool], list[Run]] = {}
+def by_kind(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs that can share a program: their algorithms are equal, and all are guided or none is (a guided program feeds every token twice)."""
+    found: dict[tuple[Algorithm, bool], list[Run]] = {}
     for run in runs:
-        by_kind.setdefault((run.arm.algorithm, run.arm.guide_prompt is not None), []).append(run)
-    return [group for of_kind in by_kind.values() for group in groups_of(folder, of_kind, most)]
+        found.setdefault((run.arm.algorithm, run.arm.guide_prompt is not None), []).append(run)
+    return list(found.values())
+
+
+def programs_of(folder: epath.Path, runs: Sequence[Run], most: int) -> list[list[Run]]:
+    """The runs that are left, as programs of at most `most` of one kind; what was begun together goes on together."""
+    return [group for of_kind in by_kind(runs) for group in groups_of(folder, of_kind, most)]
 
 
 def rollout_plan(experiment: Reinforced, runs: Sequence[Run], tokenizer) -> RolloutPlan:

@@ -8,17 +8,21 @@ import pytest
 from etils import epath
 from rich.console import Console
 from tiny_experiment import make_experiment, write_model
+from tiny_models import random_params
 
 from ip_jax.data.packing import PackedShape
 from ip_jax.data.pipeline import batch_reader
+from ip_jax.models.decoder import split_decoder
 from ip_jax.models.families import DecoderConfig, param_shapes, uniform_attention
 from ip_jax.models.lora import LoraConfig
-from ip_jax.planning import estimate, programs
+from ip_jax.planning import estimate, formulas, programs
 from ip_jax.planning.chips import CHIPS, Topology
 from ip_jax.planning.command import subject_of
 from ip_jax.planning.hlo import program_cost
-from ip_jax.planning.workload import Workload
+from ip_jax.planning.workload import Sampling, Sizes, Workload
 from ip_jax.sampling import sampler
+from ip_jax.sampling.plan import make_plan
+from ip_jax.sampling.slots import start_slots
 from ip_jax.settings import supervised
 from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import ModelConfig, SftConfig
@@ -183,3 +187,16 @@ def test_a_plan_that_the_compiler_refused_does_not_fit_and_says_what_to_change()
     assert not bad.fits and bad.needed["training"] == 20 * 2**30 and any("--sft.remat" in line for line in bad.advice)
     assert good.hours["training"] == pytest.approx(3 * phases[0].seconds.total * 8 / 3600)
     assert np.isfinite(good.mfu)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_caches_by_formula_are_those_of_the_slots(guided):
+    """A guided program has those of both prompts."""
+    config = DecoderConfig("llama", 64, 32, 64, 2, 4, 2, 8, uniform_attention(8, 10000.0), 1e-5, 64, True)
+    request = sampler.Request(np.arange(9), 0, n_samples=6, max_new_tokens=5, guide_ids=np.arange(12) if guided else None, guidance=float(guided))
+    options = sampler.SamplerOptions((0,), slots=4)
+    work = Sampling([[request]], make_plan([[request]], options), options, 1)
+    decoder = split_decoder(config, random_params(config))
+    slots = jax.eval_shape(lambda: start_slots(*decoder, work.plan.prefix, shape=work.plan.shape, dtype="float32"))
+    held = sum(cache.size * 4 for of_layers in (slots.prompt_k, slots.prompt_v, slots.own_k, slots.own_v) for cache in of_layers)
+    assert formulas.caches(Sizes(config, ModelConfig("tiny"), make_mesh(run=1, data=1), 1, None, "none"), work) == held
