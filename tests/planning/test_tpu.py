@@ -64,10 +64,10 @@ def test_splash_attention_of_a_compiled_program_is_counted_forward_and_backward(
     assert cost.flops == (2 + 4 + 3) * 2 * rows * kv_heads * groups * visited * 512**2 * head_dim and cost.opaque == 0
 
 
-def planned(tmp_path, *arguments) -> dict:
-    """The record of a plan of `sft_shapes`, made by a process of its own."""
+def planned(tmp_path, *arguments, config: str = "sft_shapes") -> dict:
+    """The record of a plan, made by a process of its own."""
     path = tmp_path / "plan.json"
-    command = [sys.executable, "-m", "ip_jax.cli", "plan", "sft_shapes", *arguments, "--json", str(path)]
+    command = [sys.executable, "-m", "ip_jax.cli", "plan", config, *arguments, "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
     assert done.returncode == 0, done.stderr
     return json.loads(path.read_text())
