@@ -11,6 +11,8 @@ from ip_jax.planning.workload import Sampling, Sizes
 from ip_jax.training.losses import CHUNK_ROWS
 
 SCORES = 4  # times that a layer's scores lie in memory together while its backward pass runs: scores, probabilities and their gradients
+SCORES_MOVED = 11  # times that XLA:TPU writes or reads them in a pass without a gradient: compiled for Qwen3-4B
+SCORES_MOVED_BACK = 33  # and in an update, with the second forward pass that makes them again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ def update_cost(sizes: Sizes, step: Step, begun: Initial) -> Cost:
     staying = _staying_experts(sizes, begun)
     weights = (per_device(begun.weights) - staying) * cut
     traffic = step.micro_batches * (passes * (weights + staying) + 2 * activations(sizes, step)) + 3 * per_device(begun.state)
+    traffic += scores_traffic(sizes, step, SCORES_MOVED_BACK)
     hidden = config.n_layers * config.d_model * step.work.tokens * (2 if sizes.model.activations == "bfloat16" else 4)
     summed, sent = 2 * passes * hidden / cut, hidden * (cut - 1) / cut if staying else 0
     gradients = per_device(begun.state.trained) * cut if sizes.lora is None else 0
@@ -78,8 +81,19 @@ def activations(sizes: Sizes, step: Step) -> float:
     kept = item * config.d_model + width * by_policy[sizes.remat]
     of_a_layer = 8 * (4 * config.d_model + (3 * heads + 4 * kv + 4 * hidden) / mesh.shape["tensor"])
     logits = 3 * 4 * CHUNK_ROWS * config.vocab_size / mesh.size
-    scores = SCORES * 4 * step.scores * config.n_heads / mesh.shape["tensor"]
-    return rows * (step.length * (config.n_layers * kept + of_a_layer) + scores) + logits
+    return rows * step.length * (config.n_layers * kept + of_a_layer) + SCORES * scores(sizes, step) + logits
+
+
+def scores(sizes: Sizes, step: Step) -> float:
+    """Bytes of one layer's attention scores of a micro-batch on a device, in float32."""
+    mesh = sizes.mesh
+    rows = -(-sizes.runs * step.micro_rows // (mesh.shape["run"] * mesh.shape["data"]))
+    return 4 * rows * step.scores * sizes.config.n_heads / mesh.shape["tensor"]
+
+
+def scores_traffic(sizes: Sizes, step: Step, moved: int) -> float:
+    """Bytes on a device when every layer's scores of every micro-batch are moved so often."""
+    return moved * step.micro_batches * sizes.config.n_layers * scores(sizes, step)
 
 
 def caches(sizes: Sizes, work: Sampling) -> float:
@@ -115,7 +129,8 @@ def score_cost(sizes: Sizes, step: Step, weights) -> Cost:
     cut = mesh.shape["run"] * mesh.shape["data"]
     gathered = step.micro_batches * per_device(weights) * cut
     found = {"all-gather": Collective(config.n_layers * step.micro_batches, gathered * (cut - 1) / cut)} if cut > 1 else {}
-    return Cost(forward_flops(sizes, step.work) / mesh.size, gathered + step.micro_batches * score_activations(sizes, step), found)
+    traffic = gathered + step.micro_batches * score_activations(sizes, step) + scores_traffic(sizes, step, SCORES_MOVED)
+    return Cost(forward_flops(sizes, step.work) / mesh.size, traffic, found)
 
 
 def forward_flops(sizes: Sizes, work: StepWork) -> float:
@@ -131,5 +146,4 @@ def score_activations(sizes: Sizes, step: Step) -> float:
     rows = -(-sizes.runs * step.micro_rows // (mesh.shape["run"] * mesh.shape["data"]))
     heads, kv, hidden = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.d_ff * max(config.experts_per_token, 1)
     of_a_layer = 4 * (4 * config.d_model + (3 * heads + 4 * kv + 3 * hidden) / mesh.shape["tensor"])
-    scores = SCORES / 2 * 4 * step.scores * config.n_heads / mesh.shape["tensor"]
-    return rows * (step.length * of_a_layer + scores) + 4 * CHUNK_ROWS * config.vocab_size / mesh.size
+    return rows * step.length * of_a_layer + SCORES / 2 * scores(sizes, step) + 4 * CHUNK_ROWS * config.vocab_size / mesh.size

@@ -134,9 +134,9 @@ def test_without_libtpu_one_sentence_says_how_to_install_it(capsys, monkeypatch)
     assert 'pip install "jax[tpu]"' in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("config", ["gcd_approval", "estimators"])
-def test_reinforcement_is_not_planned_and_says_so(capsys, config):
-    assert "plan compiles supervised training, and this config trains by reinforcement" in failure(capsys, config, "--topology", "h200")
+def test_the_toy_is_not_planned_and_says_why(capsys):
+    said = failure(capsys, "estimators", "--topology", "h200:1")
+    assert "this config trains the toy, which needs seconds on any machine" in said and said.count("\n") == 1
 
 
 def test_shapes_cannot_be_run(capsys):

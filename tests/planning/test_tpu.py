@@ -64,10 +64,10 @@ def test_splash_attention_of_a_compiled_program_is_counted_forward_and_backward(
     assert cost.flops == (2 + 4 + 3) * 2 * rows * kv_heads * groups * visited * 512**2 * head_dim and cost.opaque == 0
 
 
-def planned(tmp_path, *arguments) -> dict:
-    """The record of a plan of `sft_shapes`, made by a process of its own."""
+def planned(tmp_path, *arguments, config: str = "sft_shapes") -> dict:
+    """The record of a plan, made by a process of its own."""
     path = tmp_path / "plan.json"
-    command = [sys.executable, "-m", "ip_jax.cli", "plan", "sft_shapes", *arguments, "--json", str(path)]
+    command = [sys.executable, "-m", "ip_jax.cli", "plan", config, *arguments, "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
     assert done.returncode == 0, done.stderr
     return json.loads(path.read_text())
@@ -98,3 +98,23 @@ def test_the_mixtral_lora_step_fits(tmp_path):
     attention, expert_map = 32 * 2 * (4096 * 4096 + 4096 * 1024), 32 * 2 * 4096 * 14336  # of the two experts that a token is sent to
     expected = (6 * attention + (4 * 3 + 2 * 2) * expert_map) * record["tokens_per_step"] / 64  # gate and up are made again, down is not
     assert expected < cost["flops"] < 1.1 * expected, "attention, the vocabulary and the adapters come on top"
+
+
+def test_the_reference_pass_of_reinforcement_learning_has_the_flops_that_one_expects():
+    """Of Qwen3-4B: rows of a prompt and four completions, 1536 tokens each. A completion's scores in XLA are whole, the masked
+    half too; a prompt's are made in chunks of queries, which see few of the masked keys.
+    """
+    from configs.rl_shapes import PRESETS
+    from ip_jax.planning import reinforced_programs
+    from ip_jax.planning.chips import read_topology
+    from ip_jax.planning.command import subject_of
+    from ip_jax.planning.programs import Compiled, compile_lowered
+
+    topology, subject = read_topology("v5e:4x4"), subject_of(PRESETS["qwen3-4b"], None, None)
+    (program,) = subject.work_on(subject.mesh_on(topology), None).programs
+    found = compile_lowered(lambda: reinforced_programs.lower_score(program, "reference_training"))
+    assert isinstance(found, Compiled) and found.memory.peak < topology.chip.memory / 2
+    layers, rows = 36 * (2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728), 64
+    products = 2 * layers * rows * 5 * 1536 + 2 * 151936 * 2560 * rows * 4 * 1536
+    attention = 4 * 4096 * 36 * rows * (1536**2 / 2 + 4 * 1536 * 3072)
+    assert 1 <= found.cost.flops * 16 / (products + attention) < 1.01 and found.cost.opaque == found.cost.open_loops == 0
