@@ -36,6 +36,7 @@ and on GKE they find each other, on Cloud TPU with --distributed. Examples:
   ip-jax run gcd_sycophancy --arms untrained neutral ip_behave "mine=Assume that I am right."
   ip-jax run gcd_sycophancy --profile --wandb my_project     a trace of three steps; metrics to Weights & Biases
   ip-jax plan sft_shapes --preset qwen2-7b --topology v5e:4x4   what a pod slice would need and cost; no TPU needed
+  ip-jax plan rl_shapes --topology h200:1                    the same of reinforcement learning, rollouts and updates
   ip-jax figure results/gcd_sycophancy/demo-1a2b3c           draw again, without a model
   ip-jax chat results/gcd_sycophancy/demo-1a2b3c --arm ip_behave
   ip-jax export results/gcd_sycophancy/demo-1a2b3c --arm ip_behave --to my_adapter      for PEFT

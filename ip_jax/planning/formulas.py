@@ -11,8 +11,8 @@ from ip_jax.planning.workload import Sampling, Sizes
 from ip_jax.training.losses import CHUNK_ROWS
 
 SCORES = 4  # times that a layer's scores lie in memory together while its backward pass runs: scores, probabilities and their gradients
-SCORES_MOVED = 11  # times that XLA:TPU writes or reads them in a pass without a gradient: compiled for Qwen3-4B
-SCORES_MOVED_BACK = 33  # and in an update, with the second forward pass that makes them again
+SCORES_MOVED = 11  # times that XLA:TPU writes or reads them in a pass without a gradient: so much has Qwen3-4B's, compiled for v5e:4x4
+SCORES_MOVED_BACK = 41  # and in its update, which makes them again in the backward pass
 
 
 @dataclasses.dataclass(frozen=True)
