@@ -66,7 +66,7 @@ def plan(workload: RlWorkload, topology: Topology, console: Console) -> Planned:
             if calls:
                 stages.append(_sampling(planner, (program.sizes, decoder, held), (part + of, part), calls, program.count))
     if workload.untrained:
-        bare = Sizes(workload.config, workload.model, workload.mesh, 0, None, workload.rl.remat)
+        bare = Sizes(workload.config, workload.model, workload.untrained_mesh, 0, None, workload.rl.remat)
         decoder = programs.untrained_decoder(workload)
         stages.append(_sampling(planner, (bare, decoder, {"weights": per_device(decoder[2])}), ("untrained model", EVALUATION), workload.untrained, 1))
     return summary(workload, topology, stages)

@@ -39,8 +39,8 @@ def initial(program: Program) -> Begun:
 
 
 def untrained_decoder(workload: RlWorkload) -> tuple:
-    """(graphdef, adapters, weights) of the model as it comes, as shapes on the whole mesh."""
-    params = abstract_params(workload.config, workload.model.weights, param_shardings(workload.mesh, workload.config))
+    """(graphdef, adapters, weights) of the model as it comes, as shapes on its mesh."""
+    params = abstract_params(workload.config, workload.model.weights, param_shardings(workload.untrained_mesh, workload.config))
     return split_decoder(workload.config, params)
 
 

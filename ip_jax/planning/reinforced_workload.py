@@ -97,7 +97,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class RlWorkload:
-    """All that decides what an experiment costs. `untrained`: the evaluations of the model as it comes, on the whole `mesh`."""
+    """All that decides what an experiment costs. `untrained`: the evaluations of the model as it comes, on `untrained_mesh`."""
 
     config: DecoderConfig
     model: ModelConfig
@@ -106,6 +106,11 @@ class RlWorkload:
     programs: tuple[Program, ...]
     untrained: tuple[Sampling, ...]
     source: str  # where the numbers come from
+
+    @property
+    def untrained_mesh(self) -> Mesh | AbstractMesh:
+        """Of the untrained model, whose prompts are asked one after another."""
+        return mesh_for(self.mesh, 1)
 
 
 def declared(shapes: RlShapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -> RlWorkload:
@@ -161,7 +166,7 @@ def measured(experiment: Reinforced, mesh: Mesh | AbstractMesh) -> RlWorkload:
     runs = plan.runs_of(experiment, "")
     room = plan.evaluation_room(experiment, runs, tokenizer)
     programs = tuple(_program(experiment, of_kind, config, mesh, tokenizer, room) for of_kind in plan.by_kind(runs))
-    untrained = _evaluations(experiment, plan.untrained_sweeps(experiment), mesh, tokenizer, room)
+    untrained = _evaluations(experiment, plan.untrained_sweeps(experiment), mesh_for(mesh, 1), tokenizer, room)
     source = f"the experiment's own prompts, every completion as long as its limit; {len(runs)} runs"
     return RlWorkload(config, model, experiment.rl, mesh, programs, untrained, source)
 

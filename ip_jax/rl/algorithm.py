@@ -89,7 +89,6 @@ class Algorithm:
         if self.selection is None:
             check_baseline(self.baseline, of_group)
 
-
     def check_guided(self) -> None:
         """Raises ValueError for what has no meaning on guided samples, whose log-probabilities are not the policy's at the generation prompt."""
         name = self.estimator.name

@@ -100,9 +100,12 @@ def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display,
         session = Session(experiment, folder, display, model, mesh, room, watch)
         listed = "; ".join(", ".join(run.name for run in group) for group in groups) or "nothing"
         display.console.print(f"to train, one program for each algorithm: {listed}", highlight=False)
-        for sweep in untrained:
+        if untrained:
+            alone = dataclasses.replace(session, mesh=mesh_for(mesh, 1))
             graphdef, adapters, weights = split_decoder(model.config, model.params)
-            _evaluate(session, functools.partial(sample, graphdef, adapters, weights), [cell for cell in sweep if cell])
+            weights = jax.device_put(weights, base_shardings(alone.mesh, weights))
+            for sweep in untrained:
+                _evaluate(alone, functools.partial(sample, graphdef, adapters, weights), sweep)
         with live_arms(display.console, every=1) as show:
             for group in groups:
                 _train(session, group, show)

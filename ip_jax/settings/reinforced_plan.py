@@ -267,9 +267,9 @@ def sweeps_of(experiment: Reinforced, arms: Sequence[tuple[RlArm | None, int]], 
 
 
 def untrained_sweeps(experiment: Reinforced) -> list[Sweep]:
-    """The untrained model's cells, all prompts in one sweep; once for greedy decoding, else for every seed."""
+    """The untrained model's cells, one prompt a sweep, so that its caches are those of one run; once for greedy decoding, else for every seed."""
     seeds = experiment.seeds if experiment.evaluation.temperature > 0 else experiment.seeds[:1]
-    return [[cell for sweep in sweeps_of(experiment, [(None, seed)], 0) for cell in sweep] for seed in seeds]
+    return [sweep for seed in seeds for sweep in sweeps_of(experiment, [(None, seed)], 0)]
 
 
 def evaluation_room(experiment: Reinforced, runs: Sequence[Run], tokenizer) -> tuple[int, int]:

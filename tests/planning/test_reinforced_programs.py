@@ -101,7 +101,7 @@ def test_every_program_lowers_to_the_text_of_a_run(lowered_by_run):
     assert {reinforced_programs.lower_score(program, name).as_text() for name in program.scored()} == texts["score_pass"]
     trained, bare = reinforced_programs.initial(program).models()["policy"], reinforced_programs.untrained_decoder(workload)
     samplers = [programs.lower_sampling(trained, program.kind.mesh, work) for work in (program.sampling, *program.evaluations)]
-    samplers += [programs.lower_sampling(bare, workload.mesh, work) for work in workload.untrained]
+    samplers += [programs.lower_sampling(bare, workload.untrained_mesh, work) for work in workload.untrained]
     assert {s.decode.as_text() for s in samplers} == texts["decode"]
     assert texts["prefill"] >= {s.prefill.as_text() for s in samplers}, "of the prefills of a call the longest"
 
