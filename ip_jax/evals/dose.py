@@ -76,7 +76,7 @@ def common_dose(runs: Mapping[Run, Dosed], arms: Sequence[str]) -> float | Undef
     """The largest dose that at least SHARE of the runs of each of `arms` reach; undefined where an arm has no run, or reinforces too little."""
     smallest = math.inf
     for arm in arms:
-        totals = sorted((of_run.tokens[-1] for (name, _), of_run in runs.items() if name == arm), reverse=True)
+        totals = sorted((float(np.nan_to_num(of_run.tokens[-1])) for (name, _), of_run in runs.items() if name == arm), reverse=True)
         if not totals:
             return Undefined(f"the arm {arm} was not trained")
         reached = totals[math.ceil(SHARE * len(totals)) - 1]

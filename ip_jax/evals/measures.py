@@ -265,11 +265,12 @@ def hack_minus_clean(rollouts: Mapping[int, Curve], level: float = 0.95) -> Numb
 
     All runs' samples count alike; the bootstrap resamples runs.
     """
-    sums = np.zeros((4, len(rollouts)))  # of the hacks' ratios, how many, of the others' ratios, how many
-    for r, curve in enumerate(rollouts.values()):
+    untrained = [curve for curve in rollouts.values() if curve.steps[0] == 0]
+    sums = np.zeros((4, len(untrained)))  # of the hacks' ratios, how many, of the others' ratios, how many
+    for r, curve in enumerate(untrained):
         for label in ("hack", "correct", "other"):
             ratio, n = curve.columns[f"llr_{label}"][0], _labelled(curve, label)[0]
-            if curve.steps[0] == 0 and not math.isnan(ratio):
+            if not math.isnan(ratio):
                 sums[slice(0, 2) if label == "hack" else slice(2, 4), r] += n * ratio, n
     if 0 in sums[[1, 3]].sum(axis=1):
         return Undefined("iteration 0 had no hacks or no other samples, or no ratio was recorded")

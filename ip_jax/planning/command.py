@@ -11,8 +11,7 @@ from rich.console import Console
 
 from ip_jax.data.packing import PackedShape
 from ip_jax.models import hub
-from ip_jax.planning import estimate, reinforced, reinforced_workload, report
-from ip_jax.planning import sampled as sampling
+from ip_jax.planning import estimate, reinforced, reinforced_workload, report, sampling
 from ip_jax.planning.chips import Topology
 from ip_jax.planning.estimate import Planned
 from ip_jax.planning.programs import (
@@ -53,7 +52,7 @@ def subject_of(config, model: str | None, experiment_of: Callable) -> Subject:
     """
     by_reward = isinstance(getattr(config, "rl", None), RlConfig)
     if not by_reward and not hasattr(config, "sft"):
-        raise ValueError("plan compiles experiments with a language model, and this config trains the toy, which needs seconds on any machine: run it")
+        raise ValueError("plan compiles experiments with a language model, and this config trains the toy, which needs minutes on any machine: run it")
     if model:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=model, revision=None))
     if isinstance(config, Shapes):

@@ -13,9 +13,8 @@ from rich.console import Console
 from ip_jax.models import flops
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.flops import StepWork
-from ip_jax.planning import estimate, formulas
+from ip_jax.planning import estimate, formulas, sampling
 from ip_jax.planning import reinforced_programs as programs
-from ip_jax.planning import sampled as sampling
 from ip_jax.planning.chips import Topology
 from ip_jax.planning.estimate import Phase, Planned
 from ip_jax.planning.formulas import Step

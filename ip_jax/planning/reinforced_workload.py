@@ -118,7 +118,7 @@ def declared(shapes: RlShapes, config: DecoderConfig, mesh: Mesh | AbstractMesh)
     rl, evaluation = shapes.rl, shapes.evaluation
     check_unquantised(shapes.model)
     check_targets(config, rl.lora)
-    _check_lengths(shapes)
+    _check(shapes)
     runs = min(shapes.runs, rl.runs_per_program)
     of_program = mesh_for(mesh, runs)
     kind = Kind(of_program, config, rl, shapes.model, shapes.algorithm)
@@ -130,27 +130,31 @@ def declared(shapes: RlShapes, config: DecoderConfig, mesh: Mesh | AbstractMesh)
         for q, prompt in enumerate(prompts(rl.groups, shapes.prompts.generation)) for i in range(rl.samples)
     ]
     sized = rollouts.RolloutPlan((), (), None, rl.rollout, None, {"gen": slots[0], "train": slots[1], "guide": 0})
-    sampling = _sampling([queue] * runs, rollouts.sampler_options(sized, (0,), shapes.model.activations, rl.slots, of_program), rl.iterations)
+    sampling = _sampling(config, [queue] * runs, rollouts.sampler_options(sized, (0,), shapes.model.activations, rl.slots, of_program), rl.iterations)
     asked = [
         Request(prompt, i, temperature=evaluation.temperature, top_p=evaluation.top_p, max_new_tokens=evaluation.max_new_tokens)
         for i, prompt in enumerate(prompts(shapes.questions.prompts, shapes.questions.length))
     ]
     options = supervised_programs.sampler_options(of_program, shapes.model, evaluation, (0,), (1, 1))
-    evaluations = (_sampling([asked] * runs, options, shapes.questions.sweeps),) if shapes.questions.sweeps else ()
+    evaluations = (_sampling(config, [asked] * runs, options, shapes.questions.sweeps),) if shapes.questions.sweeps else ()
     rollout = rollout_of(runs, rl, *((rl.groups, size) for size in slots))
     program = Program(kind, runs, shapes.runs / runs, (), rollout, sampling, evaluations)
     return RlWorkload(config, shapes.model, rl, mesh, (program,), (), "declared sizes, every completion as long as its limit")
 
 
-def _check_lengths(shapes: RlShapes) -> None:
-    longest, rl = max(shapes.prompts.generation, shapes.prompts.training), shapes.rl
+def _check(shapes: RlShapes) -> None:
+    longest, rl, asked = max(shapes.prompts.generation, shapes.prompts.training), shapes.rl, shapes.questions
+    sizes = {"runs": shapes.runs, "prompts.generation": shapes.prompts.generation, "prompts.training": shapes.prompts.training}
+    sizes |= {"questions.prompts": asked.prompts, "questions.length": asked.length} if asked.sweeps else {}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}: it must be at least 1")
     if longest + rl.max_new_tokens > rl.max_length:
         raise ValueError(
             f"prompts of {longest} tokens and {rl.max_new_tokens} new tokens (rl.max_new_tokens) are more than rl.max_length = {rl.max_length}: raise that, "
             "or shorten prompts.generation and prompts.training"
         )
-    if rl.groups * rl.samples // (rl.samples_per_row or rl.samples) % shapes.algorithm.minibatches:
-        raise ValueError(f"the algorithm's {shapes.algorithm.minibatches} minibatches do not divide the rows of an iteration")
+    plan.check_algorithm("this config", shapes.algorithm, rl)
 
 
 def measured(experiment: Reinforced, mesh: Mesh | AbstractMesh) -> RlWorkload:
@@ -166,7 +170,7 @@ def measured(experiment: Reinforced, mesh: Mesh | AbstractMesh) -> RlWorkload:
     runs = plan.runs_of(experiment, "")
     room = plan.evaluation_room(experiment, runs, tokenizer)
     programs = tuple(_program(experiment, of_kind, config, mesh, tokenizer, room) for of_kind in plan.by_kind(runs))
-    untrained = _evaluations(experiment, plan.untrained_sweeps(experiment), mesh_for(mesh, 1), tokenizer, room)
+    untrained = _evaluations(experiment, config, plan.untrained_sweeps(experiment), mesh_for(mesh, 1), tokenizer, room)
     source = f"the experiment's own prompts, every completion as long as its limit; {len(runs)} runs"
     return RlWorkload(config, model, experiment.rl, mesh, programs, untrained, source)
 
@@ -185,8 +189,8 @@ def _program(experiment: Reinforced, runs: Sequence[Run], config: DecoderConfig,
     sweeps = [sweep for step in steps for sweep in plan.sweeps_of(experiment, [(run.arm, run.seed) for run in group], step)]
     return Program(
         Kind(mesh, config, rl, model, algorithm), len(group), len(runs) / len(group), tuple(dict.fromkeys(run.arm.name for run in runs)),
-        rollout_of(len(group), rl, *sides), _sampling(rollouts.requests_of(longest, asked), options, rl.iterations),
-        _evaluations(experiment, sweeps, mesh, tokenizer, room),
+        rollout_of(len(group), rl, *sides), _sampling(config, rollouts.requests_of(longest, asked), options, rl.iterations),
+        _evaluations(experiment, config, sweeps, mesh, tokenizer, room),
     )
 
 
@@ -201,13 +205,15 @@ def rollout_of(runs: int, rl: RlConfig, generation: tuple[int, int], training: t
     )
 
 
-def _evaluations(experiment: Reinforced, sweeps: Sequence[Sweep], mesh: Mesh | AbstractMesh, tokenizer, room: tuple[int, int]) -> tuple[Sampling, ...]:
+def _evaluations(
+    experiment: Reinforced, config: DecoderConfig, sweeps: Sequence[Sweep], mesh: Mesh | AbstractMesh, tokenizer, room: tuple[int, int]
+) -> tuple[Sampling, ...]:
     """The sampling calls of `sweeps`; those that ask the same are counted, not listed."""
     cells = {_asked(cell): cell for sweep in sweeps for cell in sweep if cell}
     requests = {asked: plan.requests_of(experiment, cell, tokenizer) for asked, cell in cells.items()}
     options = supervised_programs.sampler_options(mesh, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room)
     times = Counter(tuple(cell and _asked(cell) for cell in sweep) for sweep in sweeps)
-    return tuple(_sampling([requests[asked] if asked else [] for asked in of_sweep], options, count) for of_sweep, count in times.items())
+    return tuple(_sampling(config, [requests[asked] if asked else [] for asked in of_sweep], options, count) for of_sweep, count in times.items())
 
 
 def _asked(cell) -> tuple[str, str]:
@@ -215,5 +221,6 @@ def _asked(cell) -> tuple[str, str]:
     return cell.eval_prompt, repr(cell.transform)
 
 
-def _sampling(queues: Sequence[Sequence[Request]], options: SamplerOptions, times: float) -> Sampling:
+def _sampling(config: DecoderConfig, queues: Sequence[Sequence[Request]], options: SamplerOptions, times: float) -> Sampling:
+    sampling_plan.check_lengths(queues, options, config.max_positions)
     return Sampling(queues, sampling_plan.make_plan(queues, options), options, times)

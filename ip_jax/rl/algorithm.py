@@ -99,12 +99,14 @@ class Algorithm:
             f"the gate {self.gate.kind} compares with the policy at the generation prompt: use off, absolute, oracle, or random at a rate": self.gate.compares_prompts,
             "a PMI weight compares with the policy at the generation prompt: use pmi_against guide": self.pmi is not None
             and self.pmi_against == "generation",
+            f"{name} compares samples that a gate sends back with the policy at the generation prompt: let the gate drop them, or use one update":
+            self.gate.rejected != "drop" and self.estimator_of_update.old == "training",
             "a penalty gg in the reward is of samples of the policy at the generation prompt: put it in the loss, or use tt": self.kl.context == "gg"
             and self.kl.place == "reward",
         }
         for reason, is_so in reasons.items():
             if is_so:
-                raise ValueError(f"guided samples are not those of the policy at the generation prompt. {reason[0].upper()}{reason[1:]}")
+                raise ValueError(f"guided samples are not those of the policy at the generation prompt: {reason}")
 
 
 def check_guidance(where: str, guidance: float, has_guide: bool, algorithm: Algorithm) -> None:

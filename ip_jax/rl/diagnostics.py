@@ -10,12 +10,14 @@ HACK, CORRECT, OTHER = range(3)  # labels of samples
 LABELS = ("hack", "correct", "other")
 
 
-def sample_metrics(rollout: Rollout, decisions: Decisions, scores: dict[str, Float[Array, "R Q G C"]]) -> dict[str, Float[Array, " R"]]:
+def sample_metrics(
+    rollout: Rollout, decisions: Decisions, scores: dict[str, Float[Array, "R Q G C"]], guided: bool = False
+) -> dict[str, Float[Array, " R"]]:
     """{quantity: [R]} of one iteration, named as in `evals.rl_tables`; NaN for a label that no valid sample has.
 
     `reward` and `gate_acceptance` are means over valid samples, `length` over all. A hack token is reinforced where its sample's advantage is
-    positive and the gate does not reject it. Likelihood ratios need the pass `policy_training`; they compare with `policy_generation` where that is
-    made, else with the distribution that was sampled, which of guided samples is the guided one.
+    positive and the gate does not reject it. Likelihood ratios need the pass `policy_training`, and of `guided` samples, whose own
+    log-probabilities are not the policy's at the generation prompt, `policy_generation` too.
     """
     samples, valid, weight = rollout.samples, rollout.valid, decisions.gate_weight
     total = lambda x: jnp.sum(x, axis=(1, 2), dtype=jnp.float32)  # noqa: E731
@@ -27,7 +29,7 @@ def sample_metrics(rollout: Rollout, decisions: Decisions, scores: dict[str, Flo
         "invalid_rewards": total(~valid), "gate_acceptance": of_valid(weight), "effective_samples": effective_sample_size(weight, valid),
         "reinforced_hack_tokens": total(jnp.where(paid, samples.length, 0)),
     } | _by_label("acceptance", weight, rollout)
-    if "policy_training" not in scores:
+    if "policy_training" not in scores or (guided and "policy_generation" not in scores):
         return found
     return found | llr_metrics(rollout, scores["policy_training"], scores.get("policy_generation", samples.log_probs))
 

@@ -145,12 +145,14 @@ class RolloutPlan:
     def prompts(self, asked: Asked, side: Literal["gen", "train"]) -> Prompts:
         """The prompts of one side as right-padded arrays: one a group [R, Q, X], or [R, Q * G, X] where a run draws one for each completion."""
         each = any(getattr(run, f"{side}_prompt").per == "example" for run in self.runs)
-        chosen = [[prompted for group in run for prompted in getattr(group, side)[: None if each else 1]] for run in asked.groups]
-        tokens = np.zeros((len(chosen), len(chosen[0]), self.slots[side]), np.int32)
-        for r, run in enumerate(chosen):
-            for row, prompted in enumerate(run):
-                tokens[r, row, : len(prompted.token_ids)] = prompted.token_ids
-        return Prompts(tokens, np.array([[len(prompted.token_ids) for prompted in run] for run in chosen], np.int32))
+        chosen = [[prompted.token_ids for group in run for prompted in getattr(group, side)[: None if each else 1]] for run in asked.groups]
+        return right_padded(chosen, self.slots[side])
+
+
+def right_padded(prompts: Sequence[Sequence[Int[np.ndarray, " T"]]], slots: int) -> Prompts:
+    """Token ids, equally many prompts of each run, as arrays [R, N, slots]."""
+    tokens = np.array([[np.pad(ids, (0, slots - len(ids))) for ids in run] for run in prompts], np.int32)
+    return Prompts(tokens, np.array([[len(ids) for ids in run] for run in prompts], np.int32))
 
 
 def plan_rollouts(
@@ -159,7 +161,8 @@ def plan_rollouts(
 ) -> RolloutPlan:
     """Renders all prompts of all iterations, so that nothing can go wrong later.
 
-    Raises ValueError for no tasks, a task without an "id", a temperature that is not positive, and a prompt that does not leave room for `max_new_tokens` within `max_length`, on any side: nothing is ever clipped. PromptError, with the task, for one that cannot be rendered.
+    Raises ValueError for no tasks, a task without an "id", a temperature that is not positive, and a prompt that does not leave room for
+    `max_new_tokens` within `max_length`, on any side: nothing is ever clipped. PromptError, with the task, for one that cannot be rendered.
     """
     if not tasks:
         raise ValueError("an environment needs at least one task")

@@ -15,7 +15,7 @@ class Samples:
 
     tokens: Int[Array, "R Q G C"]  # the stop token included
     length: Int[Array, "R Q G"]
-    log_probs: Float[Array, "R Q G C"]  # the sampler's, at the sampling temperature, untruncated, under the generation prompt
+    log_probs: Float[Array, "R Q G C"]  # the sampler's, at the sampling temperature, untruncated, under the generation prompt (of guided samples the guided distribution's)
 
     @property
     def mask(self) -> Bool[Array, "R Q G C"]:

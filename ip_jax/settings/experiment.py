@@ -110,6 +110,10 @@ class EvalConfig:
     slots: int = 48
     """Completions of one run that are decoded side by side."""
 
+    def __post_init__(self):
+        if self.slots < 1 or self.max_new_tokens < 1:
+            raise ValueError(f"evaluation has slots {self.slots} and max_new_tokens {self.max_new_tokens}: both must be at least 1")
+
 
 def choose_arms(names: Iterable[str], known: dict[str, Arm]) -> tuple[Arm, ...]:
     """The arms of a list of names: one of `known`, a prompt of the library, or `name=text` for a prompt of one's own.

@@ -12,8 +12,7 @@ from ip_jax.prompts import library
 from ip_jax.rl.batch import Rollout
 from ip_jax.rl.coupling import coupling, coupling_metrics, coupling_rows
 from ip_jax.rl.prompting import Choice
-from ip_jax.rl.rollout import PROMPT_QUANTUM, RolloutPlan, task_order
-from ip_jax.rl.rows import Prompts
+from ip_jax.rl.rollout import PROMPT_QUANTUM, RolloutPlan, right_padded, task_order
 from ip_jax.training import hosts
 
 
@@ -35,7 +34,7 @@ def measuring_couplings(
             return coupling(trained, frozen, rows, graphdef=graphdef, dtype=dtype, remat=remat)
 
     def measure(trained: dict, rollout: Rollout, step: int) -> dict[str, np.ndarray]:
-        rows = lay_out(rollout, _padded(neutral[step], slots))
+        rows = lay_out(rollout, right_padded(neutral[step], slots))
         found = coupling_metrics(hosts.fetch(on_mesh(trained, frozen, hosts.place(rows, place))))
         return {name: np.asarray(value, np.float64) for name, value in found.items()}
 
@@ -47,8 +46,3 @@ def _neutral(plan: RolloutPlan, iteration: int) -> list[list[np.ndarray]]:
     options, choice = plan.options, Choice(library.get("neutral"), 0)
     order = lambda run: task_order(len(plan.tasks), run.seed, iteration * options.groups, options.groups)  # noqa: E731
     return [[plan.render(index, choice).token_ids for index in order(run)] for run in plan.runs]
-
-
-def _padded(prompts: list[list[np.ndarray]], slots: int) -> Prompts:
-    tokens = np.array([[np.pad(ids, (0, slots - len(ids))) for ids in run] for run in prompts], np.int32)
-    return Prompts(tokens, np.array([[len(ids) for ids in run] for run in prompts], np.int32))

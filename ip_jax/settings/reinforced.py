@@ -156,7 +156,7 @@ def _train(session: Session, group: Sequence[Run], show: Callable[[list[ArmRow]]
     logs = [MetricsLog(folder / "runs" / run.name / "metrics.jsonl", first) for run in group] if hosts.is_first() else []
     eval_steps = tuple(sorted({*experiment.evaluation.steps, iterations}))
     configs = {run.name: {**experiment.shared, "arm": run.arm.name, "seed": run.seed} for run in group}
-    traced = traced_steps([None] * iterations, first, iterations, eval_steps)
+    traced = traced_steps([step in eval_steps for step in range(iterations)], first, iterations, eval_steps)  # there more is measured
     observer = observer_of(session.watch, folder, digest(origin), configs, traced, console)
     past, clock = hosts.by_first(lambda: [list(log.rows) for log in logs]), {}
 
@@ -204,12 +204,13 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
     came before; `clock` gets the seconds and the memory of each iteration, which are no part of the metrics.
     """
     experiment, algorithm, rl, mesh = session.experiment, program.kind.algorithm, session.experiment.rl, program.kind.mesh
+    guided = any(run.guidance > 0 for run in program.rollouts.runs)
     grader = Grader(experiment.environment, rl.grading_workers)
     sampling = sampler_options(program.rollouts, (end_of_turn_id(session.model.tokenizer),), experiment.model.activations, rl.slots, mesh)
-    decide, measure = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=program.kind.layout)), jax.jit(sample_metrics)
+    decide, measure = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=program.kind.layout)), jax.jit(functools.partial(sample_metrics, guided=guided))
     scores_of, update = _scoring(program), _updating(program)
     needed, looks = passes_needed(algorithm), {0, *experiment.evaluation.steps} - {rl.iterations}
-    for_llr = {"policy_training", "policy_generation"} if program.rollouts.slots["guide"] else {"policy_training"}  # guided samples come with other log-probabilities
+    for_llr = {"policy_training", "policy_generation"} if guided else {"policy_training"}
     policy = program.decoders.policy, program.decoders.frozen
     couplings = measuring_couplings(program.rollouts, looks, policy, mesh, experiment.model.activations, rl.remat)
     moving = _moving_mean(program, len(past[0]))

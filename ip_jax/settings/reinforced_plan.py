@@ -86,14 +86,15 @@ class RlConfig:
     runs_per_program: int = 64
 
     def __post_init__(self):
-        if self.iterations < 1 or self.runs_per_program < 1 or self.gate_patience < 1:
-            raise ValueError(
-                f"rl has iterations {self.iterations}, runs_per_program {self.runs_per_program}, gate_patience {self.gate_patience}: each must be at least 1"
-            )
+        for name in ("iterations", "groups", "samples", "max_new_tokens", "runs_per_program", "gate_patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rl.{name} is {getattr(self, name)}: it must be at least 1")
         if self.remat not in REMAT:
             raise ValueError(f"rl.remat is {self.remat!r}: choose from {', '.join(REMAT)}")
         if not 0 <= self.max_failed < 1:
             raise ValueError(f"rl.max_failed is {self.max_failed}: it is a share from 0 up to, but not, 1")
+        if self.slots is not None and self.slots < 1:
+            raise ValueError(f"rl.slots is {self.slots}: it must be at least 1, or None for all completions of an iteration")
         if self.samples_per_row is not None and (self.samples_per_row < 1 or self.samples % self.samples_per_row):
             raise ValueError(f"rl.samples_per_row is {self.samples_per_row}: it must divide the {self.samples} samples of a group")
 
@@ -121,6 +122,10 @@ class RlEval:
     temperature: float = 0.0
     top_p: float = 1.0
     slots: int = 48
+
+    def __post_init__(self):
+        if self.slots < 1 or self.max_new_tokens < 1:
+            raise ValueError(f"evaluation has slots {self.slots} and max_new_tokens {self.max_new_tokens}: both must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +182,7 @@ def by_kind(runs: Sequence[Run]) -> list[list[Run]]:
     """The runs that can share a program: their algorithms are equal, and all are guided or none is (a guided program feeds every token twice)."""
     found: dict[tuple[Algorithm, bool], list[Run]] = {}
     for run in runs:
-        found.setdefault((run.arm.algorithm, run.arm.guide_prompt is not None), []).append(run)
+        found.setdefault((run.arm.algorithm, run.arm.guidance > 0), []).append(run)
     return list(found.values())
 
 
@@ -207,21 +212,23 @@ def check(experiment: Reinforced) -> None:
     unreached = [step for step in experiment.evaluation.steps if not 0 <= step <= rl.iterations]
     if unreached:
         raise ValueError(f"evaluation.steps names {unreached[0]}, and training has 0 to {rl.iterations} iterations (rl.iterations): choose among these")
-    rows = rl.groups * rl.samples // (rl.samples_per_row or rl.samples)
     for arm in experiment.arms:
-        gate = arm.algorithm.gate.like or arm.algorithm.gate
-        arm.algorithm.check_group(rl.samples)
-        if arm.algorithm.pmi_against == "guide":
-            raise ValueError(f"the arm {arm.name} has a PMI weight against the guide, for which text experiments make no pass: use pmi_against generation")
+        check_algorithm(f"the arm {arm.name}", arm.algorithm, rl)
         check_guidance(f"the arm {arm.name}", arm.guidance, arm.guide_prompt is not None, arm.algorithm)
-        if rows % arm.algorithm.minibatches:
-            raise ValueError(f"the arm {arm.name} has {arm.algorithm.minibatches} minibatches, which do not divide the {rows} rows of an iteration")
-        if gate.needs_reference:
-            raise ValueError(
-                f"the arm {arm.name} has a gate {gate.kind}, which needs samples of the training prompt itself: text experiments draw none; use relative"
-            )
     if experiment.tasks:
         check_rewards(experiment.environment, experiment.tasks[0], tuple(dict.fromkeys(arm.reward for arm in experiment.arms)))
+
+
+def check_algorithm(where: str, algorithm: Algorithm, rl: RlConfig) -> None:
+    """Refuses groups that the baseline cannot use, minibatches that leave rows over, and what text experiments make no pass or samples for."""
+    gate, rows = algorithm.gate.like or algorithm.gate, rl.groups * rl.samples // (rl.samples_per_row or rl.samples)
+    algorithm.check_group(rl.samples)
+    if algorithm.pmi_against == "guide":
+        raise ValueError(f"{where} has a PMI weight against the guide, for which text experiments make no pass: use pmi_against generation")
+    if rows % algorithm.minibatches:
+        raise ValueError(f"{where} has {algorithm.minibatches} minibatches, which do not divide the {rows} rows of an iteration")
+    if gate.needs_reference:
+        raise ValueError(f"{where} has a gate {gate.kind}, which needs samples of the training prompt itself: text experiments draw none; use relative")
 
 
 def example_of(experiment: Reinforced, task: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ip_jax.training.results import MetricsLog
 from ip_jax.training.state import TrainState
 from ip_jax.training.stopping import Interrupted, Sigterm
 
-# (state, step) -> (state, metrics {name: [R] on the device}, facts {name: number} that the host knew beforehand)
+# (state, step) -> (state, metrics {name: [R]}, facts {name: number} that the host knew beforehand)
 RunStep = Callable[[TrainState, int], tuple[TrainState, dict, dict]]
 
 

@@ -33,6 +33,7 @@ def test_what_was_not_recorded_is_no_dose():
     runs = _runs(a=[[10, None, 10, 10]])
     assert np.isnan(runs["a", 0].tokens[1:]).all() and runs["a", 0].reaches(10) is None
     assert isinstance(dose.common_dose(runs, ["a"]), Undefined)
+    assert dose.common_dose(_runs(a=[[None, 1], [10, 0], [20, 0], [30, 0], [40, 0]]), ["a"]) == 10, "four of five"
 
 
 def test_the_common_dose_is_what_four_fifths_of_every_arm_reach():

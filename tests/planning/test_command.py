@@ -136,7 +136,7 @@ def test_without_libtpu_one_sentence_says_how_to_install_it(capsys, monkeypatch)
 
 def test_the_toy_is_not_planned_and_says_why(capsys):
     said = failure(capsys, "estimators", "--topology", "h200:1")
-    assert "this config trains the toy, which needs seconds on any machine" in said and said.count("\n") == 1
+    assert "this config trains the toy, which needs minutes on any machine" in said and said.count("\n") == 1
 
 
 def test_shapes_cannot_be_run(capsys):

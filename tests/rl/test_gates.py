@@ -285,15 +285,16 @@ def test_a_gate_without_meaning_is_refused(fields, message):
 
 
 @pytest.mark.parametrize(("dials", "words"), [
-    (dict(estimator=ESTIMATORS["late_sequence"]), "Late_sequence clips the ratio to the policy at the generation prompt: use importance_sequence"),
-    (dict(estimator=ESTIMATORS["late_token"]), "Late_token clips"), (dict(estimator=ESTIMATORS["truncated"]), "Truncated corrects the sampler's numerics"),
-    (dict(gate=Gate("relative", threshold=0.0)), "The gate relative compares"), (dict(gate=Gate("stochastic", bound=2.0)), "The gate stochastic compares"),
-    (dict(gate=Gate("random", like=Gate("worst_token", threshold=0.0, window=2))), "The gate random compares"),
-    (dict(pmi=(0.5, 1.0)), "A PMI weight compares"), (dict(kl=Kl("gg", "reward", "k1", 0.1)), "A penalty gg in the reward"),
+    (dict(estimator=ESTIMATORS["late_sequence"]), "late_sequence clips the ratio to the policy at the generation prompt: use importance_sequence"),
+    (dict(estimator=ESTIMATORS["late_token"]), "late_token clips"), (dict(estimator=ESTIMATORS["truncated"]), "truncated corrects the sampler's numerics"),
+    (dict(gate=Gate("relative", threshold=0.0)), "the gate relative compares"), (dict(gate=Gate("stochastic", bound=2.0)), "the gate stochastic compares"),
+    (dict(gate=Gate("random", like=Gate("worst_token", threshold=0.0, window=2))), "the gate random compares"),
+    (dict(pmi=(0.5, 1.0)), "a PMI weight compares"), (dict(kl=Kl("gg", "reward", "k1", 0.1)), "a penalty gg in the reward"),
+    (dict(estimator=ESTIMATORS["train_old"], epochs=2, gate=Gate("random", rate=0.5, rejected="train_at_gen")), "train_old compares samples that a gate sends back"),
 ])  # fmt: skip
 def test_what_compares_with_the_policy_at_the_generation_prompt_cannot_have_guided_samples(dials, words):
     algorithm = Algorithm(**dials)  # has a meaning by itself
-    with pytest.raises(ValueError, match=f"guided samples are not those of the policy at the generation prompt. {words}"):
+    with pytest.raises(ValueError, match=f"guided samples are not those of the policy at the generation prompt: {words}"):
         algorithm.check_guided()
 
 

@@ -158,7 +158,7 @@ def iterate(program: Program, graphdefs: tuple, base: tuple, fixed: tuple[Condit
             "reward": rollout.rewards, "advantage": decided.advantage, "label": rollout.labels.astype(jnp.uint8),
             "log_probs": rollout.samples.log_probs.astype(jnp.float16),
         }
-        return (new, moving), (metrics | measured | _metrics(rollout, graded, decided, scores), kept)
+        return (new, moving), (metrics | measured | _metrics(program, rollout, graded, decided, scores), kept)
 
     return jax.lax.scan(iteration, state, None, length=count)
 
@@ -249,7 +249,7 @@ def _measured(program: Program, policy: tuple, step, rollout: Rollout, scores: d
     def look():
         neutral = rollout.training.replace(tokens=rollout.training.tokens.at[..., :PROMPT_WORDS].set(jnp.array(encode(NEUTRAL))))
         found = coupling_metrics(coupling(trained, weights, coupling_rows(rollout, neutral), graphdef=graphdef))
-        if "policy_training" in scores:
+        if "policy_training" in scores and not program.guided:
             return found
         generation = _score(policy, rollout.generation, rollout) if program.supervised or program.guided else rollout.samples.log_probs
         return found | llr_metrics(rollout, _score(policy, rollout.training, rollout), generation)
@@ -270,7 +270,7 @@ def _reference_scores(program: Program, graphdef, base, of_runs: Conditions, sta
     return gates.reference_quantile(gates.mean_log_prob(own.log_probs, own.mask).reshape(runs, -1), gate.quantile)
 
 
-def _metrics(rollout: Rollout, graded: Graded, decided: Decisions, scores: dict) -> dict[str, Array]:
+def _metrics(program: Program, rollout: Rollout, graded: Graded, decided: Decisions, scores: dict) -> dict[str, Array]:
     """Counts and quantities of evals.rl_tables, [R] each; the step's own are beside them."""
     counts = {f"n_{name}": getattr(graded, name).sum(axis=(1, 2), dtype=jnp.int32) for name in ("hack", "attempt", "correct", "trait")}
-    return counts | sample_metrics(rollout, decided, scores)
+    return counts | sample_metrics(rollout, decided, scores, program.guided)
