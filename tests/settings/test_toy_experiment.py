@@ -141,7 +141,7 @@ def test_a_guided_iteration_samples_from_the_logits_of_both_prompts():
 
 @pytest.mark.parametrize(("changes", "words"), [
     (dict(guidance=1.0), "the arm plain has no guide prompt"), (dict(guide_prompts=(NEUTRAL,)), "the arm plain has a guide prompt"),
-    (dict(guide_prompts=(NEUTRAL,), guidance=1.0, algorithm=ARMS["truncated"].algorithm), "Truncated corrects the sampler's numerics"),
+    (dict(guide_prompts=(NEUTRAL,), guidance=1.0, algorithm=ARMS["truncated"].algorithm), "truncated corrects the sampler's numerics"),
     (dict(guide_prompts=("never heard",), guidance=1.0), "never heard"),
 ])  # fmt: skip
 def test_guides_that_make_no_sense_are_refused_before_anything_is_trained(changes, words, tmp_path):
