@@ -90,9 +90,10 @@ class Program:
     def batch(self) -> RlBatch:
         """The rows of an update, without shardings."""
         each = jax.ShapeDtypeStruct(self.rollout.samples.tokens.shape, jnp.float32)
-        moving = jax.ShapeDtypeStruct((self.runs,), jnp.float32)
-        decide = functools.partial(make_batch, algorithm=self.kind.algorithm, layout=self.kind.layout)
-        return jax.eval_shape(decide, self.rollout, dict.fromkeys(passes_needed(self.kind.algorithm), each), moving, None)[0]
+        of_run, algorithm = jax.ShapeDtypeStruct((self.runs,), jnp.float32), self.kind.algorithm
+        decide = functools.partial(make_batch, algorithm=algorithm, layout=self.kind.layout)
+        reference = of_run if algorithm.gate.needs_reference else None
+        return jax.eval_shape(decide, self.rollout, dict.fromkeys(passes_needed(algorithm), each), of_run, reference)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ def declared(shapes: RlShapes, config: DecoderConfig, mesh: Mesh | AbstractMesh)
         for q, prompt in enumerate(prompts(rl.groups, shapes.prompts.generation)) for i in range(rl.samples)
     ]
     sized = rollouts.RolloutPlan((), (), None, rl.rollout, None, {"gen": slots[0], "train": slots[1], "guide": 0})
-    sampling = _sampling(config, [queue] * runs, rollouts.sampler_options(sized, (0,), shapes.model.activations, rl.slots, of_program), rl.iterations)
+    sampling = _sampling(config, [queue] * runs, rollouts.sampler_options(sized, (0,), shapes.model.activations, rl.slots, of_program), _calls(rl, shapes.algorithm))
     asked = [
         Request(prompt, i, temperature=evaluation.temperature, top_p=evaluation.top_p, max_new_tokens=evaluation.max_new_tokens)
         for i, prompt in enumerate(prompts(shapes.questions.prompts, shapes.questions.length))
@@ -189,9 +190,14 @@ def _program(experiment: Reinforced, runs: Sequence[Run], config: DecoderConfig,
     sweeps = [sweep for step in steps for sweep in plan.sweeps_of(experiment, [(run.arm, run.seed) for run in group], step)]
     return Program(
         Kind(mesh, config, rl, model, algorithm), len(group), len(runs) / len(group), tuple(dict.fromkeys(run.arm.name for run in runs)),
-        rollout_of(len(group), rl, *sides), _sampling(config, rollouts.requests_of(longest, asked), options, rl.iterations),
+        rollout_of(len(group), rl, *sides), _sampling(config, rollouts.requests_of(longest, asked), options, _calls(rl, algorithm)),
         _evaluations(experiment, config, sweeps, mesh, tokenizer, room),
     )
+
+
+def _calls(rl: RlConfig, algorithm: Algorithm) -> int:
+    """Of the sampler, for rollouts. An absolute gate's own samples, under the training prompts, count as another rollout."""
+    return rl.iterations * (2 if algorithm.gate.needs_reference else 1)
 
 
 def rollout_of(runs: int, rl: RlConfig, generation: tuple[int, int], training: tuple[int, int]) -> Rollout:

@@ -35,6 +35,7 @@ from ip_jax.settings import reinforced_programs as programs
 from ip_jax.settings import reinforced_tables as tables
 from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
+from ip_jax.settings.gate_reference import reference_plan, reference_scoring
 from ip_jax.settings.grading import TooManyFailures, check_failures
 from ip_jax.settings.live_table import ArmRow, live_arms, over_seeds
 from ip_jax.settings.measuring import measuring_couplings
@@ -206,8 +207,13 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
     experiment, algorithm, rl, mesh = session.experiment, program.kind.algorithm, session.experiment.rl, program.kind.mesh
     guided = any(run.guidance > 0 for run in program.rollouts.runs)
     grader = Grader(experiment.environment, rl.grading_workers)
-    sampling = sampler_options(program.rollouts, (end_of_turn_id(session.model.tokenizer),), experiment.model.activations, rl.slots, mesh)
-    decide, measure = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=program.kind.layout)), jax.jit(functools.partial(sample_metrics, guided=guided))
+    sampling, under_training = (
+        sampler_options(of, (end_of_turn_id(session.model.tokenizer),), experiment.model.activations, rl.slots, mesh)
+        for of in (program.rollouts, reference_plan(program.rollouts))
+    )
+    reference_of = reference_scoring(reference_plan(program.rollouts), algorithm.gate, under_training)
+    decide = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=program.kind.layout))
+    measure = jax.jit(functools.partial(sample_metrics, guided=guided))
     scores_of, update = _scoring(program), _updating(program)
     needed, looks = passes_needed(algorithm), {0, *experiment.evaluation.steps} - {rl.iterations}
     for_llr = {"policy_training", "policy_generation"} if guided else {"policy_training"}
@@ -234,7 +240,8 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
         measured, scores = {}, scores_of(state, rollout, needed)
         if step in looks:  # by the state that sampled it; likelihood ratios need the pass at x_t, which few algorithms do
             measured, scores = couplings(state.trained, rollout, step), scores | scores_of(state, rollout, for_llr - needed)
-        batch, decisions = decide(rollout, {name: scores[name] for name in needed}, moving, None)
+        reference = reference_of(decoder, recorded.rollout.asked)
+        batch, decisions = decide(rollout, {name: scores[name] for name in needed}, moving, reference)
         recorded = dataclasses.replace(recorded, advantage=np.asarray(decisions.advantage), gate_weight=np.asarray(decisions.gate_weight))
         hosts.by_first(lambda: write_iteration(program.records, program.rollouts, recorded))
         moving = update_moving_mean(moving, rollout.rewards, rollout.valid, jnp.asarray(step))
@@ -245,6 +252,7 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
             metrics = {name: np.asarray(value) for name, value in hosts.fetch(metrics).items()}
         metrics["clip_fraction"] = metrics.pop("clipped", np.zeros(len(history)))
         metrics |= tables.iteration_metrics(recorded, measure(rollout, decisions, scores)) | measured
+        metrics |= {} if reference is None else {"gate_reference": reference}
         for r, rows in enumerate(history):
             rows.append({name: value[r].item() for name, value in metrics.items()})
         tokens = int(rollout.samples.length.sum())

@@ -220,15 +220,13 @@ def check(experiment: Reinforced) -> None:
 
 
 def check_algorithm(where: str, algorithm: Algorithm, rl: RlConfig) -> None:
-    """Refuses groups that the baseline cannot use, minibatches that leave rows over, and what text experiments make no pass or samples for."""
-    gate, rows = algorithm.gate.like or algorithm.gate, rl.groups * rl.samples // (rl.samples_per_row or rl.samples)
+    """Refuses groups that the baseline cannot use, minibatches that leave rows over, and what text experiments make no pass for."""
+    rows = rl.groups * rl.samples // (rl.samples_per_row or rl.samples)
     algorithm.check_group(rl.samples)
     if algorithm.pmi_against == "guide":
         raise ValueError(f"{where} has a PMI weight against the guide, for which text experiments make no pass: use pmi_against generation")
     if rows % algorithm.minibatches:
         raise ValueError(f"{where} has {algorithm.minibatches} minibatches, which do not divide the {rows} rows of an iteration")
-    if gate.needs_reference:
-        raise ValueError(f"{where} has a gate {gate.kind}, which needs samples of the training prompt itself: text experiments draw none; use relative")
 
 
 def example_of(experiment: Reinforced, task: Mapping[str, Any]) -> dict[str, Any]:

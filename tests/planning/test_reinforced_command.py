@@ -1,4 +1,5 @@
 """`ip-jax plan` of reinforcement learning as a user sees it, by formula: hand-computed bytes and FLOPs, shares, advice."""
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,11 @@ from tiny_experiment import make_tokenizer
 
 from configs.rl_shapes import PRESETS, QWEN3_4B
 from ip_jax.planning import workload
+from ip_jax.planning.chips import read_topology
+from ip_jax.planning.reinforced_workload import declared
+from ip_jax.planning.workload import Questions
+from ip_jax.rl.algorithm import Algorithm
+from ip_jax.rl.gates import Gate
 from ip_jax.settings.gcd_sycophancy import generate
 
 PARAMS = 4_022_468_096  # of Qwen3-4B as published
@@ -32,12 +38,30 @@ def test_one_h200_by_formula(capsys, tmp_path):
     tokens, responses = 64 * ROW, SAMPLES * 1536
     pairs = 36 * 64 * (1536**2 / 2 + 4 * (1536 * 1536 + 1536**2 / 2))
     assert phases["reference at training prompt"]["cost"]["flops"] == 2 * LAYERS * tokens + 2 * VOCABULARY * responses + 4 * 4096 * pairs
+    lora = 36 * 32 * ((2560 + 4096) * 2 + (2560 + 1024) * 2 + (2560 + 9728) * 3)
+    again = 2 * (LAYERS - 36 * 2560 * 9728) * tokens  # the forward pass once more but for its last product (remat)
+    by_hand = 4 * LAYERS * tokens + again + 6 * lora * tokens + 12 * 4096 * pairs + 4 * VOCABULARY * responses
+    assert phases["update"]["cost"]["flops"] == pytest.approx(by_hand, rel=1e-6)
     assert record["tokens_per_step"] == tokens
     spent = {name: phase["times"] * max(phase["seconds"].values()) / 3600 for name, phase in phases.items()}
     assert record["hours"]["updates"] == pytest.approx(spent["update"] + spent["reference at training prompt"])
     assert sum(record["hours"].values()) == pytest.approx(sum(spent.values()))
     assert record["shares"]["rollouts"] == pytest.approx(record["hours"]["rollouts"] / (record["hours"]["rollouts"] + record["hours"]["updates"]))
     assert sum(record["shares"].values()) == pytest.approx(1) and "an iteration's time" in said and "grading left out" in said
+
+
+def test_declared_sizes_are_checked_as_a_run_checks_its_arms():
+    shapes = PRESETS["qwen3-4b"]
+    config, mesh = shapes.hf.decoder_config(), read_topology("h200:1").mesh(1, 1, 1)
+    absolute = Algorithm(gate=Gate("absolute", quantile=0.5))
+    (program,) = declared(dataclasses.replace(shapes, algorithm=absolute), config, mesh).programs
+    assert program.sampling.times == 400 and program.batch().policy.tokens.shape[-1] == 1536, "200 rollouts, and as often its own samples"
+    for changes, words in (
+        ({"algorithm": Algorithm(pmi=(0.5, 1.0), pmi_against="guide")}, "for which text experiments make no pass"), ({"runs": 0}, "runs is 0"),
+        ({"questions": Questions(0, 100, 1)}, "questions.prompts is 0"), ({"questions": Questions(1, 3000, 1)}, "a prompt of 3000 tokens"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            declared(dataclasses.replace(shapes, **changes), config, mesh)
 
 
 def test_what_does_not_fit_says_what_to_change(capsys, tmp_path):

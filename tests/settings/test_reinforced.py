@@ -169,6 +169,21 @@ def test_too_many_failures_stop_after_saving_and_few_are_left_out(model, tmp_pat
 
 
 @pytest.mark.slow
+def test_an_absolute_gate_compares_with_samples_of_the_training_prompt_and_survives_a_kill(model, tmp_path, monkeypatch):
+    def gated(quantile: float, train_prompt=IP):
+        return make(model, (dataclasses.replace(ARMS[1], train_prompt=train_prompt, algorithm=Algorithm(gate=Gate("absolute", quantile=quantile))),), samples=16)
+
+    rows = lambda folder: [json.loads(line) for line in (folder / "runs" / "swap-s0" / "metrics.jsonl").read_text().splitlines()]  # noqa: E731
+    undisturbed = run(gated(0.5), tmp_path / "undisturbed")
+    assert all(row["gate_reference"] < 0 for row in rows(undisturbed))
+    killed(gated(0.5), tmp_path / "killed", monkeypatch, "update")
+    assert_equal_but_for_the_clock(run(gated(0.5), tmp_path / "killed"), undisturbed)
+    low, high = (rows(run(gated(q, PromptDistribution()), tmp_path / str(q))) for q in (0.1, 0.9))  # one prompt: other samples of the same distribution
+    first = [found[0]["gate_acceptance"] for found in (low, high)]
+    assert first[0] > 0.7 and first[1] < 0.3, "32 samples, of which 0.9 and 0.1 are expected"
+
+
+@pytest.mark.slow
 def test_a_gate_that_accepts_nothing_stops_after_saving(model, tmp_path):
     gated = dataclasses.replace(ARMS[1], algorithm=Algorithm(gate=Gate("relative", threshold=1e3)))
     with pytest.raises(ValueError, match="the gate relative has accepted no sample of swap-s0 in 2 iterations"):
@@ -226,7 +241,6 @@ def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(model, tmp_path)
     refused("groups have 1", samples=1)
     refused("more than max_length = 20", max_length=20)
     refused("3 minibatches, which do not divide the 2 rows", (RlArm("a", "a", algorithm=Algorithm(estimator=ESTIMATORS["train_old"], minibatches=3)),))
-    refused("text experiments draw none", (RlArm("a", "a", algorithm=Algorithm(gate=Gate("absolute", quantile=0.5))),))
     refused("the arm a has no guide prompt: guidance above 0", (RlArm("a", "a", guidance=1.0),))
     refused("late_sequence clips", (RlArm("a", "a", algorithm=Algorithm(ESTIMATORS["late_sequence"]), guide_prompt=IP, guidance=1.0),))
     refused("for which text experiments make no pass", (RlArm("a", "a", algorithm=Algorithm(pmi=(0.5, 1.0), pmi_against="guide"), guide_prompt=IP),))
