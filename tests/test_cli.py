@@ -45,7 +45,7 @@ def failure(capsys, *arguments: str) -> str:
 
 @pytest.mark.parametrize("arguments, message", [
     (["rnu"], "no command is called 'rnu': did you mean run? there is run, plan, figure, chat, export, models"),
-    (["run"], "run needs a config: amplification, estimators, gated_recontextualization, gcd_approval, gcd_sycophancy, generality, sft_shapes, or the path of a Python file"),
+    (["run"], "run needs a config: amplification, estimators, gated_recontextualization, gcd_approval, gcd_sycophancy, generality, rl_shapes, sft_shapes, or the path of a Python file"),
     (["run", "gcd_sycophany"], "no config is called 'gcd_sycophany': did you mean gcd_sycophancy, gcd_approval?"),
     (["run", "nowhere/mine.py"], "there is no config file nowhere/mine.py"),
     (["run", "gcd_sycophancy", "--preset", "dmo"], "gcd_sycophancy has no preset 'dmo': did you mean demo? there is demo, full, paper"),
