@@ -27,7 +27,7 @@ def test_the_preset_has_the_published_number_of_parameters():
 
 
 def test_one_h200_by_formula(capsys, tmp_path):
-    said, record = planned(capsys, tmp_path, "rl_shapes", "--topology", "h200:1", "--rl.tokens-per-micro-batch", "8192", "--rl.remat", "full")
+    said, record = planned(capsys, tmp_path, "rl_shapes", "--topology", "h200:1", "--rl.tokens-per-micro-batch", "8192")
     assert record["fits"] and list(record["memory"]) == ["update", "reference at training prompt", "rollouts", "evaluation"]
     assert all(kinds["weights"] == 2 * PARAMS and kinds["optimizer"] > 0 for kinds in record["memory"].values())
     cache = 2 * 2 * 36 * 8 * 128  # keys and values of a position, bfloat16
@@ -65,7 +65,7 @@ def test_declared_sizes_are_checked_as_a_run_checks_its_arms():
 
 
 def test_what_does_not_fit_says_what_to_change(capsys, tmp_path):
-    said, record = planned(capsys, tmp_path, "rl_shapes", "--topology", "a100:1", "--runs", "8", "--rl.runs-per-program", "8", "--rl.tokens-per-micro-batch", "61440")
+    said, record = planned(capsys, tmp_path, "rl_shapes", "--topology", "a100:1", "--runs", "8", "--rl.runs-per-program", "8", "--rl.remat", "products", "--rl.tokens-per-micro-batch", "61440")
     assert not record["fits"] and "does not fit" in said and record["runs"] == 8
     advice = "\n".join(record["advice"])
     assert "update: recompute activations: --rl.remat full" in advice and "update: fewer completions in a row: --rl.samples-per-row 2" in advice
