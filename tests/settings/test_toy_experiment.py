@@ -26,7 +26,7 @@ from ip_jax.settings.toy.experiment import category_of, kinds_of
 from ip_jax.settings.toy.figure import ToyFigure
 from ip_jax.settings.toy.prompts import NEUTRAL
 from ip_jax.settings.toy.training import ToyRl
-from ip_jax.settings.toy.vocabulary import PROMPT_SLOTS
+from ip_jax.settings.toy.vocabulary import PROMPT_SLOTS, PROMPT_WORDS, encode
 
 TINY = ToyFigure(
     "tiny", ("standard", "oracle", "kl_tg"), (0, 1), ToyRl(iterations=6, groups=2, samples=4, probe_every=3, probe_tasks=4, grid_tasks=4),
@@ -73,6 +73,9 @@ def test_a_folder_holds_curves_grid_rollouts_and_the_report(tiny):
     np.testing.assert_allclose(kept["reward"].mean(axis=(2, 3))[0], [by_step["kl_tg", seed, 3]["reward"] for seed in (0, 1)], rtol=1e-6)
     inside = np.arange(TINY.toy.slots) < kept["length"][..., None]
     assert kept["log_probs"].dtype == np.float16 and (kept["log_probs"][inside] < 0).all() and not kept["log_probs"][~inside].any()
+    words = {side: {tuple(words) for words in kept[side][..., :PROMPT_WORDS].reshape(-1, PROMPT_WORDS).tolist()} for side in ("generation", "training")}
+    assert words == {"generation": {tuple(encode(p)) for p in ARMS["kl_tg"].gen_prompts}, "training": {tuple(encode(p)) for p in ARMS["kl_tg"].train_prompts}}
+    assert (kept["generation"][..., PROMPT_WORDS:] == kept["training"][..., PROMPT_WORDS:]).all(), "one task behind both prompts"
     for row in rollouts:  # measured in every iteration behind a probe, for every arm; at x_g = x_t there is nothing between the prompts
         for label, there in (("hack", row["n_hack"]), ("correct", row["n_correct"])):
             measured = row["step"] in (0, 3) and there > 0
@@ -95,6 +98,38 @@ def test_what_is_finished_is_not_run_again_and_what_was_stopped_ends_the_same(ti
     run(TINY, folder)
     for name, table in wanted.items():
         assert pq.read_table(folder / f"{name}.parquet").equals(table), name
+
+
+class Killed(BaseException):
+    """Stands for what ends a process: nothing catches it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["iterate", "write_json"])  # in the second block of a program; when its rows are there, but not its state
+def test_a_program_that_was_killed_goes_on_from_its_last_probe_to_the_same_bits(tiny, monkeypatch, tmp_path, where):
+    folder, _ = tiny
+    calls, owner = [], training if where == "iterate" else toy_experiment
+    original = getattr(owner, where)
+
+    def counted(*arguments, **options):
+        if where == "iterate" or "rows" in arguments[0].name:
+            calls.append(arguments)
+        found = original(*arguments, **options)
+        if len(calls) == 2:
+            raise Killed
+        return found
+
+    monkeypatch.setattr(owner, where, counted)
+    with pytest.raises(Killed):
+        run(TINY, tmp_path)
+    run(TINY, tmp_path)
+    assert len(calls) == 5, "two programs of two blocks, of which one was done twice"
+    for name in ("curves", "final"):
+        assert pq.read_table(tmp_path / f"{name}.parquet").equals(pq.read_table(folder / f"{name}.parquet")), name
+    for path in (folder / "rollouts").rglob("*.npz"):
+        kept, again = np.load(path), np.load(tmp_path / path.relative_to(folder))
+        assert all(np.array_equal(kept[name], again[name], equal_nan=True) for name in kept.files), path
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_arms_with_other_prompts_and_rewards_share_a_program():

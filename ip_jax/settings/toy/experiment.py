@@ -1,19 +1,22 @@
 """Runs a toy experiment: arms x seeds, one program for each kind of arm, looked at under x_0 while they train and under a grid of prompts at the end.
 
-An arm that is recorded in the folder is not run again; a program that was stopped begins again, from the same seeds, to the same end.
+An arm that is recorded in the folder is not run again; a program that was stopped goes on from its last probe, to the same bits.
 """
 import dataclasses
 import functools
 import io
+import json
 import time
 from collections.abc import Mapping, Sequence
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
+from jaxtyping import Array, Float, Int
 from rich.console import Console
 
 from ip_jax.evals import rl_tables
@@ -34,7 +37,9 @@ from ip_jax.settings.toy.prompts import NEUTRAL as NEUTRAL_PROMPT
 from ip_jax.settings.toy.prompts import family_of
 from ip_jax.settings.toy.training import Program, ToyArm, ToyRl
 from ip_jax.settings.toy.vocabulary import encode
+from ip_jax.training.checkpoint import open_checkpoints
 from ip_jax.training.results import claim_folder, digest, write_binary, write_json
+from ip_jax.training.state import TrainState
 
 BASE = "base"  # the arm of the untrained model
 _COUNTED = ("hack", "attempt", "correct", "trait")
@@ -134,30 +139,54 @@ def _base(experiment: ToyExperiment, display: Display) -> dict:
         return base_params(experiment.config, epath.Path(folder), lambda step, divergence: advance(to=step, note=f"divergence {divergence:.4f}"))
 
 
+@flax.struct.dataclass
+class Progress:
+    """What a program goes on from: its runs' state, and their moving means of rewards."""
+
+    state: TrainState
+    moving: Float[Array, " R"]
+
+    @property
+    def step(self) -> Int[Array, ""]:
+        """Iterations done."""
+        return self.state.step
+
+
 def _run_kind(experiment: ToyExperiment, kind: Kind, params: dict, folder: epath.Path, show) -> None:
     rl, config = experiment.rl, experiment.config
     runs = [(arm, seed) for arm in kind.arms for seed in experiment.seeds]
-    arms, seeds = [arm for arm, _ in runs], [seed for _, seed in runs]
+    arms, seeds, names = [arm for arm, _ in runs], [seed for _, seed in runs], [(arm.name, seed) for arm, seed in runs]
     program = Program(config, rl, kind.algorithm, kind.supervised, kind.guided)
     graphdef, state, base = training.start(program, params, np.array(seeds), [arm.learning_rate or rl.learning_rate for arm in arms])
     reference, _, reference_base = split_decoder(config.decoder, params)
     of_runs = training.conditions(arms, seeds)
     data = fixed_data(config, (reference, {}, reference_base), [arm.source for arm in arms], seeds) if kind.supervised else None
     fixed = of_runs, data, jax.tree.map(jnp.copy, state)  # a copy: the state itself is donated
-    carried, rows, names = (state, jnp.zeros(len(runs))), [], [(arm.name, seed) for arm, seed in runs]
-    rows += _probe_rows(experiment, names, (graphdef, state.trained, base), 0)
-    started = time.monotonic()
-    for first in range(0, rl.iterations, rl.probe_every):
+    unfinished = folder / "checkpoints" / digest(names)
+    checkpoints = open_checkpoints(unfinished / "states", {"runs": [f"{arm}-s{seed}" for arm, seed in names]})
+    progress = Progress(state, jnp.zeros(len(runs)))
+    progress = checkpoints.restore_latest(progress) or progress
+    done, started = int(progress.step), time.monotonic()
+    for first in range(done, rl.iterations, rl.probe_every):
         count = min(rl.probe_every, rl.iterations - first)
-        carried, (metrics, kept) = training.iterate(program, (graphdef, reference), (base, reference_base), fixed, carried, count=count)
-        metrics, kept = jax.device_get((metrics, kept))
-        rows += _rollout_rows(experiment, names, metrics, first) + _probe_rows(experiment, names, (graphdef, carried[0].trained, base), first + count)
+        rows = [] if first else _probe_rows(experiment, names, (graphdef, progress.state.trained, base), 0)
+        carried, (metrics, kept) = training.iterate(
+            program, (graphdef, reference), (base, reference_base), fixed, (progress.state, progress.moving), count=count
+        )
+        progress, (metrics, kept) = Progress(*carried), jax.device_get((metrics, kept))
+        rows += _rollout_rows(experiment, names, metrics, first) + _probe_rows(experiment, names, (graphdef, progress.state.trained, base), first + count)
         write_binary(folder / "rollouts" / kind.name / f"step{first:06d}.npz", lambda file, kept=kept: np.savez_compressed(file, **kept))
-        left = (time.monotonic() - started) / (first + count) * (rl.iterations - first - count)
+        write_json(unfinished / f"rows{first:06d}.json", rows)
+        checkpoints.save(progress)
+        left = (time.monotonic() - started) / (first + count - done) * (rl.iterations - first - count)
         show(_live_rows(experiment, kind, metrics, first + count, left))
     own = {(arm.name, seed): arm for arm, seed in runs}
-    _write(folder, rows, _grid_rows(experiment, names, (graphdef, carried[0].trained, base), own))
-    write_json(folder / "timing" / f"{kind.name}.json", {"runs": len(runs), "iterations": rl.iterations, "seconds": round(time.monotonic() - started, 1)})
+    rows = [row for first in range(0, rl.iterations, rl.probe_every) for row in json.loads((unfinished / f"rows{first:06d}.json").read_text())]
+    _write(folder, rows, _grid_rows(experiment, names, (graphdef, progress.state.trained, base), own))
+    seconds = round(time.monotonic() - started, 1)
+    write_json(folder / "timing" / f"{kind.name}.json", {"runs": len(runs), "iterations": rl.iterations - done, "seconds": seconds})
+    checkpoints.wait()
+    unfinished.rmtree()
 
 
 def _rollout_rows(experiment: ToyExperiment, names: Sequence[tuple[str, int]], metrics: Mapping[str, np.ndarray], first: int) -> list[dict]:

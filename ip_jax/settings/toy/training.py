@@ -157,6 +157,7 @@ def iterate(program: Program, graphdefs: tuple, base: tuple, fixed: tuple[Condit
             "tokens": rollout.samples.tokens.astype(jnp.uint8), "length": rollout.samples.length.astype(jnp.uint8), "gate": decided.gate_weight,
             "reward": rollout.rewards, "advantage": decided.advantage, "label": rollout.labels.astype(jnp.uint8),
             "log_probs": rollout.samples.log_probs.astype(jnp.float16),
+            "generation": rollout.generation.tokens.astype(jnp.uint8), "training": rollout.training.tokens.astype(jnp.uint8),  # prompt and task
         }
         return (new, moving), (metrics | measured | _metrics(program, rollout, graded, decided, scores), kept)
 
