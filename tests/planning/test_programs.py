@@ -77,6 +77,7 @@ def planned_of(experiment) -> Workload:
     return subject.work_on(subject.mesh_on(Topology("local", 8, None, jax.devices())), None)
 
 
+@pytest.mark.slow
 def test_the_step_and_the_sampler_lower_to_the_text_of_a_run(lowered_by_run):
     experiment, texts = lowered_by_run
     planned = planned_of(experiment)

@@ -100,6 +100,7 @@ def test_a_prompt_is_coupled_to_itself_with_one():
     assert np.isfinite(kappa).sum() == sum(map(len, FIRST.values()))
 
 
+@pytest.mark.slow
 def test_runs_together_are_runs_alone_and_padding_changes_nothing():
     made = rollout()
     kappa = found(made)

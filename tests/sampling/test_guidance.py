@@ -60,6 +60,7 @@ def test_frequencies_are_those_of_the_combined_logits(untrained):
     assert np.abs(unguided - probability).sum() > 0.3, "else this test would show nothing"
 
 
+@pytest.mark.slow
 def test_weight_zero_is_the_unguided_sampler(two_runs):
     """Its tokens, whatever the guide, and whatever the others in the program are guided by."""
     queues = [guided(9, run, n_samples=2) for run in range(2)]
