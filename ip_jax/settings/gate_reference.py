@@ -17,15 +17,18 @@ def reference_plan(plan: RolloutPlan) -> RolloutPlan:
     return dataclasses.replace(plan, runs=runs, slots=plan.slots | {"gen": plan.slots["train"], "guide": 0})
 
 
-def reference_scoring(plan: RolloutPlan, gate: Gate, options: SamplerOptions) -> Callable[[tuple, Asked], Float[np.ndarray, " R"] | None]:
+def reference_scoring(
+    rollouts: RolloutPlan, gate: Gate, options_of: Callable[[RolloutPlan], SamplerOptions]
+) -> Callable[[tuple, Asked], Float[np.ndarray, " R"] | None]:
     """(the policy as `sample` takes it, what an iteration asked) -> `gates.reference_quantile` of each run, None where `gate` needs none.
 
-    `plan`: a `reference_plan`, with `options` of it. The tasks are the iteration's, the random bits others, and a function of the same things, so
-    that an iteration that is done again finds the same. Of these samples only the quantile is kept, in the metrics.
+    The tasks are the iteration's, the random bits others, and a function of the same things, so that an iteration that is done again finds the
+    same. Of these samples only the quantile is kept, in the metrics.
     """
     if not gate.needs_reference:
         return lambda decoder, asked: None
-    quantile = (gate.like or gate).quantile
+    quantile, plan = (gate.like or gate).quantile, reference_plan(rollouts)
+    options = options_of(plan)
 
     def scores(decoder: tuple, asked: Asked) -> Float[np.ndarray, " R"]:
         groups = tuple(tuple(Group(group.task, group.train, group.train) for group in run) for run in asked.groups)

@@ -35,7 +35,7 @@ from ip_jax.settings import reinforced_programs as programs
 from ip_jax.settings import reinforced_tables as tables
 from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
-from ip_jax.settings.gate_reference import reference_plan, reference_scoring
+from ip_jax.settings.gate_reference import reference_scoring
 from ip_jax.settings.grading import TooManyFailures, check_failures
 from ip_jax.settings.live_table import ArmRow, live_arms, over_seeds
 from ip_jax.settings.measuring import measuring_couplings
@@ -207,11 +207,9 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
     experiment, algorithm, rl, mesh = session.experiment, program.kind.algorithm, session.experiment.rl, program.kind.mesh
     guided = any(run.guidance > 0 for run in program.rollouts.runs)
     grader = Grader(experiment.environment, rl.grading_workers)
-    sampling, under_training = (
-        sampler_options(of, (end_of_turn_id(session.model.tokenizer),), experiment.model.activations, rl.slots, mesh)
-        for of in (program.rollouts, reference_plan(program.rollouts))
-    )
-    reference_of = reference_scoring(reference_plan(program.rollouts), algorithm.gate, under_training)
+    stop_ids = (end_of_turn_id(session.model.tokenizer),)
+    sampling_of = lambda rollouts: sampler_options(rollouts, stop_ids, experiment.model.activations, rl.slots, mesh)  # noqa: E731
+    sampling, reference_of = sampling_of(program.rollouts), reference_scoring(program.rollouts, algorithm.gate, sampling_of)
     decide = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=program.kind.layout))
     measure = jax.jit(functools.partial(sample_metrics, guided=guided))
     scores_of, update = _scoring(program), _updating(program)

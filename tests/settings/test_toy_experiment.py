@@ -108,18 +108,24 @@ class Killed(BaseException):
 @pytest.mark.parametrize("where", ["iterate", "write_json"])  # in the second block of a program; when its rows are there, but not its state
 def test_a_program_that_was_killed_goes_on_from_its_last_probe_to_the_same_bits(tiny, monkeypatch, tmp_path, where):
     folder, _ = tiny
-    calls, owner = [], training if where == "iterate" else toy_experiment
-    original = getattr(owner, where)
+    calls, opened, owner = [], [], training if where == "iterate" else toy_experiment
+    original, original_open = getattr(owner, where), toy_experiment.open_checkpoints
+
+    def opening(*arguments):
+        opened.append(original_open(*arguments))
+        return opened[-1]
 
     def counted(*arguments, **options):
         if where == "iterate" or "rows" in arguments[0].name:
-            calls.append(arguments)
+            calls.append(where)
         found = original(*arguments, **options)
         if len(calls) == 2:
+            opened[-1].wait()  # the first block's state is written in the background: let it be whole
             raise Killed
         return found
 
     monkeypatch.setattr(owner, where, counted)
+    monkeypatch.setattr(toy_experiment, "open_checkpoints", opening)
     with pytest.raises(Killed):
         run(TINY, tmp_path)
     run(TINY, tmp_path)
