@@ -2,5 +2,5 @@
 import subprocess
 import sys
 
-for name in ("sft", "sampling", "rollouts", "mixture", "toy"):
+for name in ("sft", "sampling", "rollouts", "mixture", "toy", "gcd_approval"):
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

@@ -1,0 +1,38 @@
+"""`gcd_approval`'s demo as a user runs it: two arms, 30 iterations of 4 prompts x 8 samples of at most 24 tokens, evaluations and figures included.
+
+    python -m benchmarks.gcd_approval
+"""
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+
+from benchmarks.common import save, seconds
+
+
+def main() -> None:
+    """Writes benchmarks/results/gcd_approval_cpu.json. The model is in its cache; compiled programs are not."""
+    from etils import epath
+
+    from configs.gcd_approval import PRESETS
+    from ip_jax.models import hub
+    from ip_jax.report.rl_view import load_rl_view
+
+    hub.resolve(PRESETS["demo"].model.name)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name) / "demo"
+        command = [sys.executable, "-m", "ip_jax.cli", "run", "gcd_approval", "--out", str(folder)]
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(name) / "compiled")}
+        took = seconds(lambda: subprocess.run(command, check=True, env=environment))
+        view, rl = load_rl_view(epath.Path(folder)), PRESETS["demo"].rl
+        save("gcd_approval_cpu", {
+            "arms": list(PRESETS["demo"].arms), "iterations": rl.iterations, "prompts": rl.groups, "samples": rl.samples, "new_tokens": rl.max_new_tokens,
+            "minutes": round(took / 60, 2), "peak_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
+            "wrong_claims_confirmed_at_the_end": {arm.name: round(arm.rates["hack", "neutral"].value, 3) for arm in view.arms},
+        })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
