@@ -86,8 +86,10 @@ def runs_together(run: Run, sizes: Sizes) -> Iterator[tuple[str, dict]]:
 def reinforcement(run: Run, sizes: Sizes) -> Iterator[tuple[str, dict]]:
     """One iteration of reinforcement learning against HF generate and PEFT: the whole, its rollout and its update, which both sides measure once."""
     ours = run(reinforced.measure_iteration, sizes, XLA_CLIENT_MEM_FRACTION="0.93")
-    peer, work = run(_peer, "measure_loop", sizes), sizes.reinforced
-    of = f"{work.rl.groups} prompts of {work.prompt} tokens, {work.rl.samples} samples of {work.rl.max_new_tokens} new tokens each, LoRA r={work.rl.lora.rank}"
+    # a cache that grows token by token leaves holes of every size
+    peer = run(_peer, "measure_loop", sizes, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")
+    rl, prompt = sizes.reinforced.rl, sizes.reinforced.prompt
+    of = f"{rl.groups} prompts of {prompt} tokens, {rl.samples} samples of {rl.max_new_tokens} new tokens each, LoRA r={rl.lora.rank}"
     for part, number, what in (
         ("iteration", "tokens_per_s", "completion tokens of rollout and update together"), ("rollout", "rollout_tokens_per_s", "completion tokens"),
         ("update", "update_tokens_per_s", "tokens of prompt and completion of each sample"),
