@@ -17,21 +17,24 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import result_in_own_process
-from benchmarks.gpu import peers, rows, sampling, training
+from benchmarks.gpu import peers, reinforced, rows, sampling, training
 from benchmarks.gpu.model import card, random_params
 from benchmarks.gpu.sizes import FULL, TINY
 from ip_jax.models.families import param_shapes
+from ip_jax.rl.algorithm import passes_needed
+from ip_jax.settings.reinforced_programs import Kind
 from ip_jax.training.sharding import make_mesh
 
 CONFIG = TINY.large.decoder_config()
 BATCH, LENGTH = 2, 7
 STEP = {"tokens_per_s": 300.0, "lower_s": 1.0, "compile_s": 4.0, "cache_hits": 0, "peak_bytes": 3 * 2**30, "planned_bytes": 2**30}
+ROWS = {"compilation", "sft_speed", "sft_memory", "sampling_2", "sampling_4", "runs_together", "rl_iteration", "rl_rollout", "rl_update"}
 TOO_LARGE = {"error": "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."}
 
 
 @pytest.fixture(scope="module")
 def peer():
-    return peers._model(TINY).eval()
+    return peers._model(TINY, TINY.large).eval()
 
 
 def forward_flops(model, tokens: int, cache=None) -> tuple[int, object]:
@@ -74,6 +77,7 @@ def test_the_full_shapes_have_the_published_numbers_of_parameters():
     count = lambda config: sum(int(np.prod(shape)) for shape in param_shapes(config).values())  # noqa: E731
     assert count(FULL.large.decoder_config()) == 7_615_616_512
     assert count(FULL.small.decoder_config()) == 134_515_008
+    assert count(FULL.reinforced.hf.decoder_config()) == 4_022_468_096
     assert FULL.row == 2048
 
 
@@ -140,9 +144,10 @@ def test_a_program_that_was_compiled_again_is_not_from_the_cache():
 def test_where_nothing_fits_every_row_says_so():
     run, _ = by_measure({
         "measure_step": TOO_LARGE, "measure_training": STEP, "measure_runs": TOO_LARGE, "measure_sampling": TOO_LARGE, "measure_generation": TOO_LARGE,
+        "measure_iteration": TOO_LARGE, "measure_loop": TOO_LARGE,
     })  # fmt: skip
     found = {name: row for benchmark in rows.BENCHMARKS.values() for name, row in benchmark(run, TINY)}
-    assert set(found) == {"compilation", "sft_speed", "sft_memory", "sampling_2", "sampling_4", "runs_together"}
+    assert set(found) == ROWS
     assert all("RESOURCE_EXHAUSTED" in row["error"] for row in found.values())
 
 
@@ -166,6 +171,54 @@ def test_the_peer_checkpoints_where_it_must(monkeypatch):
     assert found["tokens_per_s"] == max(found["options"].values())
 
 
+def test_an_iterations_rates_count_every_token_once():
+    work = FULL.reinforced
+    rates = work.rates(4.0, 12.0)
+    assert (work.completions, rates["iteration_s"], rates["rollout_share"], rates["update_share"]) == (256, 16, 0.25, 0.75)
+    assert (rates["tokens_per_s"], rates["rollout_tokens_per_s"]) == (256 * 512 / 16, 256 * 512 / 4)
+    assert rates["update_tokens_per_s"] == round(256 * 2048 / 12, 1)
+
+
+def test_an_iteration_has_the_declared_shape_and_no_pass_before_its_update():
+    work = FULL.reinforced
+    assert not passes_needed(work.algorithm)
+    kind = Kind(make_mesh(), work.hf.decoder_config(), work.rl, training.MODEL, work.algorithm)
+    learned = reinforced.update_rows(kind, reinforced.rollout_plan(work)).policy
+    assert learned.prompt.shape == (8, 1, 8, 1536)  # 64 rows of 3584 positions, at most 32768 positions at once
+    assert learned.tokens.shape == (8, 1, 8, 4, 512)
+
+
+def test_reinforcement_learning_is_three_rows_of_two_measurements():
+    work = TINY.reinforced
+    run, calls = by_measure({"measure_iteration": work.rates(1.0, 3.0), "measure_loop": work.rates(6.0, 6.0)})
+    found = dict(rows.reinforcement(run, TINY))
+    assert [name for name, _, _ in calls] == ["measure_iteration", "measure_loop"]
+    assert [found[f"rl_{part}"]["ratio"] for part in ("iteration", "rollout", "update")] == pytest.approx([3, 6, 2], rel=0.01)
+    assert (found["rl_rollout"]["share"], found["rl_update"]["share"], found["rl_update"]["peer_share"]) == (0.25, 0.75, 0.5)
+
+
+def test_the_peer_learns_from_every_completion_at_the_largest_size_that_fits(monkeypatch):
+    real, tries = peers._fitting, []
+
+    def fitting(work, warm_up, repeats):
+        tries.append(work)
+        return None if len(tries) in (1, 3) else real(work, warm_up, repeats)
+
+    monkeypatch.setattr(peers, "_fitting", fitting)
+    found = peers.measure_loop(TINY)
+    assert (found["batch"], found["micro_batch"]) == (4, 2) and len(tries) == 4
+    assert found["iteration_s"] == pytest.approx(found["rollout_s"] + found["update_s"], abs=0.002)
+
+
+def test_the_peers_loss_is_of_the_completions_alone(peer):
+    ids, advantage, new = torch.randint(1, 384, (2, 12)), torch.tensor([0.5, -2.0]), 5
+    with torch.no_grad():
+        log_probs = torch.log_softmax(peer(ids).logits.float() / 0.7, -1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+        expected = -(advantage * log_probs[:, -new:].sum(1)).sum()
+        found = peers._policy_loss(peer, ids, advantage, new, 0.7)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_full_sizes_are_refused_without_a_gpu():
     with pytest.raises(ValueError, match="need a GPU, and JAX sees a CPU"):
         card(FULL)
@@ -180,7 +233,8 @@ def test_a_tiny_run_measures_everything():
     for line in done.stdout.splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             found[json.loads(line)["name"]] = json.loads(line)
-    assert {re.sub("_cpu$", "", name) for name in found} == {"compilation", "sft_speed", "sft_memory", "sampling_2", "sampling_4", "runs_together"}
+    assert {re.sub("_cpu$", "", name) for name in found} == ROWS
     assert all(row.get("measured") for name, row in found.items() if name != "sft_memory_cpu")  # a CPU does not tell its bytes in use
-    assert all(found[name]["ratio"] > 0 for name in ("sft_speed_cpu", "sampling_2_cpu", "sampling_4_cpu", "runs_together_cpu"))
+    assert all(found[name]["ratio"] > 0 for name in ("sft_speed_cpu", "sampling_2_cpu", "sampling_4_cpu", "runs_together_cpu", "rl_iteration_cpu"))
+    assert found["rl_rollout_cpu"]["share"] + found["rl_update_cpu"]["share"] == pytest.approx(1, abs=0.002)
     assert found["compilation_cpu"]["from_cache_s"] > 0

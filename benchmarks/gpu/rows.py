@@ -4,7 +4,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 
-from benchmarks.gpu import sampling, training
+from benchmarks.gpu import reinforced, sampling, training
 from benchmarks.gpu.sizes import Sizes
 
 Run = Callable[..., dict]  # run(measure, *arguments, **environment): see common.result_in_own_process
@@ -83,8 +83,26 @@ def runs_together(run: Run, sizes: Sizes) -> Iterator[tuple[str, dict]]:
         }  # fmt: skip
 
 
+def reinforcement(run: Run, sizes: Sizes) -> Iterator[tuple[str, dict]]:
+    """One iteration of reinforcement learning against HF generate and PEFT: the whole, its rollout and its update, which both sides measure once."""
+    ours = run(reinforced.measure_iteration, sizes, XLA_CLIENT_MEM_FRACTION="0.93")
+    # a cache that grows token by token leaves holes of every size
+    peer = run(_peer, "measure_loop", sizes, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")
+    rl, prompt = sizes.reinforced.rl, sizes.reinforced.prompt
+    of = f"{rl.groups} prompts of {prompt} tokens, {rl.samples} samples of {rl.max_new_tokens} new tokens each, LoRA r={rl.lora.rank}"
+    for part, number, what in (
+        ("iteration", "tokens_per_s", "completion tokens of rollout and update together"), ("rollout", "rollout_tokens_per_s", "completion tokens"),
+        ("update", "update_tokens_per_s", "tokens of prompt and completion of each sample"),
+    ):  # fmt: skip
+        row = _against(ours, peer, what=f"{of}: {what}", number=number, unit="tokens/s", target=None, ratio_target=None)
+        if "error" not in row and f"{part}_share" in ours:
+            row |= {"share": ours[f"{part}_share"], "share_target": None, "peer_share": peer.get(f"{part}_share")}
+        yield f"rl_{part}", row
+
+
 BENCHMARKS: dict[str, Callable[[Run, Sizes], Iterator[tuple[str, dict]]]] = {
     "training": speed_and_compilation, "memory": memory, "sampling": sampling_rates, "runs": runs_together,
+    "rl": reinforcement,
 }  # fmt: skip
 
 
@@ -94,7 +112,7 @@ def _peer(name: str, *arguments) -> dict:
     return getattr(peers, name)(*arguments)
 
 
-def _against(ours: dict, peer: dict, *, what: str, number: str, unit: str, target: str | None, ratio_target: str, **more) -> dict:
+def _against(ours: dict, peer: dict, *, what: str, number: str, unit: str, target: str | None, ratio_target: str | None, **more) -> dict:
     """A row of our number and the peer's, of which either may be missing."""
     row = {"what": what, "unit": unit, "target": target, "ratio_target": ratio_target, **more}
     if "error" in ours:
