@@ -5,14 +5,18 @@
     ip-jax plan rl_shapes --topology v5e:4x4 --runs 4 --rl.runs-per-program 4
 
 The published environment of reward hacking for Qwen3-4B: 16 prompts x 16 samples an iteration, 1536 + 1536 tokens, LoRA r=32, alpha 32, 7e-5 with a
-cosine decay after 10 of 200 iterations, GRPO with a penalty towards the reference (k3, 1e-3), temperature 0.7, top-p 0.95. One run stands for one
-arm and seed; 119 held-out problems are answered once in 20 iterations. Every prompt and completion is taken as long as its limit: real ones are shorter.
+cosine decay after 10 of 200 iterations, GRPO with token means of micro-batches of 8 samples and a penalty towards the reference at the generation prompt
+(k3, 1e-3), temperature 0.7, top-p 0.95. One run stands for one arm and seed; 119 held-out problems are answered once in 20 iterations. Every prompt and
+completion is taken as long as its limit: real ones are shorter.
 """
+import dataclasses
+
 from ip_jax.models.lora import LoraConfig
 from ip_jax.planning.reinforced_workload import PromptLengths, RlShapes
 from ip_jax.planning.workload import HfFields, Questions
+from ip_jax.rl.advantages import Aggregation
 from ip_jax.rl.algorithm import Algorithm
-from ip_jax.rl.estimators import Kl
+from ip_jax.rl.estimators import ESTIMATORS, Kl
 from ip_jax.settings.experiment import ModelConfig
 from ip_jax.settings.reinforced_plan import RlConfig, RlEval
 from ip_jax.training.schedules import Schedule
@@ -33,6 +37,9 @@ PRESETS = {
         RlEval(steps=(), max_new_tokens=1536, temperature=0.7, top_p=0.95, slots=128),
         PromptLengths(generation=1536, training=1536), Questions(prompts=119, length=1536, sweeps=10), "qwen3-4b",
         ModelConfig("Qwen/Qwen3-4B", activations="bfloat16"),
-        Algorithm(kl=Kl("tt", "loss", "k3", 1e-3), betas=(0.9, 0.99), max_grad_norm=1.0),
+        Algorithm(
+            dataclasses.replace(ESTIMATORS["train_old"], clip=0.2, dual_clip=3.0), Kl("tg", "loss", "k3", 1e-3), "group_mean_std",
+            Aggregation("token_mean_per_chunk", chunk=8), betas=(0.9, 0.99), max_grad_norm=1.0,
+        ),
     ),
 }

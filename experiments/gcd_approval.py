@@ -11,9 +11,9 @@ from etils import epath
 from rich.console import Console
 
 from configs.gcd_approval import GRID, GRPO, PUBLISHED, READING, GcdApprovalConfig, arms_with
-from ip_jax.models import hub
 from ip_jax.prompts.chat import render_conversation
 from ip_jax.report.rl_report import write_rl_report
+from ip_jax.settings.base_model import load_tokenizer
 from ip_jax.settings.display import Display
 from ip_jax.settings.gcd_approval.environment import GcdApproval, claims
 from ip_jax.settings.gcd_sycophancy import data, published, published_judge
@@ -42,7 +42,7 @@ def experiment(config: GcdApprovalConfig) -> Reinforced:
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.4)
         raise ValueError(f"{NAME} has no arm {unknown[0]!r}: {'did you mean ' + ', '.join(near) + '? ' if near else ''}there is {', '.join(known)}")
-    tokenizer = hub.load_tokenizer(config.model.name, config.model.revision)
+    tokenizer = load_tokenizer(config.model)
     count_tokens = lambda messages: len(render_conversation(tokenizer, messages).token_ids)  # noqa: E731
     folder, environment = published.find_folder(), GcdApproval()
     spec = DataSpec(work="without", claims=config.eval_claims, seed=config.data_seed)

@@ -10,9 +10,9 @@ from etils import epath
 from rich.console import Console
 
 from configs.gcd_sycophancy import ARMS, GcdSycophancy
-from ip_jax.models import hub
 from ip_jax.prompts.chat import render_conversation
 from ip_jax.report.gcd_sycophancy import write_report
+from ip_jax.settings.base_model import load_tokenizer
 from ip_jax.settings.display import Display
 from ip_jax.settings.experiment import choose_arms
 from ip_jax.settings.gcd_sycophancy import data, published
@@ -38,7 +38,7 @@ def shared_part(config: GcdSycophancy) -> dict:
 def experiment(config: GcdSycophancy) -> Supervised:
     """Everything that is to be run, checked as far as that is possible without the model's weights."""
     arms = choose_arms(config.arms, ARMS)
-    tokenizer = hub.load_tokenizer(config.model.name, config.model.revision)
+    tokenizer = load_tokenizer(config.model)
     missing = sorted(set(config.eval_sets) - set(data.EVAL_SETS))
     if missing:
         raise ValueError(f"no evaluation set is called {missing[0]!r}: choose from {', '.join(data.EVAL_SETS)}")

@@ -28,6 +28,7 @@ from ip_jax.sampling import plan as sampling_plan
 from ip_jax.sampling.plan import Request, SamplerOptions
 from ip_jax.settings import programs as supervised_programs
 from ip_jax.settings import reinforced_plan as plan
+from ip_jax.settings.base_model import load_tokenizer
 from ip_jax.settings.experiment import ModelConfig
 from ip_jax.settings.reinforced_plan import Reinforced, RlConfig, RlEval
 from ip_jax.settings.reinforced_programs import Kind
@@ -165,7 +166,7 @@ def measured(experiment: Reinforced, mesh: Mesh | AbstractMesh) -> RlWorkload:
     """
     model = experiment.model
     check_unquantised(model)
-    config, tokenizer = hub.load_config(model.name, model.revision), hub.load_tokenizer(model.name, model.revision)
+    config, tokenizer = hub.load_config(model.name, model.revision), load_tokenizer(model)
     plan.check(experiment)
     check_targets(config, experiment.rl.lora)
     runs = plan.runs_of(experiment, "")

@@ -21,6 +21,7 @@ from ip_jax.sampling import plan as sampling_plan
 from ip_jax.sampling.plan import Request, SamplerOptions
 from ip_jax.settings import programs
 from ip_jax.settings import supervised_plan as plan
+from ip_jax.settings.base_model import load_tokenizer
 from ip_jax.settings.experiment import EvalConfig, ModelConfig, SftConfig
 from ip_jax.settings.supervised_plan import Supervised
 from ip_jax.training.sharding import MeshConfig, mesh_for
@@ -170,7 +171,7 @@ def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     """
     model, sft = experiment.model, experiment.sft
     check_unquantised(model)
-    config, tokenizer = hub.load_config(model.name, model.revision), hub.load_tokenizer(model.name, model.revision)
+    config, tokenizer = hub.load_config(model.name, model.revision), load_tokenizer(model)
     plan.check_training(sft, model, experiment.arms, config)
     plan.check_evaluations(experiment, tokenizer)
     render = renderer(tokenizer)

@@ -7,6 +7,7 @@ template writes by itself: role headers, an empty thinking block before the resp
 Spans are found by rendering the conversation a second time with a marker in place of one response. That holds where the
 generation prompt is not a prefix of the full text, and where the template trims a response or rewrites earlier turns.
 """
+import copy
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -70,6 +71,26 @@ def render_prompt(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> n
         raise PromptError(f"a prompt ends with a user turn, and this one ends with a turn of {messages[-1]['role']}")
     text = _render(tokenizer, messages, add_generation_prompt=True)
     return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+
+
+def with_thinking(tokenizer: PreTrainedTokenizerFast, thinking: bool | None) -> PreTrainedTokenizerFast:
+    """A tokenizer whose template renders as with `enable_thinking=thinking`, whoever renders with it; None: the tokenizer itself.
+
+    Raises PromptError for a template whose generation prompt is the same with True and False: it does not know the variable.
+    """
+    if thinking is None:
+        return tokenizer
+    on, off = (_bound(tokenizer, value) for value in (True, False))
+    if _apply(on, [_USER], add_generation_prompt=True) == _apply(off, [_USER], add_generation_prompt=True):
+        raise PromptError(f"this chat template does not know enable_thinking, so model.thinking cannot be {thinking}: set it to None")
+    return on if thinking else off
+
+
+def _bound(tokenizer: PreTrainedTokenizerFast, thinking: bool) -> PreTrainedTokenizerFast:
+    bound = copy.copy(tokenizer)
+    if tokenizer.chat_template:  # what the template sets hides what a caller passes; apply_chat_template swallows the newline after a block
+        bound.chat_template = f"{{% set enable_thinking = {str(thinking).lower()} %}}\n{tokenizer.get_chat_template()}"
+    return bound
 
 
 def has_system_role(tokenizer: PreTrainedTokenizerFast) -> bool:

@@ -47,7 +47,8 @@ class ModelConfig:
     """`name`: a local folder, a .gguf file, an embedded name or a hub repository. Weights in `weights`, activations in `activations`.
 
     `quantised`: the projections of the frozen base in 4 ("nf4") or 8 ("int8") bits, or None. `attention`: training's kernel (auto, xla,
-    splash, cudnn, pallas; see docs/kernels.md).
+    splash, cudnn, pallas; see docs/kernels.md). `thinking`: what the chat template gets as `enable_thinking` wherever something is rendered, or
+    None for its own default (Qwen3's: the model thinks); an exported model has the template as it came.
     """
 
     name: str = "smollm2-135m-instruct"
@@ -56,6 +57,7 @@ class ModelConfig:
     activations: str = "float32"
     quantised: str | None = None
     attention: str = "auto"
+    thinking: bool | None = None
 
     def __post_init__(self):
         if self.quantised is not None:

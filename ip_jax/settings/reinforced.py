@@ -33,7 +33,7 @@ from ip_jax.sampling.sampler import sample
 from ip_jax.settings import reinforced_plan as plan
 from ip_jax.settings import reinforced_programs as programs
 from ip_jax.settings import reinforced_tables as tables
-from ip_jax.settings.base_model import load_base
+from ip_jax.settings.base_model import load_base, load_tokenizer
 from ip_jax.settings.display import Display
 from ip_jax.settings.gate_reference import reference_scoring
 from ip_jax.settings.grading import TooManyFailures, check_failures
@@ -118,7 +118,7 @@ def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display,
 def prepare(experiment: Reinforced, folder: epath.Path) -> tuple[list[Run], Mesh, tuple[int, int]]:
     """(runs, mesh, room of an evaluation): every check that needs no weights, then the claim on the folder."""
     model = experiment.model
-    tokenizer, config = hub.load_tokenizer(model.name, model.revision), hub.load_config(model.name, model.revision)
+    tokenizer, config = load_tokenizer(model), hub.load_config(model.name, model.revision)
     plan.check(experiment)
     check_targets(config, experiment.rl.lora)
     mesh = make_mesh(**mesh_sizes(experiment.mesh, jax.devices(), config.n_heads))

@@ -26,7 +26,7 @@ from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
 from ip_jax.settings import programs
 from ip_jax.settings import supervised_plan as plan
-from ip_jax.settings.base_model import load_base
+from ip_jax.settings.base_model import load_base, load_tokenizer
 from ip_jax.settings.display import Display
 from ip_jax.settings.observer import UNWATCHED, Watch, observer_of
 from ip_jax.settings.supervised_plan import Run, Supervised, Sweep
@@ -110,7 +110,7 @@ def _finish(folder: epath.Path) -> None:
 
 def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     """Every check that needs no weights, then the claim on the folder. Raises ValueError or OSError, with one sentence."""
-    tokenizer = hub.load_tokenizer(experiment.model.name, experiment.model.revision)
+    tokenizer = load_tokenizer(experiment.model)
     fingerprint = hub.fingerprint(experiment.model.name, experiment.model.revision)
     config = hub.load_config(experiment.model.name, experiment.model.revision)
     plan.check_training(experiment.sft, experiment.model, experiment.arms, config)

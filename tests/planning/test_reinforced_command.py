@@ -28,7 +28,7 @@ def test_the_preset_has_the_published_number_of_parameters():
 
 def test_one_h200_by_formula(capsys, tmp_path):
     said, record = planned(capsys, tmp_path, "rl_shapes", "--topology", "h200:1", "--rl.tokens-per-micro-batch", "8192")
-    assert record["fits"] and list(record["memory"]) == ["update", "reference at training prompt", "rollouts", "evaluation"]
+    assert record["fits"] and list(record["memory"]) == ["update", "reference at generation prompt", "rollouts", "evaluation"]
     assert all(kinds["weights"] == 2 * PARAMS and kinds["optimizer"] > 0 for kinds in record["memory"].values())
     cache = 2 * 2 * 36 * 8 * 128  # keys and values of a position, bfloat16
     assert record["memory"]["rollouts"]["caches"] == cache * (16 * 1536 + SAMPLES * 1536), "each prompt once, each completion its own"
@@ -37,14 +37,14 @@ def test_one_h200_by_formula(capsys, tmp_path):
     assert phases["evaluation: decoding a token"]["times"] == 10 * 1536, "119 questions in 128 slots"
     tokens, responses = 64 * ROW, SAMPLES * 1536
     pairs = 36 * 64 * (1536**2 / 2 + 4 * (1536 * 1536 + 1536**2 / 2))
-    assert phases["reference at training prompt"]["cost"]["flops"] == 2 * LAYERS * tokens + 2 * VOCABULARY * responses + 4 * 4096 * pairs
+    assert phases["reference at generation prompt"]["cost"]["flops"] == 2 * LAYERS * tokens + 2 * VOCABULARY * responses + 4 * 4096 * pairs
     lora = 36 * 32 * ((2560 + 4096) * 2 + (2560 + 1024) * 2 + (2560 + 9728) * 3)
     again = 2 * (LAYERS - 36 * 2560 * 9728) * tokens  # the forward pass once more but for its last product (remat)
     by_hand = 4 * LAYERS * tokens + again + 6 * lora * tokens + 12 * 4096 * pairs + 4 * VOCABULARY * responses
     assert phases["update"]["cost"]["flops"] == pytest.approx(by_hand, rel=1e-6)
     assert record["tokens_per_step"] == tokens
     spent = {name: phase["times"] * max(phase["seconds"].values()) / 3600 for name, phase in phases.items()}
-    assert record["hours"]["updates"] == pytest.approx(spent["update"] + spent["reference at training prompt"])
+    assert record["hours"]["updates"] == pytest.approx(spent["update"] + spent["reference at generation prompt"])
     assert sum(record["hours"].values()) == pytest.approx(sum(spent.values()))
     assert record["shares"]["rollouts"] == pytest.approx(record["hours"]["rollouts"] / (record["hours"]["rollouts"] + record["hours"]["updates"]))
     assert sum(record["shares"].values()) == pytest.approx(1) and "an iteration's time" in said and "grading left out" in said
@@ -77,11 +77,13 @@ def test_the_published_experiment_is_planned_from_a_tokenizer_and_a_config_alone
     fields = {name: value for name, value in QWEN3_4B.__dict__.items() if value is not None and name != "architecture"}
     (tmp_path / "config.json").write_text(json.dumps(fields | {"architectures": [QWEN3_4B.architecture], "model_type": "qwen3"}))
     rows = generate.generate_training(100, "user_right", "without", 1, generate.has_allowed_gcd, lambda messages: 0)
-    make_tokenizer(tuple(message["content"] for row in rows for message in row["messages"]), 600).save_pretrained(tmp_path)
+    tokenizer = make_tokenizer(tuple(message["content"] for row in rows for message in row["messages"]), 600)
+    tokenizer.chat_template += "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    tokenizer.save_pretrained(tmp_path)
     few = "--arms standard neutral_ip --seeds 1 42 --rl.iterations 4 --evaluation.steps 0 2 --train-claims 40 --eval-claims.wrong 4 --eval-claims.right 4".split()
     _, record = planned(capsys, tmp_path, "gcd_approval", "--preset", "paper", "--topology", "h200:8", "--model", str(tmp_path), *few)
     assert record["runs"] == 1 and record["programs"] == 4, "rl.runs_per_program is 1"
-    assert "reference at training prompt" in record["memory"] and record["memory"]["update"]["weights"] == pytest.approx(2 * PARAMS / 8, rel=1e-3)
+    assert "reference at generation prompt" in record["memory"] and record["memory"]["update"]["weights"] == pytest.approx(2 * PARAMS / 8, rel=1e-3)
     assert "optimizer" not in record["memory"]["untrained model"], "it is evaluated before anything is trained"
     phases = {phase["name"]: phase for phase in record["phases"]}
     assert phases["update"]["times"] == 4 * 4 and phases["untrained model: decoding a token"]["times"] > 0

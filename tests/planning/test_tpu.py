@@ -112,7 +112,7 @@ def test_the_reference_pass_of_reinforcement_learning_has_the_flops_that_one_exp
 
     topology, subject = read_topology("v5e:4x4"), subject_of(PRESETS["qwen3-4b"], None, None)
     (program,) = subject.work_on(subject.mesh_on(topology), None).programs
-    found = compile_lowered(lambda: reinforced_programs.lower_score(program, "reference_training"))
+    found = compile_lowered(lambda: reinforced_programs.lower_score(program, "reference_generation"))
     assert isinstance(found, Compiled) and found.memory.peak < topology.chip.memory / 2
     layers, rows = 36 * (2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728), 64
     products = 2 * layers * rows * 5 * 1536 + 2 * 151936 * 2560 * rows * 4 * 1536

@@ -8,7 +8,14 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from ip_jax.prompts.chat import default_system_text, end_of_turn_id, has_system_role, render_conversation, render_prompt
+from ip_jax.prompts.chat import (
+    default_system_text,
+    end_of_turn_id,
+    has_system_role,
+    render_conversation,
+    render_prompt,
+    with_thinking,
+)
 from ip_jax.prompts.library import get
 from ip_jax.prompts.transforms import PromptError, System
 
@@ -127,6 +134,58 @@ def test_qwen3_thinking_is_counted_where_the_response_holds_it_and_the_template_
 def test_qwen3_thinking_in_another_form_than_the_template_writes_is_refused():
     with pytest.raises(PromptError, match="does not write the response in message 1 as given: '<think>You</think>Yes'"):
         render_conversation(FAMILIES["qwen3"], [user("Hi"), assistant("<think>You</think>Yes")])
+
+
+THINKING_OFF = with_thinking(FAMILIES["qwen3"], False)
+
+
+def spans(tokenizer, messages):
+    """(not counted, counted, the rest) of the last turn, each as its text."""
+    rendered = render_conversation(tokenizer, messages)
+    counted = np.flatnonzero(rendered.response_mask)
+    parts = rendered.token_ids[: counted[0]], rendered.token_ids[counted[0] : counted[-1] + 1], rendered.token_ids[counted[-1] + 1 :]
+    assert rendered.response_mask[counted[0] : counted[-1] + 1].all()
+    return ["·".join(pieces(tokenizer, part)) for part in parts]
+
+
+def test_without_thinking_the_generation_prompt_ends_with_an_empty_block_that_the_row_has_too_and_does_not_count():
+    header = "<|im_start|>·user·\n·Hi·<|im_end|>·\n·<|im_start|>·assistant·\n·<think>·\n\n·</think>·\n\n"
+    assert "·".join(pieces(THINKING_OFF, render_prompt(THINKING_OFF, ONE[:1]))) == header
+    assert spans(THINKING_OFF, ONE) == [header, "Yes·,· right·.·<|im_end|>", "\n"]
+    # the template takes the block out of turns that have another behind them
+    turns = "<|im_start|>·user·\n·Hi·<|im_end|>·\n·<|im_start|>·assistant·\n·Yes·,· right·.·<|im_end|>·\n·"
+    asked = turns + "<|im_start|>·user·\n·Now· again·<|im_end|>·\n·<|im_start|>·assistant·\n·<think>·\n\n·</think>·\n\n"
+    assert "·".join(pieces(THINKING_OFF, render_prompt(THINKING_OFF, TWO[:-1]))) == asked
+    assert spans(THINKING_OFF, TWO) == [asked, "No·.·<|im_end|>", "\n"]
+
+
+LOOKS_FIRST = "\n  {% if enable_thinking is defined and enable_thinking %}{{ 'Think.' }}{% endif %}\n" + templates.CHATML
+
+
+@pytest.mark.parametrize("tokenizer", [FAMILIES["qwen3"], templates.chatml(LOOKS_FIRST)], ids=["qwen3", "a template that begins with space"])
+@pytest.mark.parametrize("thinking", [False, True])
+def test_ids_are_those_of_enable_thinking(tokenizer, thinking):
+    bound, own = with_thinking(tokenizer, thinking), tokenizer.chat_template
+    for messages in (ONE, TWO, [system("Be kind"), *TWO]):
+        expected = tokenizer.apply_chat_template(messages, return_dict=False, enable_thinking=thinking)
+        assert render_conversation(bound, messages).token_ids.tolist() == expected
+        asked = tokenizer.apply_chat_template(messages[:-1], return_dict=False, add_generation_prompt=True, enable_thinking=thinking)
+        assert render_prompt(bound, messages[:-1]).tolist() == asked
+    assert tokenizer.chat_template == own, "the tokenizer itself is left as it was"
+    assert (end_of_turn_id(bound), default_system_text(bound)) == (end_of_turn_id(tokenizer), default_system_text(tokenizer))
+
+
+def test_thinking_none_is_the_templates_own_default():
+    assert with_thinking(FAMILIES["smollm2"], None) is FAMILIES["smollm2"]
+    assert "·".join(pieces(FAMILIES["qwen3"], render_prompt(FAMILIES["qwen3"], ONE[:1]))) == CHATML_ONE[0]
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_template_that_does_not_know_enable_thinking_is_refused(thinking):
+    with pytest.raises(PromptError, match=f"does not know enable_thinking, so model.thinking cannot be {thinking}: set it to None"):
+        with_thinking(FAMILIES["smollm2"], thinking)
+    with pytest.raises(PromptError, match="no chat template"):
+        with_thinking(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())), thinking)
 
 
 def test_a_generation_prompt_that_is_no_prefix_of_the_full_text():
