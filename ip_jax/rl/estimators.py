@@ -70,9 +70,9 @@ class Estimator:
         if self.dual_clip is not None and (self.clip is None or not 1 < self.dual_clip < math.inf):
             raise ValueError(f"estimator.dual_clip is {self.dual_clip}: it needs a clip, and must be above 1")
         if self.truncate is not None and self.old == "generation":
-            raise ValueError("an estimator with truncate and old 'generation' corrects the sampler twice, as the ratio to its log-probabilities does so already: drop truncate")
+            raise ValueError("an estimator with truncate and old 'generation' corrects the sampler twice, whose own log-probabilities are in the ratio: drop truncate")
         if self.auxiliary is not None and self.old == "training":
-            raise ValueError("an estimator with auxiliary has its policy loss at the generation prompt, and old 'training' is a pass at the other: use old 'generation'")
+            raise ValueError("an estimator with auxiliary has its policy loss at the generation prompt, old 'training' is at the other: use old 'generation'")
 
 
 ESTIMATORS = {
@@ -80,7 +80,7 @@ ESTIMATORS = {
     for estimator in (
         Estimator("plain"),  # E1, equation 7: what "recontextualization" means there
         Estimator("importance_token", old="generation"),  # E2
-        Estimator("importance_sequence", old="generation", level="sequence"),  # E2: the policy gradient at x_t, exactly
+        Estimator("importance_sequence", old="generation", level="sequence"),  # E2: the policy gradient at x_t, for a baseline that does not depend on the sample
         Estimator("late_sequence", old="generation", level="sequence", clip=0.2),  # E3
         Estimator("late_token", old="generation", clip=0.2, dual_clip=3.0),  # E4: what naive swapping in a PPO trainer gives; collapses
         Estimator("train_old", old="training", clip=0.2),  # E5: the generalisation of E1 to several updates

@@ -68,7 +68,8 @@ def test_a_penalty_in_the_reward_is_logged_as_its_mean_over_tokens_of_valid_samp
     """log p - log p_ref of whichever policy and reference the context names; NaN for a run without a valid sample. One in the loss is the step's."""
     rollout, rng = made[0], np.random.default_rng(8)
     rollout = rollout.replace(valid=rollout.valid.at[1].set(False))
-    scores = {name: jnp.asarray(rng.uniform(-3, 0, rollout.samples.tokens.shape), jnp.float32) for name in ("policy_training", "reference_training", "reference_generation")}
+    names = ("policy_training", "reference_training", "reference_generation")
+    scores = {name: jnp.asarray(rng.uniform(-3, 0, rollout.samples.tokens.shape), jnp.float32) for name in names}
     algorithm = Algorithm(kl=Kl(context, "reward", "k1", 0.3))
     _, decisions = make_batch(rollout, scores, None, None, algorithm, Layout())
     policy = np.float64(rollout.samples.log_probs if context == "gg" else scores["policy_training"])
