@@ -71,6 +71,8 @@ class Estimator:
             raise ValueError(f"estimator.dual_clip is {self.dual_clip}: it needs a clip, and must be above 1")
         if self.truncate is not None and self.old == "generation":
             raise ValueError("an estimator with truncate and old 'generation' corrects the sampler twice, whose own log-probabilities are in the ratio: drop truncate")
+        if not isinstance(self.auxiliary, Auxiliary | None):
+            raise ValueError(f"estimator.auxiliary is {self.auxiliary!r}: give an Auxiliary, whose factor the loss is multiplied by")
         if self.auxiliary is not None and self.old == "training":
             raise ValueError("an estimator with auxiliary has its policy loss at the generation prompt, old 'training' is at the other: use old 'generation'")
 

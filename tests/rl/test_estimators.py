@@ -209,6 +209,7 @@ def test_combinations_without_meaning_are_refused_with_the_reason(case):
     (lambda: Estimator("x", old="noise", noise=-0.1), "noise is -0.1"), (lambda: Estimator("x", old="noise", noise=NAN), "noise is nan"),
     (lambda: Estimator("x", old="generation", truncate=2.0), "corrects the sampler twice"),
     (lambda: Estimator("x", old="training", clip=0.2, auxiliary=Auxiliary()), "use old 'generation'"),
+    (lambda: Estimator("x", auxiliary=1.0), "auxiliary is 1.0: give an Auxiliary"),
     (lambda: Auxiliary(0.0), "factor is 0.0: it must be a number above 0"), (lambda: Auxiliary(NAN), "factor is nan"),
     (lambda: Auxiliary(selection=Selection(restart_from_base=True)), "does not restart"),
     (lambda: Kl("tt", beta=NAN), "kl.beta is nan"), (lambda: Kl("tt", beta=-0.1), "kl.beta is -0.1: it must be a number of at least 0"),
