@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 GROUP_BASELINES = ("leave_one_out", "group_mean", "group_mean_std")
 BASELINES = ("none", "moving_mean", *GROUP_BASELINES)
-STD_EPSILON = 1e-4  # TRL's
+STD_EPSILON = 1e-4
 
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "token_mean_per_chunk")
 
@@ -23,7 +23,7 @@ def advantages(
 
     Samples that are not valid (their reward may be NaN) are left out of their group's statistics and get 0. A group whose valid rewards
     are all equal, or that has fewer than two of them, gets exactly 0 under a group baseline. The standard deviation has n - 1 in its
-    denominator, and STD_EPSILON is added to it, both as in TRL. `moving` [R] is what moving_mean subtracts (`update_moving_mean`).
+    denominator, and STD_EPSILON is added to it, both as in TRL (verl adds 1e-6). `moving` [R] is what moving_mean subtracts (`update_moving_mean`).
     """
     rewards = jax.lax.stop_gradient(jnp.where(valid, rewards, 0))
     if baseline not in GROUP_BASELINES:

@@ -15,7 +15,8 @@ class Algorithm:
 
     `baseline`: see `rl.advantages`. `selection` replaces advantages: the best samples are copied (supervised). `pmi` (gamma, bound) weighs positive
     advantages by 1 + gamma * clip(LLR, -bound, bound), where the training prompt is compared with the generation prompt, or, `pmi_against` "guide", with
-    the arm's guide prompt (under one prompt for both the LLR of the first is 0). `epochs` passes over the rows, each in `minibatches` updates.
+    the arm's guide prompt (under one prompt for both the LLR of the first is 0). `entropy_bonus` is in the loss, a token's entropy in nats times it;
+    a negative one is a penalty on entropy. `epochs` passes over the rows, each in `minibatches` updates.
     Raises ValueError for combinations that have no meaning, with the reason.
     """
 
@@ -38,6 +39,12 @@ class Algorithm:
             raise ValueError(f"baseline is {self.baseline!r}: choose from {', '.join(BASELINES)}")
         if min(self.epochs, self.minibatches) < 1:
             raise ValueError(f"epochs is {self.epochs} and minibatches {self.minibatches}: both must be at least 1")
+        if not math.isfinite(self.entropy_bonus):
+            raise ValueError(f"entropy_bonus is {self.entropy_bonus}: it must be a number, below 0 to make entropy costly")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}: it must be a number above 0, or None for no bound")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}: both must lie in [0, 1)")
         if self.pmi is not None:
             check_pmi(*self.pmi)
         if self.pmi_against not in PMI_AGAINST or (self.pmi is None and self.pmi_against != "generation"):
@@ -49,9 +56,12 @@ class Algorithm:
     def _contradictions(self) -> dict[str, bool]:
         name, gated = self.estimator.name, self.gate.kind != "off"
         several, in_reward = self.updates > 1, self.kl.place == "reward"
+        instead = "train_old" if self.estimator.auxiliary is None else "old 'generation' and a clip"
         return {
-            f"{name} compares a pass with itself, so from the second update of an iteration on it forgets that the policy has moved: use train_old, or "
+            f"{name} compares a pass with itself, so from the second update of an iteration on it forgets that the policy has moved: use {instead}, or "
             "one epoch and one minibatch": several and self.estimator.old in ("itself", "noise") and not self.selection,
+            f"{name} and the gate {self.gate.kind} both draw, from the same random numbers: use a gate that draws none, or an estimator without noise":
+            self.estimator.old == "noise" and self.gate.draws,
             f"{name} trains its policy loss at the generation prompt, where there is nothing to gate: use gate off": gated and self.estimator.auxiliary is not None,
             f"{name} trains its policy loss at the generation prompt, and kl.context is {self.kl.context!r}: its penalty is gg": self.kl.context in ("tt", "tg")
             and self.estimator.auxiliary is not None,
@@ -79,10 +89,10 @@ class Algorithm:
 
     @property
     def penalty_shares_rows(self) -> bool:
-        """Whether the policy loss and the KL penalty compare log-probabilities under one prompt, so that one pass serves both; gg in the loss
-        has rows of its own where the policy loss is at the training prompt.
+        """Whether the loss has a KL penalty whose policy is at the prompt of the policy loss, so that one pass serves both; gg has rows of its own where
+        the policy loss is at the training prompt.
         """
-        return self.kl.context in ("tt", "tg") or (self.kl.context == "gg" and self.kl.place == "loss" and self.estimator.auxiliary is not None)
+        return self.kl.place == "loss" and (self.kl.context in ("tt", "tg") or (self.kl.context == "gg" and self.estimator.auxiliary is not None))
 
     def check_group(self, of_group: int) -> None:
         """Raises ValueError for groups of `of_group` samples that the baseline cannot work with."""

@@ -15,7 +15,7 @@ from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.amplification import pmi_weights
 from ip_jax.rl.estimators import kl_estimate
 from ip_jax.rl.rows import Prompts, Rows, Samples, Signal, lay_out, micro_batches_of
-from ip_jax.rl.selection import Selection, select
+from ip_jax.rl.selection import select
 from ip_jax.rl.step import RlBatch
 
 
@@ -30,7 +30,7 @@ class Rollout:
     rewards: Float[Array, "R Q G"]
     valid: Bool[Array, "R Q G"]  # False: the reward failed, or a monitor took the sample out
     labels: Int[Array, "R Q G"]  # small integers, for an oracle gate and for what is logged
-    uniforms: Float[Array, "R Q G"]  # in [0, 1): the randomness of gates and of ratio_noise
+    uniforms: Float[Array, "R Q G"]  # in [0, 1): the randomness of gates, or of ratio_noise
     guide: Prompts | None = None  # what a PMI weight against the guide compares with
 
 
@@ -47,10 +47,13 @@ class Layout:
 
 @flax.struct.dataclass
 class Decisions:
-    """What was decided of each sample: its advantage, and its weight at the training prompt (1 without a gate)."""
+    """What was decided of each sample: its advantage, its weight at the training prompt (1 without a gate), and log p - log p_reference in nats of its
+    whole completion where the reward has a penalty on it.
+    """
 
     advantage: Float[Array, "R Q G"]
     gate_weight: Float[Array, "R Q G"]
+    kl: Float[Array, "R Q G"] | None = None
 
 
 def rows_to_score(prompts: Prompts, rollout: Rollout, layout: Layout) -> Rows:
@@ -82,13 +85,14 @@ def make_batch(
     if algorithm.pmi:
         other = samples.log_probs if algorithm.pmi_against == "generation" else scores["policy_guide"]
         advantage *= pmi_weights(advantage, gates.log_likelihood_ratio(training, other, mask), *algorithm.pmi)
+    kl = None
     if algorithm.kl.place == "reward" and algorithm.kl.context != "none":
         policy = samples.log_probs if algorithm.kl.context == "gg" else training
-        of_tokens = jnp.where(mask, kl_estimate(policy, _reference(scores, algorithm), algorithm.kl.estimator), 0)
-        advantage = kl_penalised(advantage, of_tokens.sum(-1), algorithm.kl.beta)
+        kl = jnp.where(mask, kl_estimate(policy, _reference(scores, algorithm), algorithm.kl.estimator), 0).sum(-1)
+        advantage = kl_penalised(advantage, kl, algorithm.kl.beta)
     weight = aggregation_weights(samples.length, valid, slots, algorithm.aggregation)
     at_training, at_generation = (w[..., None] * weight for w in gates.split_weights(algorithm.gate, accepted, advantage))
-    return _update_rows(rollout, scores, advantage, (at_training, at_generation, weight), algorithm, layout), Decisions(advantage, accepted)
+    return _update_rows(rollout, scores, advantage, (at_training, at_generation, weight), algorithm, layout), Decisions(advantage, accepted, kl)
 
 
 def _update_rows(rollout: Rollout, scores, advantage, weights, algorithm: Algorithm, layout: Layout) -> RlBatch:
@@ -108,10 +112,10 @@ def _update_rows(rollout: Rollout, scores, advantage, weights, algorithm: Algori
         layout = dataclasses.replace(layout, samples_per_row=min(_in_row(prompts, samples, layout) for prompts in (rollout.training, rollout.generation)))
     rows = lambda prompts, *signal: _rows(prompts, rollout, _signal(*signal), algorithm.minibatches, layout)  # noqa: E731
     if estimator.auxiliary is not None:
-        best = select(rollout.rewards, rollout.valid & (samples.length > 0), Selection())
-        copied = aggregation_weights(samples.length, best, weight.shape[-1], algorithm.aggregation)
+        chosen = select(rollout.rewards, rollout.valid & (samples.length > 0), estimator.auxiliary.selection)
+        copied = aggregation_weights(samples.length, chosen, weight.shape[-1], algorithm.aggregation)
         policy = rows(rollout.generation, of_tokens, at_training, old, reference)
-        return RlBatch(policy, auxiliary=rows(rollout.training, best.astype(jnp.float32), copied))
+        return RlBatch(policy, auxiliary=rows(rollout.training, chosen.astype(jnp.float32), copied))
     policy = rows(rollout.training, of_tokens, at_training, old, reference)
     if sent_back:
         back = rows(rollout.generation, of_tokens, at_generation, old if estimator.old == "noise" else samples.log_probs, reference)

@@ -16,7 +16,8 @@ def sample_metrics(
     """{quantity: [R]} of one iteration, named as in `evals.rl_tables`; NaN for a label that no valid sample has.
 
     `reward` and `gate_acceptance` are means over valid samples, `length` over all. A hack token is reinforced where its sample's advantage is
-    positive and the gate does not reject it. Likelihood ratios need the pass `policy_training`, and of `guided` samples, whose own
+    positive and the gate does not reject it. `kl`, in nats a token of valid samples, is there where the reward has a penalty on it (of one in the loss the
+    step says it). Likelihood ratios need the pass `policy_training`, and of `guided` samples, whose own
     log-probabilities are not the policy's at the generation prompt, `policy_generation` too.
     """
     samples, valid, weight = rollout.samples, rollout.valid, decisions.gate_weight
@@ -29,6 +30,8 @@ def sample_metrics(
         "invalid_rewards": total(~valid), "gate_acceptance": of_valid(weight), "effective_samples": effective_sample_size(weight, valid),
         "reinforced_hack_tokens": total(jnp.where(paid, samples.length, 0)),
     } | _by_label("acceptance", weight, rollout)
+    if decisions.kl is not None:
+        found["kl"] = total(jnp.where(valid, decisions.kl, 0)) / total(jnp.where(valid, samples.length, 0))
     if "policy_training" not in scores or (guided and "policy_generation" not in scores):
         return found
     return found | llr_metrics(rollout, scores["policy_training"], scores.get("policy_generation", samples.log_probs))

@@ -96,6 +96,11 @@ class Gate:
         }
 
     @property
+    def draws(self) -> bool:
+        """Whether it decides by a random number of each sample."""
+        return self.kind in ("stochastic", "random")
+
+    @property
     def needs_log_probs(self) -> bool:
         """Whether it compares log-probabilities, for which a pass at the training prompt is needed."""
         return self.like.needs_log_probs if self.like is not None else self.kind not in ("off", "random", "oracle")

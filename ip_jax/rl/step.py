@@ -38,7 +38,8 @@ class RlBatch:
 
 
 def rl_step(state: TrainState, frozen, batch: RlBatch, *, graphdef, options: RlOptions) -> tuple[TrainState, dict]:
-    """One iteration of R runs: (state, frozen weights, batch) -> (state, metrics [R], those of the last update).
+    """One iteration of R runs: (state, frozen weights, batch) -> (state, metrics [R], those of the last update; means are over tokens that count in
+    their term of the loss, and NaN where none does).
 
     The weights of tokens travel with them and sum up to a run's loss, so the result does not depend on micro-batches, padding or
     devices. A run whose loss or gradient is not finite is frozen from then on. `loss` is the surrogate's value: what counts is its gradient (of a
@@ -59,8 +60,8 @@ def rl_step(state: TrainState, frozen, batch: RlBatch, *, graphdef, options: RlO
         in_turn = lambda state, i: update(state, jax.tree.map(lambda x: x[i % algorithm.minibatches], parts))  # noqa: E731
         state, metrics = jax.lax.scan(in_turn, state, jnp.arange(algorithm.updates))
         metrics = jax.tree.map(lambda x: x[-1], metrics)
-    tokens = jnp.maximum(metrics["tokens"], 1)
-    means = {name: metrics[name] / tokens for name in ("entropy", "ratio", "clipped", "kl") if name in metrics}
+    counted = {"entropy": "tokens", "ratio": "tokens", "clipped": "tokens", "kl": "kl_tokens"}
+    means = {name: metrics[name] / metrics[tokens] for name, tokens in counted.items() if name in metrics}
     return state.replace(step=state.step + 1), metrics | means
 
 
@@ -73,19 +74,19 @@ def rl_gradients(trained, frozen, batch: RlBatch, *, graphdef, options: RlOption
         mask = (jnp.arange(rows.tokens.shape[-1]) < rows.length[..., None]) & (signal.weight > 0)
         per_run = lambda x: jnp.sum(jnp.where(mask, x, 0), axis=(1, 2, 3))  # noqa: E731
         if term == "auxiliary":
-            loss = per_run(-estimator.auxiliary * signal.weight * completion_log_probs(decoder, rows, options.dtype, options.remat))
+            loss = per_run(-estimator.auxiliary.factor * signal.weight * completion_log_probs(decoder, rows, options.dtype, options.remat))
             return loss.sum(), {"loss": loss, "auxiliary": loss}
         log_probs, entropy = completion_stats(decoder, rows, options.dtype, options.remat)
         divergence = kl_estimate(log_probs, signal.reference_log_probs, kl.estimator)
         if term == "kl":
             loss = per_run(kl.beta * signal.weight * divergence)
-            return loss.sum(), {"loss": loss, "kl": per_run(divergence)}
+            return loss.sum(), {"loss": loss, "kl": per_run(divergence), "kl_tokens": per_run(1.0)}
         loss, ratio, clipped = policy_loss(log_probs, signal.old_log_probs, signal.advantage, mask, estimator)
         sums = {"entropy": entropy, "ratio": ratio, "clipped": clipped, "surviving": signal.weight * signal.advantage * ~clipped, "tokens": mask}
         loss -= options.algorithm.entropy_bonus * entropy
         if options.algorithm.penalty_shares_rows:
-            sums["kl"] = divergence
-            loss += kl.beta * divergence if kl.place == "loss" else 0
+            sums |= {"kl": divergence, "kl_tokens": mask}
+            loss += kl.beta * divergence
         sums = {name: per_run(x.astype(jnp.float32)) for name, x in (sums | {"loss": signal.weight * loss}).items()}
         return sums["loss"].sum(), sums  # the gradient of the sum over runs is each run's own
 

@@ -13,7 +13,7 @@ from rl_steps import CONSTANT, ONE_ROW, assert_same, batch_of, graded, gradients
 from ip_jax.rl.advantages import Aggregation
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.batch import Layout
-from ip_jax.rl.estimators import ESTIMATORS, Estimator, Kl
+from ip_jax.rl.estimators import ESTIMATORS, Auxiliary, Estimator, Kl
 from ip_jax.rl.gates import Gate
 from ip_jax.rl.selection import Selection
 from ip_jax.rl.step import compile_rl_step
@@ -179,11 +179,25 @@ def unflat(vectors: np.ndarray, like):
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
+def test_an_auxiliary_loss_copies_only_what_earned_a_reward():
+    """By default the best of a group whose reward is above 0; else what its selection says."""
+    rewards = jnp.asarray([[0.0, 1.0, 2.0, 0.5], [0.0, 0.0, 0.0, 0.0], [-1.0, -2.0, -1.0, -3.0], [0.0, 0.0, 0.0, 0.25]])
+    best, paid = np.zeros((2, GROUPS, OF_GROUP), bool), np.broadcast_to(np.asarray(rewards > 0), (2, GROUPS, OF_GROUP))
+    best[:, 0, 2] = best[:, 3, 3] = True
+    rollout = random_rollout().replace(rewards=jnp.broadcast_to(rewards, best.shape))
+    for auxiliary, wanted in ((Auxiliary(), best), (Auxiliary(selection=Selection("filtered", minimum=0.0)), paid)):
+        algorithm = Algorithm(Estimator("copied", auxiliary=auxiliary), aggregation=Aggregation("token_mean"))
+        weight = np.asarray(batch_of(rl.policy(RUNS)[1], rollout, algorithm).auxiliary.signal.weight)  # [1, R, Q, G, C]
+        np.testing.assert_array_equal(weight[0].any(-1), wanted)
+        np.testing.assert_allclose(weight[0].sum(axis=(1, 2, 3)), 1, rtol=1e-6)
+
+
 def test_rows_that_are_sent_back_keep_their_noise_and_have_a_temperature():
     """Where the micro-batches under either prompt have unlike many rows, the ones that fill them up are empty, not at temperature 0."""
-    algorithm = Algorithm(ESTIMATORS["ratio_noise"], gate=Gate("random", rate=0.5, rejected="train_at_gen"))
+    algorithm = Algorithm(ESTIMATORS["ratio_noise"], gate=Gate("oracle", accepted_labels=(1,), rejected="train_at_gen"))
     rollout = random_rollout().replace(generation=rl.prompts(*GENERATION, runs=RUNS, slots=12))
     rollout = rollout.replace(uniforms=jnp.asarray(np.random.default_rng(2).uniform(size=rollout.rewards.shape), jnp.float32))
+    rollout = rollout.replace(labels=jnp.asarray(np.random.default_rng(3).integers(0, 2, rollout.rewards.shape), jnp.int32))
     rows = batch_of(rl.policy(RUNS)[1], rollout, algorithm, FOUR_ROWS).policy
     assert [int((lengths > 0).sum()) for lengths in rows.prompt_length] == [8, 4, 4] and rows.prompt_length.shape[2] == 4
     assert (np.asarray(rows.temperature) > 0.5).all()

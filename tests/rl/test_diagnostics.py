@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import rl_models as rl
 
-from ip_jax.rl.batch import Decisions, Rollout
+from ip_jax.rl.algorithm import Algorithm
+from ip_jax.rl.batch import Decisions, Layout, Rollout, make_batch
 from ip_jax.rl.diagnostics import CORRECT, HACK, LABELS, OTHER, sample_metrics
+from ip_jax.rl.estimators import Kl
 
 RUNS, GROUPS, OF_GROUP = 2, 3, 4
 
@@ -59,3 +61,21 @@ def test_labels_have_their_own_acceptance_and_likelihood_ratio(made):
 
 def test_without_a_pass_at_the_training_prompt_there_is_no_likelihood_ratio(made):
     assert not [name for name in sample_metrics(*made[:2], {}) if name.startswith("llr")]
+
+
+@pytest.mark.parametrize("context", ["gg", "tt", "tg"])
+def test_a_penalty_in_the_reward_is_logged_as_its_mean_over_tokens_of_valid_samples(made, context):
+    """log p - log p_ref of whichever policy and reference the context names; NaN for a run without a valid sample. One in the loss is the step's."""
+    rollout, rng = made[0], np.random.default_rng(8)
+    rollout = rollout.replace(valid=rollout.valid.at[1].set(False))
+    names = ("policy_training", "reference_training", "reference_generation")
+    scores = {name: jnp.asarray(rng.uniform(-3, 0, rollout.samples.tokens.shape), jnp.float32) for name in names}
+    algorithm = Algorithm(kl=Kl(context, "reward", "k1", 0.3))
+    _, decisions = make_batch(rollout, scores, None, None, algorithm, Layout())
+    policy = np.float64(rollout.samples.log_probs if context == "gg" else scores["policy_training"])
+    reference = np.float64(scores["reference_training" if context == "tt" else "reference_generation"])
+    counted = np.asarray(rollout.samples.mask & rollout.valid[..., None])
+    found = sample_metrics(rollout, decisions, scores)["kl"]
+    np.testing.assert_allclose(found[0], (policy - reference)[0][counted[0]].mean(), rtol=1e-5)
+    assert np.isnan(found[1])
+    assert "kl" not in made[3] and not algorithm.penalty_shares_rows

@@ -1,5 +1,6 @@
 """Losses against TRL's published formulae in torch, estimators against numpy, and the combinations that are refused."""
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from rl_steps import ONE_ROW, assert_same, graded, step_gradients
 from ip_jax.rl.advantages import Aggregation
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.batch import make_batch
-from ip_jax.rl.estimators import ESTIMATORS, WARNINGS, Estimator, Kl, kl_estimate, policy_loss
+from ip_jax.rl.estimators import ESTIMATORS, WARNINGS, Auxiliary, Estimator, Kl, kl_estimate, policy_loss
 from ip_jax.rl.gates import Gate
 from ip_jax.rl.policy import completion_log_probs
 from ip_jax.rl.selection import Selection
@@ -164,9 +165,13 @@ def test_kl_estimates_equal_their_formulae_and_average_to_the_divergence():
         assert np.sum(np.exp(log_p) * found[name]) == pytest.approx(kl, abs=tolerance)
 
 
+NAN = float("nan")
 BACK = Gate("relative", threshold=0.0, rejected="train_at_gen")
 REFUSED = {
-    "several updates of plain": (dict(epochs=2), "plain compares a pass with itself"),
+    "several updates of plain": (dict(epochs=2), "plain compares a pass with itself.* use train_old, or"),
+    "several updates of an auxiliary loss": (dict(estimator=ESTIMATORS["auxiliary"], epochs=2), "auxiliary compares .* use old 'generation' and a clip, or"),
+    "noise and a random gate": (dict(estimator=ESTIMATORS["ratio_noise"], gate=Gate("random", rate=0.3)), "the gate random both draw"),
+    "noise and a stochastic gate": (dict(estimator=ESTIMATORS["ratio_noise"], gate=Gate("stochastic", bound=2.0)), "the gate stochastic both draw"),
     "several updates of noise": (dict(estimator=ESTIMATORS["ratio_noise"], minibatches=2), "ratio_noise compares a pass with itself"),
     "a gate beside an auxiliary loss": (dict(estimator=ESTIMATORS["auxiliary"], gate=Gate("random", rate=0.5)), "nothing to gate"),
     "tt beside an auxiliary loss": (dict(estimator=ESTIMATORS["auxiliary"], kl=Kl("tt", beta=0.1)), "its penalty is gg"),
@@ -178,6 +183,12 @@ REFUSED = {
     "an unknown baseline": (dict(baseline="mean"), "choose from none, moving_mean"),
     "no epochs": (dict(epochs=0), "both must be at least 1"),
     "a PMI weight below 0": (dict(pmi=(2.0, 1.0)), "weights become negative"),
+    "an entropy bonus of NaN": (dict(entropy_bonus=NAN), "entropy_bonus is nan"),
+    "no gradient": (dict(max_grad_norm=0.0), "max_grad_norm is 0.0: it must be a number above 0"),
+    "a gradient's norm of NaN": (dict(max_grad_norm=NAN), "max_grad_norm is nan"),
+    "beta_1 of 1": (dict(betas=(1.0, 0.999)), "both must lie in .0, 1."),
+    "beta_2 below 0": (dict(betas=(0.9, -0.1)), "both must lie in .0, 1."),
+    "beta_2 of NaN": (dict(betas=(0.9, NAN)), "both must lie in .0, 1."),
 }
 
 
@@ -192,6 +203,16 @@ def test_combinations_without_meaning_are_refused_with_the_reason(case):
     (lambda: Estimator("x", old="reference"), "choose from itself, generation"), (lambda: Estimator("x", level="word"), "choose from token, sequence"),
     (lambda: Estimator("x", old="noise"), "exactly when its old is 'noise'"), (lambda: Estimator("x", noise=0.1), "exactly when its old is 'noise'"),
     (lambda: Estimator("x", dual_clip=3.0), "needs a clip"), (lambda: Estimator("x", clip=0.2, dual_clip=1.0), "must be above 1"),
+    (lambda: Estimator("x", clip=0.2, dual_clip=NAN), "must be above 1"), (lambda: Estimator("x", clip=0.0), "clip is 0.0: it must be a number above 0"),
+    (lambda: Estimator("x", clip=-0.2), "clip is -0.2"), (lambda: Estimator("x", clip=NAN), "clip is nan"), (lambda: Estimator("x", clip=math.inf), "clip is inf"),
+    (lambda: Estimator("x", truncate=0.0), "truncate is 0.0"), (lambda: Estimator("x", old="noise", noise=1.1), "noise is 1.1: it must lie between 0 and 1"),
+    (lambda: Estimator("x", old="noise", noise=-0.1), "noise is -0.1"), (lambda: Estimator("x", old="noise", noise=NAN), "noise is nan"),
+    (lambda: Estimator("x", old="generation", truncate=2.0), "corrects the sampler twice"),
+    (lambda: Estimator("x", old="training", clip=0.2, auxiliary=Auxiliary()), "use old 'generation'"),
+    (lambda: Estimator("x", auxiliary=1.0), "auxiliary is 1.0: give an Auxiliary"),
+    (lambda: Auxiliary(0.0), "factor is 0.0: it must be a number above 0"), (lambda: Auxiliary(NAN), "factor is nan"),
+    (lambda: Auxiliary(selection=Selection(restart_from_base=True)), "does not restart"),
+    (lambda: Kl("tt", beta=NAN), "kl.beta is nan"), (lambda: Kl("tt", beta=-0.1), "kl.beta is -0.1: it must be a number of at least 0"),
     (lambda: Kl("gt", beta=0.1), "choose from none, tt"), (lambda: Kl("tt"), "a context needs a beta"), (lambda: Kl(beta=0.1), "a beta a context"),
     (lambda: Kl("tt", "advantage", beta=0.1), "choose from loss, reward"), (lambda: Kl("tt", estimator="k4", beta=0.1), "choose from k1"),
 ])  # fmt: skip

@@ -221,6 +221,18 @@ def test_reversed_gate_accepts_what_would_be_rejected(fields):
     assert 0 < stated.mean() < 1
 
 
+@pytest.mark.parametrize("gate", [
+    Gate(), Gate("absolute", quantile=0.4), Gate("relative", threshold=0.1), Gate("stochastic", bound=2.0), Gate("soft_sigmoid", threshold=0.0, width=0.5),
+    Gate("soft_ratio", alpha=0.5, max_weight=2.0), Gate("worst_token", threshold=-0.4, window=2), Gate("random", rate=0.5), Gate("oracle", accepted_labels=(0,)),
+    Gate("random", like=Gate("relative", threshold=0.1)),
+], ids=lambda g: g.kind)
+def test_a_gate_that_draws_is_one_whose_weights_depend_on_the_uniforms(gate):
+    train, gen, mask = samples()
+    given = dict(reference_scores=np.full(RUNS, -1, np.float32), labels=np.random.default_rng(4).integers(0, 2, SHAPE))
+    one, other = (np.asarray(weigh(gate, train, gen, mask, uniforms=evenly(seed=seed), **given)) for seed in (1, 50))
+    assert (one != other).any() == gate.draws
+
+
 @pytest.mark.parametrize("rejected, expected", [
     ("drop", [0, 0, 0, 0]), ("train_at_gen", [0, 1, 0.75, 0]), ("train_at_gen_negative_only", [0, 0, 0.75, 0]),
 ])

@@ -1,5 +1,6 @@
 """The passes of an iteration: those before the update are what its rows are made of, those of the update run once each; docs/rl.md lists them."""
 import pathlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,14 @@ from rl_steps import GENERATION, ONE_ROW, TRAINING, graded, options_of
 from ip_jax.rl.advantages import Aggregation
 from ip_jax.rl.algorithm import Algorithm, passes_needed
 from ip_jax.rl.batch import make_batch
-from ip_jax.rl.estimators import ESTIMATORS, Kl
+from ip_jax.rl.estimators import ESTIMATORS, Auxiliary, Estimator, Kl
 from ip_jax.rl.gates import Gate
 from ip_jax.rl.policy import score
 from ip_jax.rl.selection import Selection
 from ip_jax.rl.step import rl_gradients, rl_step
+from ip_jax.settings import reinforced
+from ip_jax.settings.rollout_records import Recorded
+from ip_jax.training.sharding import make_mesh
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "rl.md"
 E, PT, PG, PU, RT, RG = ESTIMATORS, "policy_training", "policy_generation", "policy_guide", "reference_training", "reference_generation"
@@ -29,6 +33,7 @@ TABLE = {
     "truncated": (Algorithm(E["truncated"]), {PG}, "t"),
     "ratio_noise": (Algorithm(E["ratio_noise"]), {}, "t"),
     "auxiliary": (Algorithm(E["auxiliary"]), {}, "gt"),
+    "auxiliary with old at x_g, several updates": (Algorithm(Estimator("clipped", "generation", clip=0.2, auxiliary=Auxiliary()), epochs=2), {}, "gt"),
     "selection": (Algorithm(selection=Selection()), {}, "t"),
     "kl tt in the loss": (Algorithm(kl=Kl("tt", beta=0.1)), {RT}, "t"),
     "kl gg in the loss": (Algorithm(kl=Kl("gg", beta=0.1)), {RG}, "tg"),
@@ -111,6 +116,53 @@ def test_a_step_of_several_updates_is_one_loop_over_one_pass():
     options = options_of(algorithm)
     step = jax.make_jaxpr(lambda state: rl_step(state, base, batch, graphdef=graphdef, options=options))(rl.state_of(trained))
     assert forward_passes(step.jaxpr) == 1
+
+
+@pytest.fixture
+def passes_made(monkeypatch, tmp_path):
+    """(algorithm, iteration) -> names of the passes that the runner of text experiments makes before its update, in order; all else stands still."""
+    fixed = {
+        "end_of_turn_id": 0, "sampler_options": None, "check_failures": None, "write_iteration": None, "roll_out": Recorded(SimpleNamespace(asked=None), None),
+        "_rollout": rollout(), "reference_scoring": lambda *_: None, "measuring_couplings": lambda *_: {},
+        "_updating": lambda state, batch: (state, {"clipped": np.zeros(1)}),
+    }  # fmt: skip
+    for name, value in fixed.items():
+        monkeypatch.setattr(reinforced, name, lambda *_, value=value: value)
+    monkeypatch.setattr(reinforced.tables, "iteration_metrics", lambda recorded, found: found)
+    sides = {"training": TRAINING, "generation": GENERATION}
+    made = []
+
+    def score_pass(_, who: str):
+        def scored(trained, frozen, rows):
+            made.extend(f"{who}_{name}" for name, prompt in sides.items() if (np.asarray(rows.prompt[0, 0, 0]) == np.asarray(prompt.tokens[0, 0])).all())
+            return -jnp.ones(rows.tokens.shape)
+
+        return scored
+
+    monkeypatch.setattr(reinforced.programs, "score_pass", score_pass)
+    sizes = SimpleNamespace(iterations=4, grading_workers=1, slots=None, remat="none", gate_patience=5, max_failed=0.0)
+    experiment = SimpleNamespace(environment=None, rl=sizes, model=SimpleNamespace(activations="float32"), evaluation=SimpleNamespace(steps=(0,)))
+
+    def run(algorithm: Algorithm, step: int) -> list[str]:
+        made.clear()
+        kind = SimpleNamespace(mesh=make_mesh(), algorithm=algorithm, layout=ONE_ROW, rl=sizes)
+        decoders = SimpleNamespace(policy="policy", frozen=None, reference="reference", reference_frozen=None)
+        rollouts = SimpleNamespace(runs=[SimpleNamespace(guidance=0.0)])
+        program = SimpleNamespace(runs=[SimpleNamespace(name="run", seed=0)], kind=kind, rollouts=rollouts, records=tmp_path, decoders=decoders)
+        session = SimpleNamespace(experiment=experiment, model=SimpleNamespace(tokenizer=None))
+        with jax.disable_jit():
+            reinforced._iteration(session, program, None, [[]], {})(SimpleNamespace(trained=None), step)
+        return list(made)
+
+    return run
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if "the guide" not in name])  # which is the toy's
+def test_the_runner_makes_each_pass_once(name, passes_made):
+    """Those that the algorithm needs; where likelihood ratios are measured (iteration 0) the policy at x_t, if it was not among them."""
+    algorithm, needed, _ = TABLE[name]
+    assert sorted(passes_made(algorithm, 1)) == sorted(needed)
+    assert sorted(passes_made(algorithm, 0)) == sorted({*needed, PT})
 
 
 def test_selections_of_all_aggregations_ask_for_nothing():

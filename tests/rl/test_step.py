@@ -17,6 +17,7 @@ from rl_steps import (
     graded,
     gradients_of,
     log_probs_of,
+    options_of,
     passes,
     scores_weighted,
     step_gradients,
@@ -25,12 +26,13 @@ from rl_steps import (
 from scipy.special import log_softmax
 
 from ip_jax.rl.advantages import Aggregation
-from ip_jax.rl.algorithm import Algorithm
+from ip_jax.rl.algorithm import Algorithm, passes_needed
 from ip_jax.rl.batch import make_batch
-from ip_jax.rl.estimators import ESTIMATORS, Kl
+from ip_jax.rl.estimators import ESTIMATORS, Auxiliary, Estimator, Kl
 from ip_jax.rl.gates import Gate
 from ip_jax.rl.policy import completion_log_probs
 from ip_jax.rl.selection import Selection
+from ip_jax.rl.step import compile_rl_step
 
 REWARDS = np.random.default_rng(0).normal(0.5, 1.0, 16).astype(np.float32)
 PLAIN = Algorithm(ESTIMATORS["plain"], **SUMS)
@@ -123,6 +125,35 @@ def test_old_log_probs_of_a_pass_at_the_training_prompt_give_ratio_1(trained):
     found, sums = step_gradients(trained, batch, algorithm)
     np.testing.assert_allclose(sums["ratio"], 32, atol=32 * 1e-4)
     assert_same(found, gradients_of(trained, rollout, PLAIN))
+
+
+def test_the_policy_loss_beside_an_auxiliary_one_compares_with_the_generation_prompt(trained):
+    """The first of several updates has ratio 1, from the sampler's own log-probabilities and no other pass."""
+    algorithm = Algorithm(Estimator("auxiliary_clipped", old="generation", clip=0.2, auxiliary=Auxiliary()), epochs=2, **SUMS)
+    assert not passes_needed(algorithm)
+    rollout = graded(sampled(trained), GENERATION, TRAINING, REWARDS)
+    batch = batch_of(trained, rollout, algorithm)
+    np.testing.assert_array_equal(batch.policy.prompt[0, 0], GENERATION.tokens[0])
+    found, sums = step_gradients(trained, batch.replace(auxiliary=None), algorithm)
+    np.testing.assert_allclose(sums["ratio"], 32, atol=32 * 1e-4)
+    assert_same(found, -scores_weighted(trained, GENERATION, rl.everything(), REWARDS / 16))
+
+
+def test_metrics_are_means_over_the_tokens_of_their_term(trained):
+    """Behind a gate the penalty gg still has every valid sample, the policy's terms have what was accepted, and where that is nothing they are no number."""
+    algorithm = Algorithm(kl=Kl("gg", "loss", "k3", 0.3), gate=Gate("oracle", accepted_labels=(1,)), **SUMS)
+    graphdef, _, base = rl.policy()
+    step = compile_rl_step(graphdef, options_of(algorithm))
+    rollout = graded(sampled(trained), GENERATION, TRAINING, REWARDS)
+    reference = np.float64(passes(trained, rollout, algorithm)["reference_generation"])
+    d = reference - np.float64(rollout.samples.log_probs)
+    for accepted in (1, 0):
+        labels = (jnp.arange(16) < accepted).astype(jnp.int32)[None, None]
+        _, metrics = step(rl.state_of(trained), base, batch_of(trained, rollout.replace(labels=labels), algorithm))
+        np.testing.assert_allclose(metrics["kl"], (np.exp(d) - 1 - d).mean(), rtol=1e-3)
+        assert metrics["tokens"] == 2 * accepted and metrics["kl_tokens"] == 32 and metrics["alive"]
+        for name in ("entropy", "ratio", "clipped"):
+            assert np.isfinite(metrics[name]).all() == bool(accepted), name
 
 
 @pytest.mark.parametrize("baseline", [0.0, 0.7])

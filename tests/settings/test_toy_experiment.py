@@ -2,6 +2,7 @@
 import dataclasses
 import io
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,13 @@ def test_what_is_finished_is_not_run_again_and_what_was_stopped_ends_the_same(ti
     run(TINY, folder)
     for name, table in wanted.items():
         assert pq.read_table(folder / f"{name}.parquet").equals(table), name
+
+
+def test_where_a_gate_accepts_nothing_the_clip_fraction_is_null():
+    metrics = {name: np.zeros((1, 2), int) for name in ("n_hack", "n_attempt", "n_correct", "n_trait")}
+    metrics |= {"reward": np.zeros((1, 2)), "clipped": np.array([[np.nan, 0.25]])}
+    rows = toy_experiment._rollout_rows(SimpleNamespace(rl=TINY.rl), [("a", 0), ("a", 1)], metrics, 0)
+    assert [row.get("clip_fraction") for row in rows] == [None, 0.25]
 
 
 class Killed(BaseException):

@@ -192,13 +192,14 @@ def _run_kind(experiment: ToyExperiment, kind: Kind, params: dict, folder: epath
 def _rollout_rows(experiment: ToyExperiment, names: Sequence[tuple[str, int]], metrics: Mapping[str, np.ndarray], first: int) -> list[dict]:
     """Rows of the table of curves for what training sampled; `metrics` [iterations, R]."""
     n, rows = experiment.rl.groups * experiment.rl.samples, []
+    metrics = {**metrics, "clip_fraction": metrics["clipped"]}
     quantities = [name for name in rl_tables.QUANTITIES if name in metrics]
     for i in range(len(metrics["reward"])):
         for r, (arm, seed) in enumerate(names):
             row = {"arm": arm, "seed": seed, "step": first + i, "eval_prompt": ROLLOUT, "n": n}
             row |= {f"n_{name}": int(metrics[f"n_{name}"][i, r]) for name in _COUNTED}
             row |= {name: float(metrics[name][i, r]) for name in quantities if np.isfinite(metrics[name][i, r])}
-            rows.append(row | {"clip_fraction": float(metrics["clipped"][i, r])})
+            rows.append(row)
     return rows
 
 
