@@ -172,7 +172,7 @@ def lasting_repr(what: str, value: Any) -> str:
     """
     kind = type(value)
     text = f"{kind.__qualname__}({vars(value)})" if kind.__repr__ is object.__repr__ else repr(value)
-    address = re.search(r"<[^<>]* at 0x[0-9a-f]+>", text)
+    address = re.search(r"<(\S+ ){1,4}at 0x[0-9a-f]+>", text)
     if address:
         raise ValueError(
             f"{what} holds {address[0]}, which is called otherwise in every process, so that its results could not be found again: "
