@@ -102,7 +102,7 @@ def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display,
         listed = "; ".join(", ".join(run.name for run in group) for group in groups) or "nothing"
         display.console.print(f"to train, one program for each algorithm: {listed}", highlight=False)
         if max(map(len, groups), default=0) > experiment.rl.runs_per_program:
-            display.console.print("more than rl.runs_per_program runs were begun as one program and go on so: to cut them, choose another folder with --out")
+            display.console.print("what was begun as one program goes on as one, of more runs than rl.runs_per_program: with another --out it is cut")
         if untrained:
             alone = dataclasses.replace(session, mesh=mesh_for(mesh, 1))
             graphdef, adapters, weights = split_decoder(model.config, model.params)
@@ -319,7 +319,8 @@ def halting_reason(names: Sequence[str], history: Sequence[Sequence[dict]], algo
     for name, rows in zip(names, history, strict=True):
         recent = rows[-patience:]
         if algorithm.gate.kind != "off" and len(recent) == patience and all(row["gate_acceptance"] == 0 for row in recent):
-            return f"the gate {algorithm.gate.kind} has accepted no sample of {name} in {patience} iterations: raise rl.gate_patience to go on, or loosen the gate of an arm with another name"
+            found = f"the gate {algorithm.gate.kind} has accepted no sample of {name} in {patience} iterations"
+            return f"{found}: raise rl.gate_patience to go on, or loosen the gate in an arm of another name"
         if algorithm.estimator.name == "late_token" and rows and rows[-1]["surviving"] < _LOWEST_SURVIVING_MASS:
             left = rows[-1]["surviving"]
             return f"{name} collapses: the advantage that clipping leaves is {left:.2f} a token, below {_LOWEST_SURVIVING_MASS}; late_token does this"

@@ -138,7 +138,7 @@ class Reinforced:
 
     `verdicts` (of an evaluation task and a completion; None for the environment's own) and the environment's own have the names hack and correct
     (bool), and may have hackable, attempt and trait, which are counted; `verdict_types` names those that are kept of an evaluation. `shared`: JSON of
-    what else the tasks depend on. `provenance`: of the data, for captions, by default the model's name and the numbers of tasks.
+    what else the tasks depend on. `provenance`: of the data, for captions, by default the model's name without its folder and the numbers of tasks.
     """
 
     name: str
@@ -198,7 +198,7 @@ def folder_record(experiment: Reinforced, fingerprint: str) -> dict:
     arms = {arm.name: about(arm) for arm in experiment.arms} | {UNTRAINED: {"label": "untrained"}}
     experiment.reading.check_arms(arms)
     config, data = config_of(experiment), [digest([dict(task) for task in tasks]) for tasks in (experiment.tasks, experiment.eval_tasks)]
-    counted = f"{experiment.model.name}; {len(experiment.tasks)} tasks in training and {len(experiment.eval_tasks)} in evaluation"
+    counted = f"{epath.Path(experiment.model.name).name}; {len(experiment.tasks)} tasks in training and {len(experiment.eval_tasks)} in evaluation"
     return {
         "experiment": experiment.name, "preset": experiment.preset, "identity": digest({"config": config, "fingerprint": fingerprint, "data": data}),
         "config": config, "fingerprint": fingerprint, "provenance": experiment.provenance or counted, "seeds": list(experiment.seeds), "arms": arms,

@@ -14,8 +14,8 @@ from tiny_experiment import write_model
 from tiny_reinforced import ARMS, IP, Vowels, make
 
 from ip_jax.evals import rl_tables
-from ip_jax.report.rl_view import load_rl_view
 from ip_jax.prompts.library import Prompt
+from ip_jax.report.rl_view import load_rl_view
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.estimators import ESTIMATORS, Kl
 from ip_jax.rl.gates import Gate
@@ -220,7 +220,7 @@ def test_a_gate_that_accepts_nothing_stops_after_saving_and_goes_on_where_its_li
     assert [row["gate_acceptance"] for row in rows] == [0, 0]
     said = io.StringIO()
     run(make(model, arms, gate_patience=9, checkpoint_every=3, grading_workers=1, runs_per_program=1), folder, said)
-    assert "begun as one program" in said.getvalue() and "going on from the checkpoint of iteration 2" in said.getvalue()
+    assert "what was begun as one program goes on as one" in said.getvalue() and "going on from the checkpoint of iteration 2" in said.getvalue()
     assert_equal_but_for_the_clock(folder, run(make(model, arms, gate_patience=9), tmp_path / "undisturbed"))
 
 
