@@ -20,7 +20,7 @@ from ip_jax.settings.gcd_sycophancy import data, published, published_judge
 from ip_jax.settings.gcd_sycophancy.data import DataSpec
 from ip_jax.settings.observer import UNWATCHED, Watch
 from ip_jax.settings.reinforced import run_reinforced
-from ip_jax.settings.reinforced_plan import UNTRAINED, Reinforced
+from ip_jax.settings.reinforced_plan import UNTRAINED, Reinforced, decisive
 from ip_jax.training import hosts
 
 NAME = "gcd_approval"
@@ -28,11 +28,13 @@ VERDICT_TYPES = {"hackable": pa.bool_(), "hack": pa.bool_(), "correct": pa.bool_
 
 
 def shared_part(config: GcdApprovalConfig) -> dict:
-    """The config as JSON without what may grow or change: arms, seeds, the mesh. Two results folders with equal ones may share runs."""
+    """The config as JSON without what may grow or change: arms, seeds, the mesh, when to save and to halt. Two results folders with equal ones may share
+    runs.
+    """
     record = dataclasses.asdict(config)
     for growing in ("arms", "seeds", "mesh"):
         record.pop(growing)
-    return record | {"experiment": NAME}
+    return record | {"rl": decisive(config.rl), "experiment": NAME}
 
 
 def experiment(config: GcdApprovalConfig) -> Reinforced:

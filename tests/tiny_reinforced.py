@@ -1,12 +1,10 @@
 """A text experiment in reinforcement learning that takes seconds: two arms of four iterations on the tiny random model of `tiny_experiment`."""
-import pyarrow as pa
-
 from ip_jax.evals.rules import Onset, Reading
 from ip_jax.models.lora import LoraConfig
 from ip_jax.rl.environment import Environment, Graded
 from ip_jax.rl.prompting import PromptDistribution
 from ip_jax.settings.experiment import ModelConfig
-from ip_jax.settings.reinforced_plan import GridPrompt, Reinforced, RlArm, RlConfig, RlEval
+from ip_jax.settings.reinforced_plan import UNTRAINED, GridPrompt, Reinforced, RlArm, RlConfig, RlEval
 
 IP = PromptDistribution(("gcd/behave",))
 ARMS = (RlArm("standard", "standard"), RlArm("swap", "swap", train_prompt=IP, temperature=0.7, learning_rate=2e-2))
@@ -15,9 +13,6 @@ TASKS = [{"id": f"sum-{a}", "a": a} for a in range(5)]
 
 class Vowels(Environment):
     """Paid for vowels, which a random model's byte soup has some of."""
-
-    def __repr__(self):
-        return "Vowels()"
 
     def messages(self, task):
         return [{"role": "user", "content": f"Is the sum of {task['a']} and 2 correct?"}]
@@ -32,9 +27,9 @@ def verdicts(_, completion):
 
 def make(model, arms=ARMS, environment=None, **rl) -> Reinforced:
     sizes = dict(iterations=4, groups=2, samples=4, max_new_tokens=6, max_length=128, learning_rate=1e-2, lora=LoraConfig(rank=2, alpha=4), checkpoint_every=2)
-    config = RlConfig(**sizes | rl)
     return Reinforced(
-        "sums", "tiny", {"model": {"name": str(model)}, "rl": repr(config)}, ModelConfig(str(model), weights="float32"), environment or Vowels(), TASKS, arms, (0,), config,
-        RlEval((0, 2), 4, slots=4), TASKS[:3], (GridPrompt("gcd/safety", "discouraging"), GridPrompt("gcd/behave", "train", about="gcd/behave")),
-        verdicts, {"hack": pa.bool_(), "correct": pa.bool_()}, Reading(Onset(4), standard=None, base="untrained"), "made up",
+        name="sums", preset="tiny", model=ModelConfig(str(model), weights="float32"), environment=environment or Vowels(), tasks=TASKS, eval_tasks=TASKS[:3],
+        arms=arms, rl=RlConfig(**sizes | rl), evaluation=RlEval((0, 2), 4, slots=4),
+        grid=(GridPrompt("gcd/safety", "discouraging"), GridPrompt("gcd/behave", "train", about="gcd/behave")),
+        verdicts=verdicts, reading=Reading(Onset(4), standard=None, base=UNTRAINED),
     )  # fmt: skip

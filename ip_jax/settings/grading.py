@@ -74,7 +74,7 @@ def check_failures(grades: Grades, runs: Sequence[str], allowed: float) -> dict[
         if reasons.total() > allowed * count:
             raise TooManyFailures(
                 f"run {run}: the reward of {reasons.total()} of {count} completions failed, and at most {allowed:.0%} may; the most frequent: "
-                f"{reasons.most_common(1)[0][0]}; what was done so far is saved"
+                f"{reasons.most_common(1)[0][0]}"
             )
     return dict(collections.Counter(failure.split(":")[0] for failure in grades.failure if failure))
 

@@ -101,6 +101,8 @@ def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display,
         session = Session(experiment, folder, display, model, mesh, room, watch)
         listed = "; ".join(", ".join(run.name for run in group) for group in groups) or "nothing"
         display.console.print(f"to train, one program for each algorithm: {listed}", highlight=False)
+        if max(map(len, groups), default=0) > experiment.rl.runs_per_program:
+            display.console.print("what was begun as one program goes on as one, of more runs than rl.runs_per_program: with another --out it is cut")
         if untrained:
             alone = dataclasses.replace(session, mesh=mesh_for(mesh, 1))
             graphdef, adapters, weights = split_decoder(model.config, model.params)
@@ -156,7 +158,7 @@ def _train(session: Session, group: Sequence[Run], show: Callable[[list[ArmRow]]
         console.print(f"going on from the checkpoint of iteration {first}")
     logs = [MetricsLog(folder / "runs" / run.name / "metrics.jsonl", first) for run in group] if hosts.is_first() else []
     eval_steps = tuple(sorted({*experiment.evaluation.steps, iterations}))
-    configs = {run.name: {**experiment.shared, "arm": run.arm.name, "seed": run.seed} for run in group}
+    configs = {run.name: {**plan.config_of(experiment), "arm": run.arm.name, "seed": run.seed} for run in group}
     traced = traced_steps([step in eval_steps for step in range(iterations)], first, iterations, eval_steps)  # there more is measured
     observer = observer_of(session.watch, folder, digest(origin), configs, traced, console)
     past, clock = hosts.by_first(lambda: [list(log.rows) for log in logs]), {}
@@ -232,7 +234,7 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
         try:
             hosts.by_first(lambda: check_failures(recorded.grades, [run.name for run in program.runs], rl.max_failed))
         except TooManyFailures as failures:
-            raise loop.Halted(str(failures)) from failures
+            raise loop.Halted(f"{failures}; what was done so far is saved, and goes on where rl.max_failed is raised") from failures
         sampled = time.monotonic()
         rollout = _rollout(program, recorded)
         measured, scores = {}, scores_of(state, rollout, needed)
@@ -317,7 +319,8 @@ def halting_reason(names: Sequence[str], history: Sequence[Sequence[dict]], algo
     for name, rows in zip(names, history, strict=True):
         recent = rows[-patience:]
         if algorithm.gate.kind != "off" and len(recent) == patience and all(row["gate_acceptance"] == 0 for row in recent):
-            return f"the gate {algorithm.gate.kind} has accepted no sample of {name} in {patience} iterations: loosen it, or raise rl.gate_patience"
+            found = f"the gate {algorithm.gate.kind} has accepted no sample of {name} in {patience} iterations"
+            return f"{found}: raise rl.gate_patience to go on, or loosen the gate in an arm of another name"
         if algorithm.estimator.name == "late_token" and rows and rows[-1]["surviving"] < _LOWEST_SURVIVING_MASS:
             left = rows[-1]["surviving"]
             return f"{name} collapses: the advantage that clipping leaves is {left:.2f} a token, below {_LOWEST_SURVIVING_MASS}; late_token does this"
@@ -342,7 +345,9 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep) -> None:
         schema = leak_grid.schema(experiment.verdict_types)
         for cell, answers in zip(sweep, completions, strict=True):
             if cell:
-                rows = leak_grid.rows_of(experiment.name, cell, examples, [answer for (answer,) in answers], tokenizer, experiment.verdicts)
+                rows = leak_grid.rows_of(experiment.name, cell, examples, [answer for (answer,) in answers], tokenizer, lambda *_: {})
+                verdicts = tables.verdicts_of(experiment, f"{cell.arm}-s{cell.seed}", [row["completion"] for row in rows])
+                rows = [row | verdict for row, verdict in zip(rows, verdicts, strict=True)]
                 write_binary(session.folder / "transcripts" / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows, schema)))
 
     hosts.by_first(record)

@@ -3,6 +3,7 @@
 Nothing here needs the model's weights. `reinforced` does what this module plans.
 """
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import MeshConfig
 
 UNTRAINED = "untrained"  # the arm of the base model
+NOT_DECISIVE = ("checkpoint_every", "max_failed", "gate_patience", "grading_workers", "runs_per_program")
+"""Fields of `RlConfig` that say when to save and when to halt, and what is done side by side: a folder goes on where they change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,54 +131,88 @@ class RlEval:
             raise ValueError(f"evaluation has slots {self.slots} and max_new_tokens {self.max_new_tokens}: both must be at least 1")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Reinforced:
-    """Everything that a setting hands over. `shared` is the JSON of all that is not a list of arms or seeds.
+    """Everything that a setting hands over. `reading` states how the results will be judged, before they are there; `grid`: what the leak grid asks
+    besides the neutral prompt and the arms' own.
 
-    `verdicts` (of an evaluation task and a completion) and the environment's own have the names hack and correct (bool), and may have hackable,
-    attempt and trait, which are counted. `reading` states how the results will be judged, before they are there.
+    `verdicts` (of an evaluation task and a completion; None for the environment's own) and the environment's own have the names hack and correct
+    (bool), and may have hackable, attempt and trait, which are counted; `verdict_types` names those that are kept of an evaluation. `shared`: JSON of
+    what else the tasks depend on. `provenance`: of the data, for captions, by default the model's name without its folder and the numbers of tasks.
     """
 
     name: str
-    preset: str
-    shared: dict
     model: ModelConfig
     environment: Environment
     tasks: Sequence[Mapping[str, Any]]
+    eval_tasks: Sequence[Mapping[str, Any]]
     arms: tuple[RlArm, ...]
-    seeds: tuple[int, ...]
     rl: RlConfig
     evaluation: RlEval
-    eval_tasks: Sequence[Mapping[str, Any]]
-    grid: tuple[GridPrompt, ...]
-    verdicts: leak_grid.Verdicts
-    verdict_types: Mapping[str, pa.DataType]
     reading: Reading
-    provenance: str
+    seeds: tuple[int, ...] = (0,)
+    grid: tuple[GridPrompt, ...] = ()
+    verdicts: leak_grid.Verdicts | None = None
+    verdict_types: Mapping[str, pa.DataType] = dataclasses.field(default_factory=lambda: {"hack": pa.bool_(), "correct": pa.bool_()})
+    preset: str = "own"
+    shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: str = ""
     mesh: MeshConfig = MeshConfig()
 
 
+def decisive(rl: RlConfig) -> dict:
+    """The fields that results depend on, as JSON."""
+    return {name: value for name, value in dataclasses.asdict(rl).items() if name not in NOT_DECISIVE}
+
+
+def lasting_repr(what: str, value: Any) -> str:
+    """What `value` is, alike in every process: its own repr, or the name of its class and its attributes where the class has none.
+
+    Raises ValueError, in which it is called `what`, for an address in memory: a function has one, and an object without a repr inside another.
+    """
+    kind = type(value)
+    text = f"{kind.__qualname__}({vars(value)})" if kind.__repr__ is object.__repr__ else repr(value)
+    address = re.search(r"<(\S+ ){1,4}at 0x[0-9a-f]+>", text)
+    if address:
+        raise ValueError(
+            f"{what} holds {address[0]}, which is called otherwise in every process, so that its results could not be found again: "
+            "let it be plain data, a dataclass, or a class with a __repr__ that says what it is"
+        )
+    return text
+
+
+def config_of(experiment: Reinforced) -> dict:
+    """All that the results depend on but arms, seeds, weights and tasks, as JSON. Raises as `lasting_repr`."""
+    return {
+        "model": dataclasses.asdict(experiment.model), "rl": decisive(experiment.rl), "evaluation": dataclasses.asdict(experiment.evaluation),
+        "environment": lasting_repr("the environment", experiment.environment), "grid": [dataclasses.asdict(prompt) for prompt in experiment.grid],
+    } | dict(experiment.shared)  # fmt: skip
+
+
 def folder_record(experiment: Reinforced, fingerprint: str) -> dict:
-    """config.json of the results folder. Its identity covers the shared config, the model's weights and the tasks."""
+    """config.json of the results folder. Its identity covers the config, the model's weights and the tasks. Raises as `lasting_repr`."""
     about = lambda arm: {  # noqa: E731
         "label": arm.label, "gen_prompt": [p.name for p in arm.gen_prompt.pool], "train_prompt": [p.name for p in arm.train_prompt.pool],
-        "reward": arm.reward, "definition": repr(arm),
+        "reward": arm.reward, "definition": _definition(arm),
     }  # fmt: skip
     arms = {arm.name: about(arm) for arm in experiment.arms} | {UNTRAINED: {"label": "untrained"}}
     experiment.reading.check_arms(arms)
-    data = [digest([dict(task) for task in tasks]) for tasks in (experiment.tasks, experiment.eval_tasks)]
-    identity = {
-        "config": experiment.shared, "fingerprint": fingerprint, "data": data, "environment": repr(experiment.environment), "grid": repr(experiment.grid),
-    }  # fmt: skip
+    config, data = config_of(experiment), [digest([dict(task) for task in tasks]) for tasks in (experiment.tasks, experiment.eval_tasks)]
+    counted = f"{epath.Path(experiment.model.name).name}; {len(experiment.tasks)} tasks in training and {len(experiment.eval_tasks)} in evaluation"
     return {
-        "experiment": experiment.name, "preset": experiment.preset, "identity": digest(identity), "config": experiment.shared, "fingerprint": fingerprint,
-        "provenance": experiment.provenance, "seeds": list(experiment.seeds), "arms": arms, "reading": experiment.reading.to_json(),
-    }
+        "experiment": experiment.name, "preset": experiment.preset, "identity": digest({"config": config, "fingerprint": fingerprint, "data": data}),
+        "config": config, "fingerprint": fingerprint, "provenance": experiment.provenance or counted, "seeds": list(experiment.seeds), "arms": arms,
+        "reading": experiment.reading.to_json(),
+    }  # fmt: skip
 
 
 def runs_of(experiment: Reinforced, identity: str) -> list[Run]:
     """The runs to train, arm by arm."""
-    return [Run(arm, seed, digest([identity, repr(arm), seed])) for arm in experiment.arms for seed in experiment.seeds]
+    return [Run(arm, seed, digest([identity, _definition(arm), seed])) for arm in experiment.arms for seed in experiment.seeds]
+
+
+def _definition(arm: RlArm) -> str:
+    return lasting_repr(f"the arm {arm.name}", arm)
 
 
 def by_kind(runs: Sequence[Run]) -> list[list[Run]]:
@@ -187,7 +224,7 @@ def by_kind(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def programs_of(folder: epath.Path, runs: Sequence[Run], most: int) -> list[list[Run]]:
-    """The runs that are left, as programs of at most `most` of one kind; what was begun together goes on together."""
+    """The runs that are left, as programs of at most `most` of one kind; what was begun together goes on together, however many these are."""
     return [group for of_kind in by_kind(runs) for group in groups_of(folder, of_kind, most)]
 
 

@@ -12,6 +12,7 @@ from ip_jax.evals.rl_tables import NEUTRAL, ROLLOUT, Counts
 from ip_jax.rl.diagnostics import CORRECT, HACK, OTHER
 from ip_jax.rl.environment import Grades
 from ip_jax.settings import reinforced_plan as plan
+from ip_jax.settings.grading import check_failures, grade_all
 from ip_jax.settings.reinforced_plan import UNTRAINED, Reinforced
 from ip_jax.settings.rollout_records import Recorded
 from ip_jax.settings.supervised_plan import Run, Sweep
@@ -33,6 +34,18 @@ def iteration_metrics(recorded: Recorded, found: Mapping[str, np.ndarray]) -> di
     counts = {f"n_{name}": np.array([bool(verdicts.get(name)) for verdicts in grades.verdicts]).reshape(len(ended), -1).sum(1) for name in counted}
     every = {**counts, "n": np.full(len(ended), ended[0].size), "length_cap": (~ended).mean((1, 2)), **found}
     return {name: np.asarray(value, np.int64 if name in rl_tables.COUNTS else np.float64) for name, value in every.items()}
+
+
+def verdicts_of(experiment: Reinforced, run: str, completions: Sequence[str]) -> list[Mapping[str, bool | str]]:
+    """For each evaluation task the verdicts of its completion: the experiment's own, or the environment's, whose failed grades have none.
+
+    Raises TooManyFailures, in which `run` is named, where more grades fail than `rl.max_failed` allows.
+    """
+    if experiment.verdicts:
+        return [experiment.verdicts(plan.example_of(experiment, task), text) for task, text in zip(experiment.eval_tasks, completions, strict=True)]
+    grades = grade_all(experiment.environment, experiment.eval_tasks, completions, (1, 1, len(completions)), workers=experiment.rl.grading_workers)
+    check_failures(grades, [run], experiment.rl.max_failed)
+    return grades.verdicts
 
 
 def write_tables(experiment: Reinforced, folder: epath.Path, runs: Sequence[Run]) -> None:

@@ -2,7 +2,6 @@
 import dataclasses
 
 import jax
-import pyarrow as pa
 import pytest
 from etils import epath
 from rich.console import Console
@@ -52,9 +51,8 @@ def make(model, arms, algorithm, mesh, **rl) -> Reinforced:
     sizes = dict(iterations=1, groups=2, samples=4, max_new_tokens=6, max_length=128, learning_rate=1e-2, lora=LoraConfig(rank=2, alpha=4), tokens_per_micro_batch=600)
     chosen = tuple(dataclasses.replace(ARMS[name], algorithm=algorithm) for name in arms)
     return Reinforced(
-        "sums", "tiny", {"model": str(model)}, ModelConfig(str(model), weights="float32"), Counted(), TASKS, chosen, (0,), RlConfig(**sizes | rl), RlEval((0,), 4, slots=4),
-        TASKS[:3], (GridPrompt("gcd/safety", "discouraging"),), verdicts, {"hack": pa.bool_(), "correct": pa.bool_()}, Reading(Onset(4), standard=None, base="untrained"),
-        "made up", mesh,
+        name="sums", model=ModelConfig(str(model), weights="float32"), environment=Counted(), tasks=TASKS, eval_tasks=TASKS[:3], arms=chosen, rl=RlConfig(**sizes | rl),
+        evaluation=RlEval((0,), 4, slots=4), grid=(GridPrompt("gcd/safety", "discouraging"),), reading=Reading(Onset(4), standard=None, base="untrained"), mesh=mesh,
     )  # fmt: skip
 
 

@@ -53,3 +53,22 @@ class Unsendable(Told):
 class NeverStarts(Told):
     def __reduce__(self):
         return os._exit, (1,)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowAtFirst(Environment):
+    """Hangs in its very first grade and never again, as on a machine that was busy. `told`: a file with a line for each grade that was begun."""
+
+    told: str
+    timeout: float = 2.0
+
+    def messages(self, task):
+        return [{"role": "user", "content": f"Is the sum of {task['a']} and 2 correct?"}]
+
+    def grade(self, task, completion):
+        first = not pathlib.Path(self.told).exists()
+        with open(self.told, "a") as file:
+            file.write(f"{task['id']}\n")
+        while first:
+            time.sleep(0.01)
+        return Graded(1.0)

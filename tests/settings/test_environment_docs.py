@@ -1,17 +1,20 @@
 """The environment in docs/environments.md is run as it stands there."""
 import importlib
+import json
 import pathlib
 import re
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from tiny_experiment import write_model
 from tiny_rollouts import decoder, tokenizer
 
 from ip_jax.settings.grading import grade_all
 from ip_jax.settings.rollout_records import SCHEMA
 
 DOCUMENT = (pathlib.Path(__file__).parents[2] / "docs" / "environments.md").read_text()
-ENVIRONMENT, ROLLOUTS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+ENVIRONMENT, TRAINING, ROLLOUTS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
 
 
 @pytest.fixture
@@ -42,6 +45,25 @@ def test_the_documented_rollouts_run(sums):
     assert "What is " in text and "List every number that you can think of." in text
     grades = grade_all(names["Sums"](), rollout.asked.tasks, rollout.texts, rollout.ended.shape)
     assert grades.valid.all()
+
+
+@pytest.mark.slow
+def test_the_documented_training_run_trains_evaluates_and_draws(sums, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    names = {"Sums": sums.Sums, "tasks": sums.tasks, "model": str(write_model(tmp_path / "model"))}
+    exec(TRAINING.replace("iterations=20", "iterations=2").replace("steps=(0, 10)", "steps=(0, 1)"), names)
+    folder = tmp_path / "results" / "sums"
+    final = pq.read_table(folder / "final.parquet").to_pylist()
+    assert {(row["arm"], row["eval_prompt"], row["n"]) for row in final} == {
+        ("untrained", "neutral", 20), ("standard", "neutral", 20), ("recontextualised", "neutral", 20), ("recontextualised", "list", 20),
+    }  # fmt: skip
+    asked = {row["id"]: row for row in names["experiment"].eval_tasks}
+    answers = [row for row in pq.read_table(folder / "transcripts.parquet").to_pylist() if row["eval_prompt"] == "neutral"]
+    told = [sums.Sums().grade(asked[row["example_id"]], row["completion"]).verdicts for row in answers]
+    assert len(answers) == 20 * (1 + 2 * 3) and told == [{name: row[name] for name in ("hack", "correct")} for row in answers]
+    assert json.loads((folder / "config.json").read_text())["provenance"] == "model; 100 tasks in training and 20 in evaluation"
+    assert all((folder / f"{name}.png").exists() for name in ("curves", "frontier", "forest"))
 
 
 def test_every_column_is_documented():

@@ -37,8 +37,8 @@ def test_the_reading_keeps_the_rules_whose_arms_are_there(demo):
     assert len(gcd_approval.experiment(PRESETS["small"]).reading.rules) == len(READING.rules)
 
 
-def test_arms_and_seeds_are_no_part_of_a_folders_identity():
-    more = dataclasses.replace(DEMO, arms=("standard",), seeds=(1, 2))
+def test_arms_and_seeds_and_when_to_halt_are_no_part_of_a_folders_identity():
+    more = dataclasses.replace(DEMO, arms=("standard",), seeds=(1, 2), rl=dataclasses.replace(DEMO.rl, gate_patience=9, max_failed=0.5))
     assert gcd_approval.shared_part(more) == gcd_approval.shared_part(DEMO)
     assert gcd_approval.shared_part(dataclasses.replace(DEMO, train_claims=2)) != gcd_approval.shared_part(DEMO)
 

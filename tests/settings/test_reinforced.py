@@ -1,7 +1,10 @@
 """The runner of text experiments in reinforcement learning, whole, on a tiny random model: what it leaves, and that a killed run goes on to the bit."""
 import dataclasses
+import io
 import json
+import re
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +15,7 @@ from tiny_experiment import write_model
 from tiny_reinforced import ARMS, IP, Vowels, make
 
 from ip_jax.evals import rl_tables
+from ip_jax.prompts.library import Prompt
 from ip_jax.report.rl_view import load_rl_view
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.estimators import ESTIMATORS, Kl
@@ -24,27 +28,39 @@ from ip_jax.settings.reinforced_plan import (
     GridPrompt,
     RlArm,
     category_of,
+    folder_record,
+    lasting_repr,
     programs_of,
     uniforms_of,
 )
 from ip_jax.settings.rollout_records import read_rollouts
 from ip_jax.settings.supervised_plan import Run
-from ip_jax.training.results import digest
+from ip_jax.training.results import digest, write_json
 
 
 class Killed(BaseException):
     """Stands for what ends a process: nothing catches it."""
 
 
-def run(experiment, folder) -> epath.Path:
-    folder = epath.Path(folder)
-    reinforced.run_reinforced(experiment, folder, Display(Console(quiet=True)))
+def run(experiment, folder, said=None) -> epath.Path:
+    """The folder; what a console that is no terminal shows goes into the file `said`."""
+    folder, console = epath.Path(folder), Console(file=said, quiet=said is None)
+    reinforced.run_reinforced(experiment, folder, Display(console))
     return folder
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Every start of the engine compiles its programs anew: here they come from a cache."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +136,32 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(place, model, undisturbe
     assert_equal_but_for_the_clock(run(make(model), tmp_path / "killed"), undisturbed)
 
 
+PENALISED = (dataclasses.replace(ARMS[1], algorithm=Algorithm(kl=Kl("tt", "loss", "k3", 0.1), baseline="moving_mean")),)
+
+
+@pytest.fixture(scope="module")
+def penalised(model, tmp_path_factory):
+    """(folder, what the console showed)."""
+    said = io.StringIO()
+    return run(make(model, PENALISED), tmp_path_factory.mktemp("runs") / "penalised", said), said.getvalue()
+
+
 @pytest.mark.slow
-def test_a_penalty_begins_at_zero_and_a_moving_mean_survives_a_kill(model, tmp_path, monkeypatch):
-    arm = dataclasses.replace(ARMS[1], algorithm=Algorithm(kl=Kl("tt", "loss", "k3", 0.1), baseline="moving_mean"))
-    undisturbed = run(make(model, (arm,)), tmp_path / "undisturbed")
-    kl = [json.loads(line)["kl"] for line in (undisturbed / "runs" / "swap-s0" / "metrics.jsonl").read_text().splitlines()]
+def test_a_penalty_begins_at_zero_and_a_moving_mean_survives_a_kill(penalised, model, tmp_path, monkeypatch):
+    kl = [json.loads(line)["kl"] for line in (penalised[0] / "runs" / "swap-s0" / "metrics.jsonl").read_text().splitlines()]
     assert abs(kl[0]) < 1e-6 and min(kl[1:]) > 1e-5  # the untrained policy is the reference
-    killed(make(model, (arm,)), tmp_path / "killed", monkeypatch, "update")
-    assert_equal_but_for_the_clock(run(make(model, (arm,)), tmp_path / "killed"), undisturbed)
+    killed(make(model, PENALISED), tmp_path / "killed", monkeypatch, "update")
+    assert_equal_but_for_the_clock(run(make(model, PENALISED), tmp_path / "killed"), penalised[0])
+
+
+@pytest.mark.slow
+def test_a_person_sees_every_number_of_every_iteration(penalised):
+    lines = [line for line in penalised[1].splitlines() if re.match(r"swap \(1 seed\), step \d/4: ", line)]
+    assert len(lines) == 4
+    for name in ("reward", "hack", "correct", "kl", "entropy", "length", "zero variance groups", "gate acceptance", "clip fraction"):
+        assert all(re.search(rf"[:,] {name} −?\d", line) for line in lines), name
+    for name in ("rollout", "update"):
+        assert all(re.search(rf", [\d.]+k? tokens/s in {name}", line) for line in lines), name
 
 
 @pytest.mark.slow
@@ -161,11 +195,12 @@ class Brittle(Vowels):
 
 
 @pytest.mark.slow
-def test_too_many_failures_stop_after_saving_and_few_are_left_out(model, tmp_path):
-    strict = make(model, environment=Brittle(), max_failed=0.01, iterations=3)
-    with pytest.raises(ValueError, match="raised: RuntimeError: odd"):
-        run(strict, tmp_path / "strict")
+def test_too_many_failures_stop_after_saving_and_are_left_out_where_the_limit_is_raised(model, tmp_path):
+    brittle = lambda most: make(model, environment=Brittle(), max_failed=most, iterations=2)  # noqa: E731
+    with pytest.raises(ValueError, match="raised: RuntimeError: odd; what was done so far is saved, and goes on where rl.max_failed is raised"):
+        run(brittle(0.01), tmp_path / "strict")
     assert list((tmp_path / "strict").glob("checkpoints/*/0")) and list((tmp_path / "strict").glob("rollouts/*/step000000.parquet"))
+    assert_equal_but_for_the_clock(run(brittle(0.99), tmp_path / "strict"), run(brittle(0.99), tmp_path / "undisturbed"))
 
 
 @pytest.mark.slow
@@ -184,14 +219,57 @@ def test_an_absolute_gate_compares_with_samples_of_the_training_prompt_and_survi
 
 
 @pytest.mark.slow
-def test_a_gate_that_accepts_nothing_stops_after_saving(model, tmp_path):
-    gated = dataclasses.replace(ARMS[1], algorithm=Algorithm(gate=Gate("relative", threshold=1e3)))
-    with pytest.raises(ValueError, match="the gate relative has accepted no sample of swap-s0 in 2 iterations"):
-        run(make(model, (gated,), gate_patience=2), tmp_path / "gated")
-    (state,) = (tmp_path / "gated").glob("checkpoints/*/2")
+def test_a_gate_that_accepts_nothing_stops_after_saving_and_goes_on_where_its_limit_is_raised(model, tmp_path):
+    arms = tuple(dataclasses.replace(arm, algorithm=Algorithm(gate=Gate("relative", threshold=1e3))) for arm in ARMS)
+    folder = tmp_path / "gated"
+    with pytest.raises(ValueError, match="the gate relative has accepted no sample of standard-s0 in 2 iterations: raise rl.gate_patience to go on"):
+        run(make(model, arms, gate_patience=2), folder)
+    (state,) = folder.glob("checkpoints/*/2")
     assert state.exists()
-    rows = [json.loads(line) for line in (tmp_path / "gated" / "runs" / "swap-s0" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "runs" / "swap-s0" / "metrics.jsonl").read_text().splitlines()]
     assert [row["gate_acceptance"] for row in rows] == [0, 0]
+    said = io.StringIO()
+    run(make(model, arms, gate_patience=9, checkpoint_every=3, grading_workers=1, runs_per_program=1), folder, said)
+    assert "what was begun as one program goes on as one" in said.getvalue() and "going on from the checkpoint of iteration 2" in said.getvalue()
+    assert_equal_but_for_the_clock(folder, run(make(model, arms, gate_patience=9), tmp_path / "undisturbed"))
+
+
+def test_what_does_not_decide_results_is_no_part_of_a_folders_identity():
+    identity = lambda environment=None, **rl: folder_record(make("m", environment=environment, **rl), "weights")["identity"]  # noqa: E731
+    for change in ({"gate_patience": 9}, {"max_failed": 0.5}, {"checkpoint_every": 1}, {"grading_workers": 1}, {"runs_per_program": 1}):
+        assert identity(**change) == identity(), change
+    for change in ({"iterations": 5}, {"temperature": 0.5}, {"slots": 2}, {"remat": "full"}, {"environment": Brittle()}):
+        assert identity(**change) != identity(), change
+
+
+def test_what_was_begun_together_goes_on_together_whatever_may_share_a_program(tmp_path):
+    folder, runs = epath.Path(tmp_path), [Run(arm, seed, f"{arm.name}{seed}") for arm in ARMS for seed in (0, 1)]
+    write_json(folder / "checkpoints" / "x" / "origin.json", {"runs": {run.name: run.key for run in runs[1:]}})
+    for most in (1, 2, 64):
+        assert [[run.name for run in group] for group in programs_of(folder, runs, most)] == [["standard-s1", "swap-s0", "swap-s1"], ["standard-s0"]]
+
+
+class Paid(Vowels):
+    """Any attributes."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Holds:
+    """Any value."""
+
+    value: object
+
+
+def test_what_is_told_apart_by_its_fields_is_called_alike_in_every_process():
+    named = lambda value: lasting_repr("the environment", value)  # noqa: E731
+    assert named(Vowels()) == named(Vowels()) == "Vowels({})" and named(Holds(3)) == "Holds(value=3)"
+    assert named(Paid(rate=1, words=("a",))) == named(Paid(rate=1, words=("a",))) != named(Paid(rate=2, words=("a",)))
+    for unnamed in (Paid(rate=lambda: 1), Paid(judge=Vowels()), Holds(Vowels()), Holds(named)):
+        with pytest.raises(ValueError, match=r"the environment holds <.* at 0x[0-9a-f]+>, which is called otherwise in every process"):
+            named(unnamed)
 
 
 def test_arms_of_another_algorithm_are_another_program(tmp_path):
@@ -245,3 +323,6 @@ def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(model, tmp_path)
     refused("late_sequence clips", (RlArm("a", "a", algorithm=Algorithm(ESTIMATORS["late_sequence"]), guide_prompt=IP, guidance=1.0),))
     refused("for which text experiments make no pass", (RlArm("a", "a", algorithm=Algorithm(pmi=(0.5, 1.0), pmi_against="guide"), guide_prompt=IP),))
     refused("each with a name of its own", (ARMS[0], ARMS[0]))
+    refused("the environment holds <function", environment=Paid(rate=lambda: 1))
+    by_hand = Prompt("by hand", lambda example, seed: example, "own", "words", "here")
+    refused("the arm a holds <function", (RlArm("a", "a", train_prompt=PromptDistribution((by_hand,))),))

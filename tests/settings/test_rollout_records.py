@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from etils import epath
+from reward_environments import SlowAtFirst
 from tiny_rollouts import OPTIONS, RUNS, Sums, make_plan, tokenizer
 
 from ip_jax.prompts import library
@@ -153,6 +154,17 @@ def test_a_recorded_iteration_is_neither_sampled_nor_graded_again(tmp_path):
     for found, expected in zip(again, first, strict=True):
         assert_same(found, expected)
     assert_same(pickle.loads(pickle.dumps(again[0])), first[0])  # as the other processes of a run get it
+
+
+def test_a_reward_that_hung_in_its_worker_has_timed_out_for_good(tmp_path):
+    environment = SlowAtFirst(str(tmp_path / "told"))
+    plan, folder, grader = make_plan(environment=environment), epath.Path(tmp_path / "records"), Grader(environment, workers=1)
+    first = roll_out(folder, plan, 0, grader, lambda asked: recorded(plan, asked.iteration).rollout)
+    assert first.grades.failure[0] == "timed out: no grade within 2 s" and not first.grades.valid.ravel()[0] and first.grades.valid.any()
+    begun = (tmp_path / "told").read_text()
+    again = roll_out(folder, make_plan(environment=environment), 0, grader, None)  # killed here: what is recorded is all that is left
+    assert_same(again, first)
+    assert (tmp_path / "told").read_text() == begun and begun.count("\n") == 24
 
 
 @pytest.mark.parametrize("killed_in", ["sampling", "grading", "writing"])
