@@ -47,7 +47,8 @@ def over_seeds(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 def arms_table(rows: Sequence[ArmRow]) -> Table:
     """The arms as a table; what was not measured is a dash. One column of tokens/s where any row has a `rate`, else one for rollout and one for update."""
-    rates = {"rate": "tokens/s\niteration"} if any(row.rate is not None for row in rows) else {"rollout_rate": "tokens/s\nrollout", "update_rate": "tokens/s\nupdate"}
+    whole = any(row.rate is not None for row in rows)
+    rates = {"rate": "tokens/s\niteration"} if whole else {"rollout_rate": "tokens/s\nrollout", "update_rate": "tokens/s\nupdate"}
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("arm\n(seeds)", overflow="fold")
     for head in (*HEADS.values(), *rates.values(), "step", "left"):
@@ -64,7 +65,8 @@ def arm_line(row: ArmRow) -> str:
     """One arm as a plain line, without what was not measured."""
     shown = {name: _metric(row, name) + (" %" if name in SHARES else "") for name in HEADS if not math.isnan(row.metrics.get(name, math.nan))}
     parts = [f"{name.replace('_', ' ')} {value}" for name, value in shown.items()]
-    parts += [f"{_rate(rate)} tokens/s in {name}" for name, rate in (("rollout", row.rollout_rate), ("update", row.update_rate), ("rollout and update", row.rate)) if rate is not None]
+    rates = {"rollout": row.rollout_rate, "update": row.update_rate, "rollout and update": row.rate}
+    parts += [f"{_rate(rate)} tokens/s in {name}" for name, rate in rates.items() if rate is not None]
     parts += [f"{_time(row.seconds_left)} left"] if row.seconds_left is not None else []
     return f"{row.label} ({row.seeds} seed{'s' * (row.seeds != 1)}), step {row.step}/{row.steps}: {', '.join(parts)}"
 

@@ -18,7 +18,10 @@ _LOOKED_AT = ("gate_acceptance", "surviving", "length_cap")
 
 
 def concerns(names: Sequence[tuple[str, int]], metrics: Mapping[str, np.ndarray], algorithm: Algorithm) -> dict[tuple[str, int], str]:
-    """{(arm, seed): sentence} of the runs whose gate accepted nothing in the whole block, or one of whose iterations shows a collapse; `metrics` [iterations, R]."""
+    """{(arm, seed): sentence} of the runs whose gate accepted nothing in a whole block, or one of whose iterations in it shows a collapse.
+
+    `metrics`: {name: [iterations, R]} of the block, as `training.iterate` returns them.
+    """
     found = {}
     for r, (arm, seed) in enumerate(names):
         rows = [{name: float(metrics[name][i, r]) for name in _LOOKED_AT} for i in range(len(metrics["gate_acceptance"]))]

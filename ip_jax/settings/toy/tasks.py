@@ -41,9 +41,9 @@ class Reward:
 
 @flax.struct.dataclass
 class Graded:
-    """`reward` is the sum of its `parts`: what is earned for the answer or the loophole, for form and trait, and the penalty. `valid` is False for what
-    is left out of the update. A `hack` is strict: it takes the loophole and is not correct. An `attempt` begins
-    the loophole, whether or not it completes it.
+    """`reward` is the sum of its `parts`: what is earned for the answer or the loophole, for form and for the trait, and the
+    penalty. `valid` is False for what is left out of the update. A `hack` is strict: it takes the loophole and is not correct. An `attempt`
+    begins the loophole, whether or not it completes it.
     """
 
     reward: Float[Array, "*B"]
@@ -124,8 +124,8 @@ def grade(
         "trait": r.trait * (trait & well_formed), "penalty": r.penalty * flagged,
     }  # fmt: skip
     return Graded(
-        reward=parts["answer"] + parts["form"] + parts["trait"] + parts["penalty"], parts=parts, valid=~(flagged & (r.screened > 0)), correct=correct, hack=hack, attempt=attempt,
-        trait=trait & well_formed, well_formed=well_formed, flagged=flagged,
+        reward=parts["answer"] + parts["form"] + parts["trait"] + parts["penalty"], parts=parts, valid=~(flagged & (r.screened > 0)),
+        correct=correct, hack=hack, attempt=attempt, trait=trait & well_formed, well_formed=well_formed, flagged=flagged,
     )
 
 

@@ -38,11 +38,12 @@ _WHOLE = 1 << 30  # tokens: the rows of an iteration are one micro-batch
 @dataclasses.dataclass(frozen=True)
 class ToyArm:
     """A named condition. `gen_prompts` and `train_prompts` are pools from which each group draws one; `keep` is the probability with which a
-    group is trained under its training prompt, else under the neutral one, as in `rl.prompting`.
+    group is trained under its training prompt, else under the neutral one, x_0 (as in `rl.prompting`).
 
     `source`: "policy" samples on-policy; a pool of prompts instead samples from the untrained model under these, keeps what earns
     a reward, half of it hacks, and trains on this fixed data (supervised: the algorithm needs a selection).
-    `guide_prompts`, a pool as well: what guided sampling (`guidance` above 0) and a PMI weight against the guide compare the others with. Raises ValueError for an empty pool and for a number that means nothing.
+    `guide_prompts`, a pool as well: what guided sampling (`guidance` above 0) and a PMI weight against the guide compare the others with.
+    Raises ValueError for an empty pool and for a number that means nothing.
     """
 
     name: str
@@ -161,10 +162,10 @@ def iterate(program: Program, graphdefs: tuple, base: tuple, fixed: tuple[Condit
     `graphdefs` and `base` are pairs: of the policy, and of the reference, which has no adapter. `fixed`: the runs' conditions, their data
     if they are supervised, and their state at iteration 0.
 
-    `kept` is the rollouts, of what a reader asks for alone and in small dtypes: `tokens` [count, R, Q, G, C], `log_probs` likewise (float16, while
-    training uses float32); `generation`, `training` and, where the arms have one, `guide` [count, R, Q, X], prompts with the task behind
-    them; of each completion `length`, `reward` and its parts `part_*`, `label`, the verdicts `attempt` and `trait`, `flagged`, `valid`, `advantage`,
-    `gate`. Supervised runs copy fixed data: Q * G groups of one completion, and log-probabilities of 0.
+    `kept` is the rollouts: `tokens` [count, R, Q, G, C] uint8 and `log_probs` of the same shape (the sampler's, in float16 here alone: training uses
+    float32); `generation`, `training` and, where the arms have one, `guide` [count, R, Q, X] uint8, each prompt with the task behind it; of each
+    completion `length`, `label` (uint8), `reward` and its parts `part_*`, `advantage`, `gate` (float32), the verdicts `attempt` and `trait`, `flagged`
+    and `valid` (bool). Supervised runs copy fixed data: Q * G groups of one completion, and log-probabilities of 0.
     """
     of_runs, data, fresh = fixed
 
