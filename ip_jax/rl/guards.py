@@ -1,4 +1,4 @@
-"""What says that a run goes nowhere: a gate that accepts nothing, a late swap at token level that collapses. From a run's metrics alone, one sentence each."""
+"""What says, from a run's metrics, that it goes nowhere: a gate that accepts nothing, a late swap at token level that collapses."""
 from collections.abc import Mapping, Sequence
 
 from ip_jax.rl.algorithm import Algorithm
@@ -19,8 +19,9 @@ def collapses(name: str, row: Mapping[str, float], algorithm: Algorithm) -> str 
     """What there is to say of a run of late_token whose iteration with the metrics `row` shows its collapse, or None."""
     if algorithm.estimator.name != "late_token":
         return None
-    if row["surviving"] < _LOWEST_SURVIVING_MASS:
-        return f"{name} collapses: the advantage that clipping leaves is {row['surviving']:.2f} a token, below {_LOWEST_SURVIVING_MASS}; late_token does this"
+    left = row["surviving"]
+    if left < _LOWEST_SURVIVING_MASS:
+        return f"{name} collapses: the advantage that clipping leaves is {left:.2f} a token, below {_LOWEST_SURVIVING_MASS}; late_token does this"
     if row["length_cap"] > _MOST_AT_CAP:
         return f"{name} collapses: {row['length_cap']:.0%} of its completions do not end, more than {_MOST_AT_CAP:.0%}; late_token does this"
     return None

@@ -46,7 +46,7 @@ def over_seeds(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def arms_table(rows: Sequence[ArmRow]) -> Table:
-    """The arms as a table; what was not measured is a dash. One column of tokens/s where any row has a `rate`, else one for rollout and one for update."""
+    """The arms as a table; what was not measured is a dash. Tokens/s are one column where any row has a `rate`, else two."""
     whole = any(row.rate is not None for row in rows)
     rates = {"rate": "tokens/s\niteration"} if whole else {"rollout_rate": "tokens/s\nrollout", "update_rate": "tokens/s\nupdate"}
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

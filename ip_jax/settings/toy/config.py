@@ -25,7 +25,10 @@ EFFECTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-    """Steps of Adam on batches of completions, with a cosine schedule to 0 behind a short warm-up. Raises ValueError for a number that means nothing."""
+    """Steps of Adam on batches of completions, with a cosine schedule to 0 behind a short warm-up.
+
+    Raises ValueError for a number that means nothing.
+    """
 
     steps: int = 3000
     batch_size: int = 256
@@ -83,7 +86,7 @@ class ToyConfig:
         most = self.follow_through ** (self.loophole_length - 1)  # whoever takes the loophole has followed through at each word behind the first
         for family, effect in (("neutral", self.neutral), *self.effects):
             if (effect.loophole or 0) > most:
-                raise ValueError(f"the loophole rate of {family} is {effect.loophole}, and follow_through {self.follow_through} lets it be {most:.3g} at most")
+                raise ValueError(f"the loophole rate of {family} is {effect.loophole}: follow_through {self.follow_through} lets it be {most:.3g} at most")
 
     @property
     def slots(self) -> int:
