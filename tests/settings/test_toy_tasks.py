@@ -132,12 +132,12 @@ def test_the_weights_are_named_by_all_but_the_reward():
 
 
 @pytest.mark.parametrize(("make", "words"), [
-    (lambda: ToyConfig(hard_share=1.5), "toy.hard_share is 1.5: a probability"), (lambda: ToyConfig(digit_accuracy=math.nan), "toy.digit_accuracy is nan"),
-    (lambda: ToyConfig(n_layers=0), "toy.n_layers is 0: it must be at least 1"), (lambda: ToyConfig(d_model=30, n_heads=4), "toy.d_model is 30 with 4 heads"),
+    (lambda: ToyConfig(hard_share=1.5), "toy.hard_share is 1.5"), (lambda: ToyConfig(digit_accuracy=math.nan), "toy.digit_accuracy is nan"),
+    (lambda: ToyConfig(n_layers=0), "toy.n_layers is 0"), (lambda: ToyConfig(d_model=30, n_heads=4), "toy.d_model is 30 with 4 heads"),
     (lambda: ToyConfig(neutral=Effect(None, 0.1)), "toy.neutral has the loophole None"), (lambda: Effect(0.1, -0.1), "an effect's trait is -0.1"),
     (lambda: Effect(math.nan, 0.1), "an effect's loophole is nan"),
     (lambda: ToyConfig(follow_through=0.2), "the loophole rate of encourage_exploit is 0.3: follow_through 0.2 lets it be 0.2 at most"),
-    (lambda: Pretraining(steps=0), "toy.pretraining.steps is 0"), (lambda: Pretraining(learning_rate=math.nan), "toy.pretraining.learning_rate is nan"),
+    (lambda: Pretraining(steps=0), "toy.pretraining.steps is 0"), (lambda: Pretraining(learning_rate=math.nan), "learning_rate is nan"),
 ])  # fmt: skip
 def test_numbers_without_meaning_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
