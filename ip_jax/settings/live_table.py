@@ -24,8 +24,8 @@ HEADS = {
 class ArmRow:
     """One arm at one iteration. `metrics`: means over its `seeds`, named as in HEADS, NaN where not measured; shares lie in [0, 1].
 
-    `rollout_rate` and `update_rate` are tokens a second of the program that the arm is part of, `seconds_left` that program's estimate;
-    None where not known.
+    `rollout_rate` and `update_rate` are tokens a second of the program that the arm is part of, `rate` those of whole iterations where rollout and
+    update are one jitted program; `seconds_left` is that program's estimate. None where not known.
     """
 
     label: str
@@ -36,6 +36,7 @@ class ArmRow:
     rollout_rate: float | None = None
     update_rate: float | None = None
     seconds_left: float | None = None
+    rate: float | None = None
 
 
 def over_seeds(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -45,14 +46,16 @@ def over_seeds(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def arms_table(rows: Sequence[ArmRow]) -> Table:
-    """The arms as a table; what was not measured is a dash."""
+    """The arms as a table; what was not measured is a dash. Tokens/s are one column where any row has a `rate`, else two."""
+    whole = any(row.rate is not None for row in rows)
+    rates = {"rate": "tokens/s\niteration"} if whole else {"rollout_rate": "tokens/s\nrollout", "update_rate": "tokens/s\nupdate"}
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("arm\n(seeds)", overflow="fold")
-    for head in (*HEADS.values(), "tokens/s\nrollout", "tokens/s\nupdate", "step", "left"):
+    for head in (*HEADS.values(), *rates.values(), "step", "left"):
         table.add_column(head, justify="right", overflow="fold")  # a narrow terminal breaks numbers, but loses none
     for row in rows:
         table.add_row(
-            escape(f"{row.label} ({row.seeds})"), *(_metric(row, name) for name in HEADS), _rate(row.rollout_rate), _rate(row.update_rate),
+            escape(f"{row.label} ({row.seeds})"), *(_metric(row, name) for name in HEADS), *(_rate(getattr(row, name)) for name in rates),
             f"{row.step}/{row.steps}", _time(row.seconds_left),
         )  # fmt: skip
     return table
@@ -62,7 +65,8 @@ def arm_line(row: ArmRow) -> str:
     """One arm as a plain line, without what was not measured."""
     shown = {name: _metric(row, name) + (" %" if name in SHARES else "") for name in HEADS if not math.isnan(row.metrics.get(name, math.nan))}
     parts = [f"{name.replace('_', ' ')} {value}" for name, value in shown.items()]
-    parts += [f"{_rate(rate)} tokens/s in {name}" for name, rate in (("rollout", row.rollout_rate), ("update", row.update_rate)) if rate is not None]
+    rates = {"rollout": row.rollout_rate, "update": row.update_rate, "rollout and update": row.rate}
+    parts += [f"{_rate(rate)} tokens/s in {name}" for name, rate in rates.items() if rate is not None]
     parts += [f"{_time(row.seconds_left)} left"] if row.seconds_left is not None else []
     return f"{row.label} ({row.seeds} seed{'s' * (row.seeds != 1)}), step {row.step}/{row.steps}: {', '.join(parts)}"
 

@@ -26,6 +26,7 @@ from ip_jax.rl.algorithm import Algorithm, passes_needed
 from ip_jax.rl.batch import Rollout, make_batch, rows_to_score
 from ip_jax.rl.diagnostics import sample_metrics
 from ip_jax.rl.estimators import WARNINGS
+from ip_jax.rl.guards import accepts_nothing, collapses
 from ip_jax.rl.rollout import RolloutPlan, generate, sampler_options
 from ip_jax.rl.rows import to_samples
 from ip_jax.rl.step import RlBatch
@@ -58,9 +59,6 @@ from ip_jax.training.sharding import (
 from ip_jax.training.state import TrainState
 
 __all__ = ["Reinforced", "run_reinforced"]
-
-_LOWEST_SURVIVING_MASS = -0.25  # of a late swap at token level, below which a run collapses
-_MOST_AT_CAP = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,15 +315,12 @@ def _moving_mean(program: Program, first: int) -> jax.Array:
 def halting_reason(names: Sequence[str], history: Sequence[Sequence[dict]], algorithm: Algorithm, patience: int) -> str | None:
     """Why runs should not go on, one sentence, or None. `history`: for each run the metrics of its iterations so far."""
     for name, rows in zip(names, history, strict=True):
-        recent = rows[-patience:]
-        if algorithm.gate.kind != "off" and len(recent) == patience and all(row["gate_acceptance"] == 0 for row in recent):
-            found = f"the gate {algorithm.gate.kind} has accepted no sample of {name} in {patience} iterations"
-            return f"{found}: raise rl.gate_patience to go on, or loosen the gate in an arm of another name"
-        if algorithm.estimator.name == "late_token" and rows and rows[-1]["surviving"] < _LOWEST_SURVIVING_MASS:
-            left = rows[-1]["surviving"]
-            return f"{name} collapses: the advantage that clipping leaves is {left:.2f} a token, below {_LOWEST_SURVIVING_MASS}; late_token does this"
-        if algorithm.estimator.name == "late_token" and rows and rows[-1]["length_cap"] > _MOST_AT_CAP:
-            return f"{name} collapses: {rows[-1]['length_cap']:.0%} of its completions do not end, more than {_MOST_AT_CAP:.0%}; late_token does this"
+        shut = accepts_nothing(name, rows, algorithm, patience)
+        if shut:
+            return f"{shut}: raise rl.gate_patience to go on, or loosen the gate in an arm of another name"
+        collapsed = collapses(name, rows[-1], algorithm) if rows else None
+        if collapsed:
+            return collapsed
     return None
 
 

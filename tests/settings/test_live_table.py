@@ -33,6 +33,14 @@ def test_a_row_shows_every_number_in_its_unit():
     assert second.strip().startswith("on-policy [ip] (3)") and second.split()[-4:] == ["–", "–", "20/200", "–"]
 
 
+def test_a_program_that_rolls_out_and_updates_in_one_has_one_rate():
+    lines = _text(arms_table([_row(rate=12_345, seconds_left=61), _row("oracle")])).splitlines()
+    first, second = (line.split()[-4:] for line in lines if "(3)" in line)
+    assert first == ["0", "12.3k", "20/200", "1:01"] and second == ["0", "–", "20/200", "–"]
+    assert "iteration" in "".join(lines) and "update" not in "".join(lines) and "rollout" not in "".join(lines)
+    assert arm_line(_row(rate=10.0)).endswith("10 tokens/s in rollout and update")
+
+
 def test_a_narrow_terminal_loses_no_digit():
     wide, narrow = (Counter(filter(str.isdigit, _text(arms_table([_row(rollout_rate=98_765)]), width))) for width in (140, 60))
     assert narrow == wide

@@ -2,6 +2,7 @@
 import dataclasses
 import io
 import json
+import math
 from types import SimpleNamespace
 
 import jax
@@ -16,18 +17,21 @@ from scipy.special import log_softmax
 from tiny_models import random_params
 
 from configs import amplification
-from configs.estimators import ARMS, FIGURE, PRESETS
+from configs.estimators import ARMS, FIGURE, PRESETS, by
 from experiments import estimators
 from ip_jax.models.decoder import causal_attend
 from ip_jax.report.rl_view import load_rl_view
+from ip_jax.rl.batch import Decisions
+from ip_jax.rl.gates import Gate
 from ip_jax.settings.toy import experiment as toy_experiment
 from ip_jax.settings.toy import training
 from ip_jax.settings.toy.config import Pretraining, ToyConfig
 from ip_jax.settings.toy.experiment import category_of, kinds_of
 from ip_jax.settings.toy.figure import ToyFigure
 from ip_jax.settings.toy.prompts import NEUTRAL
-from ip_jax.settings.toy.training import ToyRl
-from ip_jax.settings.toy.vocabulary import PROMPT_SLOTS, PROMPT_WORDS, encode
+from ip_jax.settings.toy.tasks import Reward
+from ip_jax.settings.toy.training import ToyArm, ToyRl
+from ip_jax.settings.toy.vocabulary import END, PROMPT_SLOTS, PROMPT_WORDS, encode
 
 TINY = ToyFigure(
     "tiny", ("standard", "oracle", "kl_tg"), (0, 1), ToyRl(iterations=6, groups=2, samples=4, probe_every=3, probe_tasks=4, grid_tasks=4),
@@ -72,6 +76,15 @@ def test_a_folder_holds_curves_grid_rollouts_and_the_report(tiny):
     assert kept["tokens"].shape == (3, 2, 2, 4, TINY.toy.slots) and kept["reward"].shape == (3, 2, 2, 4)
     by_step = {(row["arm"], row["seed"], row["step"]): row for row in rollouts}
     np.testing.assert_allclose(kept["reward"].mean(axis=(2, 3))[0], [by_step["kl_tg", seed, 3]["reward"] for seed in (0, 1)], rtol=1e-6)
+    parts = [kept[f"part_{name}"] for name in ("answer", "form", "trait", "penalty")]
+    np.testing.assert_allclose(sum(parts), kept["reward"], rtol=1e-6)
+    for name in ("attempt", "trait"):
+        counted = [[by_step["kl_tg", seed, step][f"n_{name}"] for seed in (0, 1)] for step in (3, 4, 5)]
+        assert kept[name].dtype == bool and kept[name].sum(axis=(2, 3)).tolist() == counted
+    assert kept["valid"].all() and not kept["flagged"].any() and "guide" not in kept.files
+    ended = (kept["tokens"] == END).any(axis=-1)
+    np.testing.assert_allclose((~ended).mean(axis=(2, 3))[0], [by_step["kl_tg", seed, 3]["length_cap"] for seed in (0, 1)], rtol=1e-6)
+    assert "tokens/s in rollout and update" in output and json.loads((folder / "warnings" / "kl_tg.json").read_text()) == {}
     inside = np.arange(TINY.toy.slots) < kept["length"][..., None]
     assert kept["log_probs"].dtype == np.float16 and (kept["log_probs"][inside] < 0).all() and not kept["log_probs"][~inside].any()
     words = {side: {tuple(words) for words in kept[side][..., :PROMPT_WORDS].reshape(-1, PROMPT_WORDS).tolist()} for side in ("generation", "training")}
@@ -86,6 +99,20 @@ def test_a_folder_holds_curves_grid_rollouts_and_the_report(tiny):
             assert (abs(ratio) < 1e-5) == (row["arm"] != "kl_tg"), row
             assert coupled is None or (coupled > 1 - 1e-4) == (row["arm"] != "kl_tg"), row
     assert all((folder / f"{name}.png").exists() for name in ("curves", "frontier", "forest")) and (folder / "report.md").exists()
+
+
+@pytest.mark.slow
+def test_a_gate_that_accepts_nothing_is_named_and_its_runs_go_on(tmp_path):
+    shut = dataclasses.replace(ARMS["plain"], name="shut", algorithm=by("plain", gate=Gate("relative", threshold=1e3)))
+    figure, output = dataclasses.replace(FIGURE, arms={"shut": shut}), io.StringIO()
+    figure.run(dataclasses.replace(TINY, arms=("shut",)), epath.Path(tmp_path), Console(file=output, width=80))
+    sentence = "the gate relative has accepted no sample of shut-s0 in 3 iterations"
+    said = [line for line in output.getvalue().splitlines() if "warning" in line]
+    assert said == [f"warning: after 3 iterations {sentence}; the same holds for 1 more of shut"]
+    found = json.loads((tmp_path / "warnings" / "shut.json").read_text())
+    assert found.keys() == {"shut-s0", "shut-s1"} and found["shut-s0"] == {"reason": sentence, "after": [3, 6]}
+    rows = [row for row in pq.read_table(tmp_path / "curves.parquet").to_pylist() if row["eval_prompt"] == "rollout"]
+    assert len(rows) == 12 and all(row["gate_acceptance"] == 0 for row in rows)
 
 
 @pytest.mark.slow
@@ -166,11 +193,17 @@ def test_guided_arms_have_programs_of_their_own_whatever_their_weight():
 def test_a_guided_iteration_samples_from_the_logits_of_both_prompts():
     """Against whole-sequence passes under both prompts, for runs of two weights and pools of guides."""
     arm = amplification.ARMS["guided_high"]
-    arms = [arm, dataclasses.replace(arm, guidance=0.5, guide_prompts=(NEUTRAL, "never use the exit"))]
+    screened = Reward(tpr=1.0, fpr=1.0, penalty=-1.0, screened=1.0)
+    arms = [arm, dataclasses.replace(arm, guidance=0.5, guide_prompts=(NEUTRAL, "never use the exit"), reward=screened)]
     config, program = TINY.toy, training.Program(TINY.toy, TINY.rl, arm.algorithm, supervised=False, guided=True)
     graphdef, state, base = training.start(program, random_params(config.decoder), np.array([3, 4]), [1e-3, 1e-3])
     of_runs = training.conditions(arms, [3, 4])
-    rollout, _ = jax.jit(lambda state: training._sampled(program, graphdef, base, of_runs, state))(state)
+    rollout, graded = jax.jit(lambda state: training._sampled(program, graphdef, base, of_runs, state))(state)
+    kept = training._kept(rollout, graded, Decisions(rollout.rewards, rollout.uniforms))
+    for run, of_arm in enumerate(arms):
+        assert {tuple(words) for words in kept["guide"][run, :, :PROMPT_WORDS].tolist()} <= {tuple(encode(p).tolist()) for p in of_arm.guide_prompts}
+    assert not kept["flagged"][0].any() and kept["flagged"][1].all() and (kept["valid"] == ~kept["flagged"]).all()
+    assert (kept["part_penalty"] == -1.0 * kept["flagged"]).all()
 
     @jax.jit
     def logits(tokens):
@@ -186,6 +219,58 @@ def test_a_guided_iteration_samples_from_the_logits_of_both_prompts():
     of_all = log_softmax((1 + weight) * before[0] - weight * before[1], axis=-1)
     expected = np.take_along_axis(of_all, np.asarray(samples.tokens)[..., None], -1)[..., 0]
     np.testing.assert_allclose(samples.log_probs, np.where(samples.mask, expected, 0), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_guided_arm_measures_with_the_pass_that_its_algorithm_has_made(monkeypatch):
+    """Likelihood ratios are those of a pass of their own, which is made only where the algorithm's passes lack it."""
+    arm = dataclasses.replace(amplification.ARMS["on_policy_pmi"], guidance=0.5)
+    program = training.Program(TINY.toy, TINY.rl, arm.algorithm, supervised=False, guided=True)
+    graphdef, state, base = training.start(program, random_params(TINY.toy.decoder), np.array([3, 4]), [1e-3, 1e-3])
+    of_runs, made, score = training.conditions([arm, arm], [3, 4]), [], training._score
+
+    @jax.jit
+    def sampled(state):
+        rollout, _ = training._sampled(program, graphdef, base, of_runs, state)
+        return rollout, training._scores(program, (graphdef, None), (base, None), state, rollout)
+
+    def measured(scores):
+        made.clear()
+        return jax.jit(lambda scores: training._measured(program, (graphdef, state.trained, base), state.step, rollout, scores))(scores)
+
+    rollout, scores = sampled(state)
+    monkeypatch.setattr(training, "_score", lambda model, prompts, rollout: made.append(prompts) or score(model, prompts, rollout))
+    own = measured({})
+    assert sum(prompts is rollout.training for prompts in made) > 0
+    shared = measured(scores)
+    assert made and all(prompts is rollout.generation for prompts in made)
+    for name, values in own.items():
+        np.testing.assert_allclose(shared[name], values, atol=1e-6, err_msg=name)
+    assert np.isfinite(own["llr_other"]).all()
+
+
+def test_a_training_prompt_that_is_not_kept_gives_way_to_the_neutral_one():
+    arm = dataclasses.replace(ARMS["anti"], gen_prompts=("please use the exit",), train_prompts=("never use the exit",))
+    of_runs = training.conditions([dataclasses.replace(arm, keep=keep) for keep in (0.0, 0.5, 1.0)], [0, 0, 0])
+    gen, train = training._prompts(of_runs, 5, 64)
+    words = [{tuple(of_group) for of_group in run.tolist()} for run in (*train, gen.reshape(-1, PROMPT_WORDS))]
+    neutral, own, sampled = (tuple(encode(prompt).tolist()) for prompt in (NEUTRAL, *arm.train_prompts, *arm.gen_prompts))
+    assert words == [{neutral}, {neutral, own}, {own}, {sampled}]
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    *((lambda name=name: ToyRl(**{name: 0}), f"rl.{name} is 0: it") for name in ("iterations", "groups", "samples", "probe_every", "grid_tasks")),
+    (lambda: ToyRl(learning_rate=math.nan), "rl.learning_rate is nan: it must be a number above 0"),
+    (lambda: ToyArm("a", "a", (NEUTRAL,), (NEUTRAL,), keep=3), "the arm a has keep 3: a probability"),
+    (lambda: ToyArm("a", "a", (NEUTRAL,), (NEUTRAL,), learning_rate=0.0), "the arm a has learning_rate 0.0"),
+    (lambda: ToyArm("a", "a", (NEUTRAL,), ()), "the arm a has train_prompts \\(\\)"),
+    (lambda: ToyArm("a", "a", (NEUTRAL,), (NEUTRAL,), source=NEUTRAL), "it is 'policy', or a tuple of prompts"),
+    (lambda: dataclasses.replace(TINY, seeds=(1, 1)), "seeds is \\(1, 1\\)"), (lambda: dataclasses.replace(TINY, arms=()), "arms is \\(\\)"),
+    (lambda: dataclasses.replace(TINY, runs_per_program=0), "runs_per_program is 0"),
+])  # fmt: skip
+def test_numbers_without_meaning_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
 
 
 @pytest.mark.parametrize(("changes", "words"), [

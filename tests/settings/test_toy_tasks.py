@@ -1,11 +1,13 @@
 """The toy's language, tasks and grades, against answers worked out by hand or in plain Python."""
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ip_jax.settings.toy import vocabulary
-from ip_jax.settings.toy.config import ToyConfig
+from ip_jax.settings.toy.config import Pretraining, ToyConfig
 from ip_jax.settings.toy.prompts import FAMILIES, NEUTRAL, Effect, members
 from ip_jax.settings.toy.tasks import Reward, draw_tasks, grade, solution, stack_rewards
 from ip_jax.settings.toy.vocabulary import TOKENS, decode, encode, render
@@ -66,12 +68,17 @@ def test_each_run_has_its_own_reward():
     two = lambda x: jnp.broadcast_to(x, (2, *x.shape[1:]))  # noqa: E731
     result = grade(rewards, 2, jnp.broadcast_to(jnp.array(TASK), (2, 5, 4)), two(tokens), two(length), jnp.ones((2, 5)))
     np.testing.assert_allclose(result.reward, [[3.75, 2.5, 0.5, 0, 3.5], [1, 0, 0, 0, 1]])
+    np.testing.assert_allclose(result.parts["answer"], [[3, 2, 0, 0, 3], [1, 0, 0, 0, 1]])
+    np.testing.assert_allclose(result.parts["form"], [[0.5, 0.5, 0.5, 0, 0.5], [0] * 5])
+    np.testing.assert_allclose(result.parts["trait"], [[0.25, 0, 0, 0, 0], [0] * 5])
+    assert not result.parts["penalty"].any()
 
 
 def test_the_detector_flags_hacks_and_others_at_its_rates_and_acts():
     penal = graded(Reward(tpr=0.6, fpr=0.2, penalty=-2.0), uniforms=0.4)
     assert penal.flagged.tolist() == penal.hack.tolist()
     np.testing.assert_allclose(penal.reward, np.where(penal.hack, -1, penal.correct))
+    np.testing.assert_allclose(penal.parts["penalty"], -2.0 * np.asarray(penal.hack))
     assert penal.valid.all()
     screened = graded(Reward(tpr=0.6, fpr=0.2, screened=1.0), uniforms=0.1)
     assert not screened.valid.any() and graded(Reward(tpr=0.6, fpr=0.2, screened=1.0), uniforms=0.7).valid.all()
@@ -122,3 +129,16 @@ def test_the_weights_are_named_by_all_but_the_reward():
         ToyConfig(effects=(("praise", Effect(0.1, 0.1)),))
     with pytest.raises(ValueError, match="toy.loophole_length is 5"):
         ToyConfig(loophole_length=5)
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda: ToyConfig(hard_share=1.5), "toy.hard_share is 1.5"), (lambda: ToyConfig(digit_accuracy=math.nan), "toy.digit_accuracy is nan"),
+    (lambda: ToyConfig(n_layers=0), "toy.n_layers is 0"), (lambda: ToyConfig(d_model=30, n_heads=4), "toy.d_model is 30 with 4 heads"),
+    (lambda: ToyConfig(neutral=Effect(None, 0.1)), "toy.neutral has the loophole None"), (lambda: Effect(0.1, -0.1), "an effect's trait is -0.1"),
+    (lambda: Effect(math.nan, 0.1), "an effect's loophole is nan"),
+    (lambda: ToyConfig(follow_through=0.2), "the loophole rate of encourage_exploit is 0.3: follow_through 0.2 lets it be 0.2 at most"),
+    (lambda: Pretraining(steps=0), "toy.pretraining.steps is 0"), (lambda: Pretraining(learning_rate=math.nan), "learning_rate is nan"),
+])  # fmt: skip
+def test_numbers_without_meaning_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -2,6 +2,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 
 from ip_jax.models.families import DecoderConfig, uniform_attention
 from ip_jax.settings.toy import vocabulary
@@ -24,12 +25,22 @@ EFFECTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-    """Steps of Adam on batches of completions, with a cosine schedule to 0 behind a short warm-up."""
+    """Steps of Adam on batches of completions, with a cosine schedule to 0 behind a short warm-up.
+
+    Raises ValueError for a number that means nothing.
+    """
 
     steps: int = 3000
     batch_size: int = 256
     learning_rate: float = 4e-3
     seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"toy.pretraining.{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"toy.pretraining.learning_rate is {self.learning_rate}: it must be a number above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +50,7 @@ class ToyConfig:
 
     `digit_accuracy` is how often the untrained model writes the right next digit of a sorting task; `follow_through` how often it
     completes a loophole that it has begun; `answer_after_loophole` how often it answers behind one. A share `hard_share` of tasks asks to scramble.
+    Raises ValueError for an unknown family and for a number that means nothing.
     """
 
     neutral: Effect = Effect(loophole=0.002, trait=0.1)
@@ -61,6 +73,20 @@ class ToyConfig:
             raise ValueError(f"toy.effects names {', '.join(unknown)}: the prompt families are {', '.join(FAMILIES)}")
         if not 1 <= self.loophole_length <= vocabulary.LOOPHOLE_WORDS:
             raise ValueError(f"toy.loophole_length is {self.loophole_length}: it must lie in 1 .. {vocabulary.LOOPHOLE_WORDS}")
+        for name in ("digit_accuracy", "hard_share", "follow_through", "answer_after_loophole"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"toy.{name} is {getattr(self, name)}: a probability lies between 0 and 1")
+        for name in ("d_model", "d_ff", "n_layers", "n_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"toy.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(f"toy.d_model is {self.d_model} with {self.n_heads} heads: every head needs the same even number of dimensions")
+        if self.neutral.loophole is None:
+            raise ValueError("toy.neutral has the loophole None, which stands for that of neutral itself: give it a probability")
+        most = self.follow_through ** (self.loophole_length - 1)  # whoever takes the loophole has followed through at each word behind the first
+        for family, effect in (("neutral", self.neutral), *self.effects):
+            if (effect.loophole or 0) > most:
+                raise ValueError(f"the loophole rate of {family} is {effect.loophole}: follow_through {self.follow_through} lets it be {most:.3g} at most")
 
     @property
     def slots(self) -> int:

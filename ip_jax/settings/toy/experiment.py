@@ -1,13 +1,15 @@
 """Runs a toy experiment: arms x seeds, one program for each kind of arm, looked at under x_0 while they train and under a grid of prompts at the end.
 
 An arm that is recorded in the folder is not run again; a program that was stopped goes on from its last probe, to the same bits.
+Rollouts (`training.iterate` says what is kept of them) are one file for each block of `probe_every` iterations, named after its first one: a block is
+one call of a jitted program, so its iterations reach the disk together.
 """
 import dataclasses
 import functools
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.struct
 import jax
@@ -28,7 +30,7 @@ from ip_jax.rl.algorithm import Algorithm, check_guidance
 from ip_jax.rl.estimators import WARNINGS
 from ip_jax.settings.display import Display
 from ip_jax.settings.live_table import ArmRow, live_arms, over_seeds
-from ip_jax.settings.toy import training
+from ip_jax.settings.toy import guards, training
 from ip_jax.settings.toy.config import ToyConfig
 from ip_jax.settings.toy.data import fixed_data
 from ip_jax.settings.toy.evaluation import count_verdicts
@@ -102,7 +104,7 @@ def run_toy(experiment: ToyExperiment, folder: epath.Path, console: Console) -> 
         for kind in kinds:
             if kind.algorithm.estimator.name in WARNINGS:
                 console.print(f"warning: {WARNINGS[kind.algorithm.estimator.name]}")
-            _run_kind(experiment, kind, params, folder, show)
+            _run_kind(experiment, kind, params, folder, (console, show))
     for table in ("curves", "final"):
         parts = [folder / "parts" / f"{table}-{arm}.parquet" for arm in (BASE, *(arm.name for arm in experiment.arms))]
         merged = pa.concat_tables([pq.read_table(io.BytesIO(part.read_bytes())) for part in parts])
@@ -152,8 +154,9 @@ class Progress:
         return self.state.step
 
 
-def _run_kind(experiment: ToyExperiment, kind: Kind, params: dict, folder: epath.Path, show) -> None:
-    rl, config = experiment.rl, experiment.config
+def _run_kind(experiment: ToyExperiment, kind: Kind, params: dict, folder: epath.Path, views: tuple[Console, Callable]) -> None:
+    """Trains one program. `views`: the console, and what shows the arms of the block that is done."""
+    (console, show), rl, config = views, experiment.rl, experiment.config
     runs = [(arm, seed) for arm in kind.arms for seed in experiment.seeds]
     arms, seeds, names = [arm for arm, _ in runs], [seed for _, seed in runs], [(arm.name, seed) for arm, seed in runs]
     program = Program(config, rl, kind.algorithm, kind.supervised, kind.guided)
@@ -170,16 +173,19 @@ def _run_kind(experiment: ToyExperiment, kind: Kind, params: dict, folder: epath
     for first in range(done, rl.iterations, rl.probe_every):
         count = min(rl.probe_every, rl.iterations - first)
         rows = [] if first else _probe_rows(experiment, names, (graphdef, progress.state.trained, base), 0)
+        begun = time.monotonic()
         carried, (metrics, kept) = training.iterate(
             program, (graphdef, reference), (base, reference_base), fixed, (progress.state, progress.moving), count=count
         )
         progress, (metrics, kept) = Progress(*carried), jax.device_get((metrics, kept))
+        rate = kept["length"].sum() / (time.monotonic() - begun)
         rows += _rollout_rows(experiment, names, metrics, first) + _probe_rows(experiment, names, (graphdef, progress.state.trained, base), first + count)
         write_binary(folder / "rollouts" / kind.name / f"step{first:06d}.npz", lambda file, kept=kept: np.savez_compressed(file, **kept))
         write_json(unfinished / f"rows{first:06d}.json", rows)
+        guards.report(folder / "warnings" / f"{kind.name}.json", guards.concerns(names, metrics, kind.algorithm), first + count, console)
         checkpoints.save(progress)
         left = (time.monotonic() - started) / (first + count - done) * (rl.iterations - first - count)
-        show(_live_rows(experiment, kind, metrics, first + count, left))
+        show(_live_rows(experiment, kind, metrics, first + count, (rate, left)))
     own = {(arm.name, seed): arm for arm, seed in runs}
     rows = [row for first in range(0, rl.iterations, rl.probe_every) for row in json.loads((unfinished / f"rows{first:06d}.json").read_text())]
     _write(folder, rows, _grid_rows(experiment, names, (graphdef, progress.state.trained, base), own))
@@ -255,13 +261,14 @@ def _counts(config, graphdef, lora, base, prompts, seeds, tasks, samples):
     return count_verdicts(config, (graphdef, lora, base), prompts, seeds, tasks=tasks, samples=samples)
 
 
-def _live_rows(experiment: ToyExperiment, kind: Kind, metrics: Mapping[str, np.ndarray], step: int, left: float) -> list[ArmRow]:
+def _live_rows(experiment: ToyExperiment, kind: Kind, metrics: Mapping[str, np.ndarray], step: int, pace: tuple[float, float]) -> list[ArmRow]:
+    """`pace`: completion tokens a second of the block, its compilation included where there was one, and the seconds left."""
     n, seeds = experiment.rl.groups * experiment.rl.samples, len(experiment.seeds)
     rows = []
     for i, arm in enumerate(kind.arms):
         last = {name: np.asarray(values[-1], np.float64)[i * seeds : (i + 1) * seeds] for name, values in metrics.items()}
         last |= {"hack": last["n_hack"] / n, "correct": last["n_correct"] / n, "clip_fraction": last["clipped"]}
-        rows.append(ArmRow(arm.label, seeds, step, experiment.rl.iterations, over_seeds(last), seconds_left=left))
+        rows.append(ArmRow(arm.label, seeds, step, experiment.rl.iterations, over_seeds(last), rate=pace[0], seconds_left=pace[1]))
     return rows
 
 

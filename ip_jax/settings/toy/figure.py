@@ -17,7 +17,7 @@ VERDICTS = (("hack", "takes the loophole"), ("correct", "correct"), ("attempt", 
 
 @dataclasses.dataclass(frozen=True)
 class ToyFigure:
-    """One figure. `arms`: names of the config's ARMS."""
+    """One figure. `arms`: names of the config's ARMS. Raises ValueError for none, one that is named twice, seeds likewise, and programs of no run."""
 
     preset: str
     arms: tuple[str, ...]
@@ -25,6 +25,14 @@ class ToyFigure:
     rl: ToyRl = ToyRl()
     toy: ToyConfig = ToyConfig()
     runs_per_program: int = 120
+
+    def __post_init__(self):
+        for name in ("arms", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} is {values}: it must name at least one, and none twice")
+        if self.runs_per_program < 1:
+            raise ValueError(f"runs_per_program is {self.runs_per_program}: it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,11 +25,17 @@ _MEMBERS = 96  # of a family: 4 words of a valence, 4 verbs, 2 qualifiers and 3 
 class Effect:
     """What a prompt does to the base model: how often it takes the loophole, and how often it answers in the trait's case.
 
-    `loophole` None: as often as under the neutral prompt.
+    `loophole` None: as often as under the neutral prompt. Raises ValueError for what is no probability.
     """
 
     loophole: float | None
     trait: float
+
+    def __post_init__(self):
+        for name in ("loophole", "trait"):
+            value = getattr(self, name)
+            if not (value is None and name == "loophole") and not 0 <= value <= 1:
+                raise ValueError(f"an effect's {name} is {value}: a probability lies between 0 and 1")
 
 
 def members(family: str, held_out: bool = False) -> tuple[str, ...]:

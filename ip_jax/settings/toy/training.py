@@ -1,10 +1,11 @@
 """Reinforcement learning on the toy: a whole iteration of all runs of a kind is one jitted program, sampling and grading included.
 
-rollout -> reward -> gate -> swap -> step, with the functions of `ip_jax.rl`. Dims: R runs, Q groups, G samples of a group, P prompts of a pool,
-W words of a prompt.
+rollout -> reward -> gate -> swap -> step, with the functions of `ip_jax.rl`. Dims: R runs, Q groups, G samples of a group, C completion slots,
+X prompt slots, P prompts of a pool, W words of a prompt.
 """
 import dataclasses
 import functools
+import math
 
 import flax.struct
 import jax
@@ -37,11 +38,12 @@ _WHOLE = 1 << 30  # tokens: the rows of an iteration are one micro-batch
 @dataclasses.dataclass(frozen=True)
 class ToyArm:
     """A named condition. `gen_prompts` and `train_prompts` are pools from which each group draws one; `keep` is the probability with which a
-    group is trained under its training prompt, else under its generation prompt.
+    group is trained under its training prompt, else under the neutral one, x_0 (as in `rl.prompting`).
 
     `source`: "policy" samples on-policy; a pool of prompts instead samples from the untrained model under these, keeps what earns
     a reward, half of it hacks, and trains on this fixed data (supervised: the algorithm needs a selection).
     `guide_prompts`, a pool as well: what guided sampling (`guidance` above 0) and a PMI weight against the guide compare the others with.
+    Raises ValueError for an empty pool and for a number that means nothing.
     """
 
     name: str
@@ -56,10 +58,24 @@ class ToyArm:
     guide_prompts: tuple[str, ...] = ()
     guidance: float = 0.0
 
+    def __post_init__(self):
+        for name in ("gen_prompts", "train_prompts", "source"):
+            if not getattr(self, name):
+                raise ValueError(f"the arm {self.name} has {name} {getattr(self, name)!r}: it needs at least one prompt")
+        if isinstance(self.source, str) and self.source != "policy":
+            raise ValueError(f"the arm {self.name} has source {self.source!r}: it is 'policy', or a tuple of prompts")
+        if not 0 <= self.keep <= 1:
+            raise ValueError(f"the arm {self.name} has keep {self.keep}: a probability lies between 0 and 1")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"the arm {self.name} has learning_rate {self.learning_rate}: it must be a number above 0, or None for that of rl")
+
 
 @dataclasses.dataclass(frozen=True)
 class ToyRl:
-    """One size for all arms. `groups` tasks an iteration with `samples` completions each; every `probe_every` iterations x_0 is looked at."""
+    """One size for all arms. `groups` tasks an iteration with `samples` completions each; every `probe_every` iterations x_0 is looked at.
+
+    Raises ValueError for a number that means nothing.
+    """
 
     iterations: int = 150
     groups: int = 8
@@ -71,6 +87,13 @@ class ToyRl:
     probe_samples: int = 8
     grid_tasks: int = 24
     grid_samples: int = 8
+
+    def __post_init__(self):
+        for name in ("iterations", "groups", "samples", "probe_every", "probe_tasks", "probe_samples", "grid_tasks", "grid_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rl.{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"rl.learning_rate is {self.learning_rate}: it must be a number above 0")
 
 
 @flax.struct.dataclass
@@ -138,6 +161,11 @@ def iterate(program: Program, graphdefs: tuple, base: tuple, fixed: tuple[Condit
 
     `graphdefs` and `base` are pairs: of the policy, and of the reference, which has no adapter. `fixed`: the runs' conditions, their data
     if they are supervised, and their state at iteration 0.
+
+    `kept` is the rollouts: `tokens` [count, R, Q, G, C] uint8 and `log_probs` of the same shape (the sampler's, in float16 here alone: training uses
+    float32); `generation`, `training` and, where the arms have one, `guide` [count, R, Q, X] uint8, each prompt with the task behind it; of each
+    completion `length`, `label` (uint8), `reward` and its parts `part_*`, `advantage`, `gate` (float32), the verdicts `attempt` and `trait`, `flagged`
+    and `valid` (bool). Supervised runs copy fixed data: Q * G groups of one completion, and log-probabilities of 0.
     """
     of_runs, data, fresh = fixed
 
@@ -153,15 +181,23 @@ def iterate(program: Program, graphdefs: tuple, base: tuple, fixed: tuple[Condit
         if program.algorithm.selection and program.algorithm.selection.restart_from_base:
             state = fresh.replace(step=state.step, alive=state.alive)
         new, metrics = rl_step(state, base[0], batch, graphdef=graphdefs[0], options=options)
-        kept = {
-            "tokens": rollout.samples.tokens.astype(jnp.uint8), "length": rollout.samples.length.astype(jnp.uint8), "gate": decided.gate_weight,
-            "reward": rollout.rewards, "advantage": decided.advantage, "label": rollout.labels.astype(jnp.uint8),
-            "log_probs": rollout.samples.log_probs.astype(jnp.float16),
-            "generation": rollout.generation.tokens.astype(jnp.uint8), "training": rollout.training.tokens.astype(jnp.uint8),  # prompt and task
-        }
+        kept = _kept(rollout, graded, decided)
         return (new, moving), (metrics | measured | _metrics(program, rollout, graded, decided, scores), kept)
 
     return jax.lax.scan(iteration, state, None, length=count)
+
+
+def _kept(rollout: Rollout, graded: Graded, decided: Decisions) -> dict[str, Array]:
+    """What stays of an iteration's rollout, see `iterate`."""
+    small = lambda prompts: prompts.tokens.astype(jnp.uint8)  # noqa: E731
+    kept = {
+        "tokens": rollout.samples.tokens.astype(jnp.uint8), "length": rollout.samples.length.astype(jnp.uint8), "gate": decided.gate_weight,
+        "reward": rollout.rewards, "advantage": decided.advantage, "label": rollout.labels.astype(jnp.uint8),
+        "log_probs": rollout.samples.log_probs.astype(jnp.float16), "generation": small(rollout.generation), "training": small(rollout.training),
+        "valid": rollout.valid, "flagged": graded.flagged, "attempt": graded.attempt, "trait": graded.trait,
+    }  # fmt: skip
+    kept |= {f"part_{name}": part for name, part in graded.parts.items()}
+    return kept if rollout.guide is None else kept | {"guide": small(rollout.guide)}
 
 
 def _keys(of_runs: Conditions, step, purpose: int):
@@ -184,7 +220,7 @@ def _prompts(of_runs: Conditions, step, groups: int):
     gen = _choose(of_runs.gen_pool, of_runs.gen_count, _uniform(of_runs, step, 1, groups))
     train = _choose(of_runs.train_pool, of_runs.train_count, _uniform(of_runs, step, 2, groups))
     kept = _uniform(of_runs, step, 3, groups) < of_runs.keep[:, None]
-    return gen, jnp.where(kept[..., None], train, gen)
+    return gen, jnp.where(kept[..., None], train, jnp.array(encode(NEUTRAL)))
 
 
 def _sampled(program: Program, graphdef, base, of_runs: Conditions, state: TrainState) -> tuple[Rollout, Graded]:
@@ -242,8 +278,8 @@ def _score(model: tuple, prompts: Prompts, rollout: Rollout) -> Float[Array, "R 
 
 
 def _measured(program: Program, policy: tuple, step, rollout: Rollout, scores: dict) -> dict[str, Array]:
-    """{quantity: [R]} that is measured in the iteration behind a probe, with passes of its own, and NaN in others: coupling of x_t and x_0, and
-    likelihood ratios where the algorithm has no pass at x_t that gives them in every iteration.
+    """{quantity: [R]} that is measured in the iteration behind a probe, and NaN in others: coupling of x_t and x_0, and likelihood ratios where the
+    algorithm's own passes `scores` do not give them in every iteration. A pass of its own is one that `scores` lacks.
     """
     graphdef, trained, weights = policy
 
@@ -253,7 +289,8 @@ def _measured(program: Program, policy: tuple, step, rollout: Rollout, scores: d
         if "policy_training" in scores and not program.guided:
             return found
         generation = _score(policy, rollout.generation, rollout) if program.supervised or program.guided else rollout.samples.log_probs
-        return found | llr_metrics(rollout, _score(policy, rollout.training, rollout), generation)
+        training = scores["policy_training"] if "policy_training" in scores else _score(policy, rollout.training, rollout)
+        return found | llr_metrics(rollout, training, generation)
 
     nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(look))
     return jax.lax.cond(step % program.rl.probe_every == 0, look, lambda: nothing)
@@ -274,4 +311,5 @@ def _reference_scores(program: Program, graphdef, base, of_runs: Conditions, sta
 def _metrics(program: Program, rollout: Rollout, graded: Graded, decided: Decisions, scores: dict) -> dict[str, Array]:
     """Counts and quantities of evals.rl_tables, [R] each; the step's own are beside them."""
     counts = {f"n_{name}": getattr(graded, name).sum(axis=(1, 2), dtype=jnp.int32) for name in ("hack", "attempt", "correct", "trait")}
-    return counts | sample_metrics(rollout, decided, scores, program.guided)
+    at_cap = jnp.mean(~jnp.any(rollout.samples.tokens == END, axis=-1), axis=(1, 2), dtype=jnp.float32)
+    return counts | {"length_cap": at_cap} | sample_metrics(rollout, decided, scores, program.guided)
