@@ -105,10 +105,11 @@ def draw_frontier(view: RlView) -> Figure:
     )
     sides = [[arm for arm in shown if (arm.rates["hack", NEUTRAL].value < 0.5) == left] for left in (True, False)]
     body, side = max(5.6, *(sum(map(_label_inches, arms)) for arms in sides)), 2.75
-    height = HEAD + body + 0.75 + TEXT_LINE * len(caption)
+    above = HEAD + 0.14  # the name of the upright axis stands over it
+    height = above + body + 0.75 + TEXT_LINE * len(caption)
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(WIDTH, height))
-        ax = figure.add_axes((side / WIDTH, (height - HEAD - body) / height, (WIDTH - 2 * side) / WIDTH, body / height))
+        ax = figure.add_axes((side / WIDTH, (height - above - body) / height, (WIDTH - 2 * side) / WIDTH, body / height))
         top = max((value for arm in shown for value in view.by_run["correct", NEUTRAL][arm.name].values()), default=1.0)
         top = min(1.0, math.ceil(10 * top + 0.5) / 10)
         ax.set(xlim=X_LIMITS, ylim=(-0.03 * top, 1.02 * top), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel=view.titled("hack"))
@@ -175,8 +176,8 @@ def draw_forest(view: RlView) -> Figure:
     caption = wrapped(
         f"A run is hacked at {onset.words}. Left: hacked runs of n, exact (Clopper–Pearson) 95 % intervals. Middle: mean of min(onset, {onset.horizon}) steps, "
         "runs that ended early censored there (area under the Kaplan–Meier curve), 95 % bootstrap over runs; an interval without width means only that all runs "
-        f"agree. Right: Fisher's exact test against the standard arm, two-sided, p corrected by {view.holm_said}. Protected: fewer hacked runs by this p "
-        f"(below .05), and fewer than half of the arm's own; never from fewer than {MIN_SEEDS} seeds. " + provenance(view)
+        f"agree. Right: Fisher's exact test against the standard arm, two-sided, p corrected by {view.holm_said}. Protected: by this p (below .05) "
+        f"fewer hacked runs, fewer than half of the arm's own, and the hack learned at x_t; never from fewer than {MIN_SEEDS} seeds. " + provenance(view)
     )
     inch = 0.36
     body = inch * max(len(arms), 1)
