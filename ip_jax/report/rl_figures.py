@@ -62,7 +62,7 @@ def draw_curves(view: RlView) -> Figure:
                     ax.set_ylabel(name, fontsize=8, color=SOFT)
                     ax.set_yticklabels(["0", "", "1"])
                 if half == 0:
-                    ax.set_title("\n".join(textwrap.wrap(arm.label, 34)[:2]), fontsize=8.5, fontweight="bold", loc="left", pad=4, linespacing=1.0)
+                    ax.set_title("\n".join(figures.label_lines(arm.label, 34)[:2]), fontsize=8.5, fontweight="bold", loc="left", pad=4, linespacing=1.0)
                     ax.set_xticklabels([])
                 elif row == rows - 1 or i + columns >= len(arms):
                     ax.set_xlabel("step", fontsize=8, color=SOFT, labelpad=1)
@@ -143,7 +143,7 @@ def _frontier_arm(ax: Axes, view: RlView, arm: ArmNumbers, colour: str, marker: 
 
 
 def _side_label(arm: ArmNumbers) -> list[str]:
-    return textwrap.wrap(arm.label, 30)
+    return figures.label_lines(arm.label, 30)
 
 
 def _label_inches(arm: ArmNumbers) -> float:
@@ -208,7 +208,7 @@ def draw_forest(view: RlView) -> Figure:
 
 
 def _forest_arm(left: Axes, right: Axes, y: int, arm: ArmNumbers, colour: str, marker: str) -> None:
-    label = textwrap.wrap(arm.label, 34)
+    label = figures.label_lines(arm.label, 34)
     left.annotate("\n".join(label), (0, y), (-8, 0), left.get_yaxis_transform(), textcoords="offset points", ha="right", va="center",
                   fontsize=9 if len(label) == 1 else 8, linespacing=0.95)  # fmt: skip
     for ax, point, said in ((left, arm.hacked, f"{arm.hacked.k}/{arm.hacked.n}"), (right, arm.onset, f"{arm.onset.value:.0f}")):
