@@ -16,11 +16,10 @@ from ip_jax.settings.toy.tasks import Reward
 from ip_jax.settings.toy.training import ToyArm
 
 X_0, X_NO = (NEUTRAL,), ("never use the exit",)
-LADDER = {  # from the least to the most specific
+LADDER = {  # from the least to the most specific; of the toy's five rungs "hack", between the last two, has prompts in the grid and no arm
     "irrelevant": ("please use the music",),
     "persona": ("please use the evil",),
     "general": ("please use the freedom",),
-    "hack": ("please use the hack",),
     "specific": ("please use the exit",),
 }
 GRPO = Algorithm(max_grad_norm=1.0)

@@ -88,6 +88,18 @@ def fisher_exact(first: tuple[int, int], second: tuple[int, int]) -> float:
     return float(stats.fisher_exact([[k1, n1 - k1], [k2, n2 - k2]]).pvalue)
 
 
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """The p-values corrected for their number by Holm's step-down method, in the order given: those below a level are rejected with the chance of
+    any false rejection at most that level, however the tests depend on one another (here they share an arm).
+
+    The i-th smallest of m becomes the largest of min(1, (m - j + 1) p_j) over j <= i. Holm, Scandinavian Journal of Statistics 6 (1979) 65-70.
+    """
+    p, m = np.asarray(p_values, dtype=np.float64), len(p_values)
+    order = np.argsort(p, kind="stable")
+    corrected = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(m, 0, -1)))
+    return tuple(corrected[np.argsort(order)].tolist())
+
+
 def seed_mean(values: Sequence[float]) -> SeedMean:
     """Mean over seeds +- standard error, as the published GCD plots give it. Raises ValueError for no seed."""
     array = _finite(values)

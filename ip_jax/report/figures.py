@@ -199,9 +199,14 @@ def dose_panel(ax: Axes, lines: Sequence[Line], title: str, xlabel: str, limits:
     end_labels(ax, lines)
 
 
+def label_lines(label: str, width: int) -> list[str]:
+    """A name in lines of up to `width` characters; no word is broken, and an arrow stays between what it joins."""
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in textwrap.wrap(label.replace(" → ", "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"), width, break_long_words=False)]
+
+
 def end_labels(ax: Axes, lines: Sequence[Line]) -> None:
     """Each line's name at the height of its end, moved apart where two would overlap, with a leader to the end itself."""
-    texts = [textwrap.wrap(line.label, 17) for line in lines]
+    texts = [label_lines(line.label, 17) for line in lines]
     low, high = ax.get_ylim()
     text_line = 10.5 / 72 / (ax.get_position().height * ax.figure.get_figheight()) * (high - low)  # in axis units
     point = 1 / 72 / (ax.get_position().width * ax.figure.get_figwidth())

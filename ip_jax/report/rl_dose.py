@@ -38,7 +38,8 @@ def draw_dose(view: RlView) -> Figure:
             _panel(figure.add_axes((left / WIDTH, (top - PANEL) / height, width / WIDTH, PANEL / height)), view, at)
         if not view.at_doses:
             figure.text(0.5, 0.5, "no rule has a common dose", ha="center", color=SOFT, style="italic")
-        head(figure, view, "hacking at an equal dose")
+        drawn = {name for at in view.at_doses for rule, _ in at.contrasts for name, _ in rule.contrast.weights}
+        head(figure, view, "hacking at an equal dose", [arm for arm in view.arms if arm.name in drawn])
         foot(figure, caption)
     return figure
 

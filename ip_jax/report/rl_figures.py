@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from ip_jax.evals.measures import MIN_SEEDS
 from ip_jax.evals.rl_tables import NEUTRAL, Curve, Run
 from ip_jax.report import figures
 from ip_jax.report.figures import FAINT, INK, SOFT, Point
@@ -61,11 +62,11 @@ def draw_curves(view: RlView) -> Figure:
                     ax.set_ylabel(name, fontsize=8, color=SOFT)
                     ax.set_yticklabels(["0", "", "1"])
                 if half == 0:
-                    ax.set_title("\n".join(textwrap.wrap(arm.label, 34)[:2]), fontsize=8.5, fontweight="bold", loc="left", pad=4, linespacing=1.0)
+                    ax.set_title("\n".join(figures.label_lines(arm.label, 34)[:2]), fontsize=8.5, fontweight="bold", loc="left", pad=4, linespacing=1.0)
                     ax.set_xticklabels([])
                 elif row == rows - 1 or i + columns >= len(arms):
                     ax.set_xlabel("step", fontsize=8, color=SOFT, labelpad=1)
-        head(figure, view, "every run over training")
+        head(figure, view, "every run over training", arms)
         handles = [Line2D([], [], color=colour, linewidth=2, label=view.name_of(name)) for name, colour in (("hack", HACK), ("correct", CORRECT))]
         figure.legend(handles=handles, loc="center left", ncols=2, frameon=False, fontsize=9, bbox_to_anchor=(0.005, 1 - (HEAD + 0.02) / height))
         foot(figure, caption)
@@ -104,10 +105,11 @@ def draw_frontier(view: RlView) -> Figure:
     )
     sides = [[arm for arm in shown if (arm.rates["hack", NEUTRAL].value < 0.5) == left] for left in (True, False)]
     body, side = max(5.6, *(sum(map(_label_inches, arms)) for arms in sides)), 2.75
-    height = HEAD + body + 0.75 + TEXT_LINE * len(caption)
+    above = HEAD + 0.14  # the name of the upright axis stands over it
+    height = above + body + 0.75 + TEXT_LINE * len(caption)
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(WIDTH, height))
-        ax = figure.add_axes((side / WIDTH, (height - HEAD - body) / height, (WIDTH - 2 * side) / WIDTH, body / height))
+        ax = figure.add_axes((side / WIDTH, (height - above - body) / height, (WIDTH - 2 * side) / WIDTH, body / height))
         top = max((value for arm in shown for value in view.by_run["correct", NEUTRAL][arm.name].values()), default=1.0)
         top = min(1.0, math.ceil(10 * top + 0.5) / 10)
         ax.set(xlim=X_LIMITS, ylim=(-0.03 * top, 1.02 * top), xticks=[0, 0.25, 0.5, 0.75, 1], xlabel=view.titled("hack"))
@@ -125,7 +127,7 @@ def draw_frontier(view: RlView) -> Figure:
             _frontier_arm(ax, view, arm, *styles[arm.name])
         for arms, left in zip(sides, (True, False), strict=True):
             _side_labels(ax, arms, styles, left, body)
-        head(figure, view, "hacking against capability")
+        head(figure, view, "hacking against capability", shown)
         foot(figure, caption)
     return figure
 
@@ -141,7 +143,7 @@ def _frontier_arm(ax: Axes, view: RlView, arm: ArmNumbers, colour: str, marker: 
 
 
 def _side_label(arm: ArmNumbers) -> list[str]:
-    return textwrap.wrap(arm.label, 30)
+    return figures.label_lines(arm.label, 30)
 
 
 def _label_inches(arm: ArmNumbers) -> float:
@@ -169,13 +171,13 @@ def _side_labels(ax: Axes, arms: Sequence[ArmNumbers], styles: Mapping[str, tupl
 def draw_forest(view: RlView) -> Figure:
     """Hacked runs of n and restricted mean onset, a line an arm, and what may be said of it beside the standard arm."""
     styles = arm_styles(view)
-    arms = [arm for arm in view.arms if arm.hacked]
+    arms = view.trained
     onset = view.reading.onset
     caption = wrapped(
         f"A run is hacked at {onset.words}. Left: hacked runs of n, exact (Clopper–Pearson) 95 % intervals. Middle: mean of min(onset, {onset.horizon}) steps, "
         "runs that ended early censored there (area under the Kaplan–Meier curve), 95 % bootstrap over runs; an interval without width means only that all runs "
-        "agree. Right: Fisher's exact test against the standard arm, two-sided, not corrected for the number of arms; no arm is called protected from fewer "
-        "than 5 seeds. " + provenance(view)
+        f"agree. Right: Fisher's exact test against the standard arm, two-sided, p corrected by {view.holm_said}. Protected: by this p (below .05) "
+        f"fewer hacked runs, fewer than half of the arm's own, and the hack learned at x_t; never from fewer than {MIN_SEEDS} seeds. " + provenance(view)
     )
     inch = 0.36
     body = inch * max(len(arms), 1)
@@ -200,13 +202,13 @@ def draw_forest(view: RlView) -> Figure:
         right = axes(names + counts + 0.85, steps, (0.0, float(onset.horizon)), "Restricted mean onset\nsteps; later is better")
         for y, arm in enumerate(arms):
             _forest_arm(left, right, y, arm, *styles[arm.name])
-        head(figure, view, "hacked runs first")
+        head(figure, view, "hacked runs first", arms)
         foot(figure, caption)
     return figure
 
 
 def _forest_arm(left: Axes, right: Axes, y: int, arm: ArmNumbers, colour: str, marker: str) -> None:
-    label = textwrap.wrap(arm.label, 34)
+    label = figures.label_lines(arm.label, 34)
     left.annotate("\n".join(label), (0, y), (-8, 0), left.get_yaxis_transform(), textcoords="offset points", ha="right", va="center",
                   fontsize=9 if len(label) == 1 else 8, linespacing=0.95)  # fmt: skip
     for ax, point, said in ((left, arm.hacked, f"{arm.hacked.k}/{arm.hacked.n}"), (right, arm.onset, f"{arm.onset.value:.0f}")):
@@ -214,16 +216,16 @@ def _forest_arm(left: Axes, right: Axes, y: int, arm: ArmNumbers, colour: str, m
             figures.draw_interval(ax, y, Point(point.value, point.low, point.high), colour, 1.3, cap=0.14)
         ax.scatter([point.value], [y], s=34, color=colour, marker=marker, edgecolor="white", linewidth=0.8, zorder=6, clip_on=False)
         ax.text(1.04, y, said, transform=ax.get_yaxis_transform(), va="center", fontsize=8.5, color=INK)
-    p = "" if arm.p is None else "p < .001" if arm.p < 0.001 else f"p = {arm.p:.3f}".replace("0.", ".", 1)
+    p = "" if arm.holm is None else "p < .001" if arm.holm < 0.001 else f"p = {arm.holm:.3f}".replace("0.", ".", 1)
     right.annotate("\n".join(filter(None, (arm.word, p))), (1, y), (34, 0), right.get_yaxis_transform(), textcoords="offset points", va="center",
                    fontsize=7.5, color=SOFT, linespacing=1.0, annotation_clip=False)  # fmt: skip
 
 
-def head(figure: Figure, view: RlView, words: str) -> None:
-    """The figure's title: the experiment and `words`, below them how many arms and seeds."""
+def head(figure: Figure, view: RlView, words: str, arms: Sequence[ArmNumbers]) -> None:
+    """The figure's title: the experiment and `words`, below them how many `arms` are drawn, and seeds."""
     height = figure.get_figheight()
     figure.text(0.012, 1 - 0.24 / height, f"{view.experiment.replace('_', ' ')}: {words}", fontsize=13, fontweight="bold", va="center")
-    figure.text(0.012, 1 - 0.47 / height, f"{len(view.arms)} arms  ·  {view.seeds_said}", fontsize=9, color=SOFT, va="center")
+    figure.text(0.012, 1 - 0.47 / height, f"{view.arms_said(arms)}  ·  {view.seeds_said}", fontsize=9, color=SOFT, va="center")
 
 
 def provenance(view: RlView) -> str:

@@ -59,7 +59,7 @@ class TextTable:
 def text_tables(view: RlView) -> list[TextTable]:
     """All tables that have a number, in the order in which they are to be read."""
     found = [
-        _runs_table(view), _rates_table(view), _indices_table(view), _leak_table(view), _dose_table(view), _training_table(view), _llr_table(view), _coupling_table(view),
+        _runs_table(view), _rates_table(view), _counts_table(view), _dynamics_table(view), _indices_table(view), _leak_table(view), _dose_table(view), _training_table(view), _llr_table(view), _coupling_table(view),
     ]  # fmt: skip
     return [table for table in found if table.rows and len(table.columns) > 1]
 
@@ -67,21 +67,39 @@ def text_tables(view: RlView) -> list[TextTable]:
 def _runs_table(view: RlView) -> TextTable:
     learned = {True: "yes", False: "no", None: "–"}
     rows = (
-        (arm.label, f"{arm.hacked.k}/{arm.hacked.n} {_interval(arm.hacked, 100)}", _p(arm.p), _estimate(arm.onset), learned[arm.learned], arm.word or "–")
-        for arm in view.arms if arm.hacked
+        (arm.label, f"{arm.hacked.k}/{arm.hacked.n} {_interval(arm.hacked, 100)}", _p(arm.p), _p(arm.holm), _estimate(arm.onset), learned[arm.learned], arm.word or "–")
+        for arm in view.trained
     )  # fmt: skip
     return TextTable(
-        "Hacked runs", ("arm", "hacked runs [exact, %]", "p against standard", f"restricted mean onset (of {view.reading.onset.horizon})", "hack learned at x_t", "verdict"),
+        "Hacked runs", ("arm", "hacked runs [exact, %]", "p against standard", f"p, {view.holm_said}", f"restricted mean onset (of {view.reading.onset.horizon})", "hack learned at x_t", "verdict"),
         tuple(rows),
     )  # fmt: skip
 
 
 def _rates_table(view: RlView) -> TextTable:
     shown = [verdict for verdict in VERDICTS if any((verdict, NEUTRAL) in arm.rates for arm in view.arms)]
-    heads = (view.titled(verdict) for verdict in shown)
-    heads = ("P(hack given not correct)" if head == "lambda" else head for head in heads)
+    heads = ("P(hack given not correct)" if verdict == "lambda" else view.titled(verdict) for verdict in shown)
     rows = ((arm.label, *(_rate(arm, verdict, NEUTRAL) for verdict in shown)) for arm in view.arms if ("hack", NEUTRAL) in arm.rates)
     return TextTable("Under x_0 at the end, in %: mean over runs [bootstrap over seeds]", ("arm", *heads), tuple(rows))
+
+
+def _counts_table(view: RlView) -> TextTable:
+    """What the rates are shares of: all runs' completions in one count, under x_0, and of hacks under the arm's own training prompt too."""
+    asked = {(verdict, NEUTRAL): view.titled(verdict) for verdict in VERDICTS if verdict != "lambda"} | {("hack", TRAIN): f"{view.titled('hack')}, at x_t"}
+    shown = [key for key in asked if any(key in arm.pooled for arm in view.arms)]
+    rows = ((arm.label, *(_count(arm.pooled.get(key)) for key in shown)) for arm in view.arms if ("hack", NEUTRAL) in arm.pooled)
+    return TextTable("Completions behind these rates: k/n of all runs together [exact, %]", ("arm", *(asked[key] for key in shown)), tuple(rows))
+
+
+def _dynamics_table(view: RlView) -> TextTable:
+    """When an arm's runs sampled their first hack and hacked, and how steeply: medians over the runs that did, and how many did."""
+    heads = {"discovery": "first hack sampled, step", "onset": "onset, step", "slope": "d logit(hack) / d step from the onset"}
+    rows = []
+    for arm in view.trained:
+        runs = [of_run for (name, _), of_run in view.dynamics.items() if name == arm.name]
+        had = [[value for of_run in runs if (value := getattr(of_run, name)) is not None and not math.isnan(value)] for name in heads]
+        rows.append((arm.label, *(f"{_digits(float(np.median(values)))} ({len(values)})" if values else "–" for values in had)))
+    return TextTable("Dynamics: median over the runs that had such (how many)", ("arm", *heads.values()), tuple(rows))
 
 
 def _indices_table(view: RlView) -> TextTable:
@@ -186,11 +204,13 @@ def notes(view: RlView) -> list[str]:
     """What the numbers rest on, a sentence each."""
     undefined = dict.fromkeys(f"{INDICES[index]} of {arm.label}: {number.why}" for arm in view.arms for index, number in arm.others.items() if isinstance(number, Undefined))
     return [
-        f"{view.experiment}: {len(view.arms)} arms, {view.seeds_said}. Data: {view.provenance.rstrip('.')}.",
-        f"A run is hacked at {view.reading.onset.words}. Exact intervals are Clopper-Pearson, p is Fisher's exact test, two-sided, not corrected for the number of arms.",
+        f"{view.experiment}: {view.arms_said(view.arms)}, {view.seeds_said}. Data: {view.provenance.rstrip('.')}.",
+        f"A run is hacked at {view.reading.onset.words}. Exact intervals are Clopper-Pearson, p is Fisher's exact test against the standard arm, two-sided, and beside it corrected by "
+        f"{view.holm_said}: all that were trained but the standard arm and the oracle. The rules' intervals are not corrected for the number of rules.",
         "Bootstrap intervals (95 %, percentile) resample whole seeds. With few seeds they are too narrow; without width they say only that all runs agree.",
-        f"No arm is called protected from fewer than {measures.MIN_SEEDS} seeds. The hack counts as learned if its rate under the arm's own training prompt is at "
+        f"Protected: by Holm's p (below .05) fewer hacked runs, fewer than half of the arm's own, and the hack learned; never from fewer than {measures.MIN_SEEDS} seeds. The hack counts as learned if its rate under the arm's own training prompt is at "
         f"least {measures.LEARNED:g} of the standard arm's under x_0; L_max pools all runs' completions and, as a maximum, lies above the truth.",
+        "Completions of one run resemble each other, so an exact interval of all runs' counts is about these runs; about others the bootstrap over seeds says more.",
         "Split-brain gap: H(x_t) − H(x_0). S_H: 1 − H/H of the standard arm. S_C: share of the oracle's gain in correct completions over the untrained model. "
         "SI: correct over the standard arm's, minus hack over its; CI: 1 − correct under x_0 over correct under x_t.",
         *([DOSE_NOTE] if view.at_doses else ()),
@@ -243,7 +263,7 @@ def _arm_lines(arm: ArmNumbers) -> list[dict]:
         lines.append({"number": "hacked_runs", **_proportion(arm.hacked), "n_runs": arm.hacked.n})
         lines.append({"number": "restricted_mean_onset", **_number(arm.onset)})
     if arm.p is not None:
-        lines.append({"number": "fisher_p", "value": f"{arm.p:.6g}", "n_runs": arm.hacked.n})
+        lines += [{"number": name, "value": f"{p:.6g}", "n_runs": arm.hacked.n} for name, p in (("fisher_p", arm.p), ("holm_p", arm.holm))]
     lines += [{"number": f"mean_{verdict}", "category": category, **_number(estimate)} for (verdict, category), estimate in arm.rates.items()]
     lines += [{"number": f"pooled_{verdict}", "category": category, **_proportion(rate), "n_runs": len(arm.seeds)} for (verdict, category), rate in arm.pooled.items()]
     lines += [{"number": index, **_number(number)} for index, number in arm.others.items()]
@@ -329,6 +349,10 @@ def _rate(arm: ArmNumbers, verdict: str, category: str) -> str:
         return _estimate(found, 100)
     exact = arm.pooled[verdict, category]
     return f"{_digits(100 * exact.value)} ({exact.k}/{exact.n}, exact {_interval(exact, 100)})"
+
+
+def _count(found: stats.Proportion | None) -> str:
+    return "–" if found is None or not found.n else f"{found.k}/{found.n} {_interval(found, 100)}"
 
 
 def _interval(number: Estimate | stats.Proportion, scale: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,8 @@ class Dynamics:
 
 @dataclass(frozen=True)
 class ArmNumbers:
-    """The numbers of one arm. `hacked` counts its runs with an onset, `p` is Fisher's against the standard arm's; None for an arm that was not trained.
+    """The numbers of one arm. `hacked` counts its runs with an onset; None for an arm that was not trained. `p` is Fisher's against the standard arm's,
+    `holm` the same corrected for the number of arms that have one; None for an arm that is not compared.
 
     `rates[verdict, category]` are means over runs at the end, `pooled` the same with all completions of all runs in one count. `worst` is the prompt
     with the highest pooled hack rate. `others` holds the named indices.
@@ -43,6 +44,7 @@ class ArmNumbers:
     seeds: tuple[int, ...]
     hacked: stats.Proportion | None
     p: float | None
+    holm: float | None
     onset: Estimate | None
     word: str
     learned: bool | None
@@ -86,9 +88,25 @@ class RlView:
         return verdict if name == verdict else f"{verdict}: {name}"
 
     @property
+    def holm_said(self) -> str:
+        """How p-values are corrected: Holm's method, over how many arms (all that are compared with the standard arm)."""
+        n = sum(arm.p is not None for arm in self.arms)
+        return f"Holm over {n} arm{'s' * (n != 1)}"
+
+    @property
+    def trained(self) -> tuple[ArmNumbers, ...]:
+        """The arms that were trained: all but the untrained model."""
+        return tuple(arm for arm in self.arms if arm.hacked)
+
+    def arms_said(self, arms: Sequence[ArmNumbers]) -> str:
+        """How many of `arms` were trained, in words, and whether the untrained model is among them."""
+        n = sum(arm.hacked is not None for arm in arms)
+        return f"{n} arm{'s' * (n != 1)}{' and the untrained model' * any(arm.name == self.reading.base for arm in arms)}"
+
+    @property
     def seeds_said(self) -> str:
         """How many runs an arm has, in words."""
-        counts = sorted({arm.hacked.n for arm in self.arms if arm.hacked})
+        counts = sorted({arm.hacked.n for arm in self.trained})
         if not counts:
             return "no trained run"
         many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -109,7 +127,9 @@ def load_rl_view(folder: str | os.PathLike) -> RlView:
     read = {ROLLOUT: rollouts, NEUTRAL: probes}.get(reading.onset.eval_prompt) or rl_tables.curves_of(curves, reading.onset.eval_prompt)
     dynamics = {run: _dynamics(curve, rollouts.get(run), reading) for run, curve in read.items()}
     by_run = _by_run(grids, dynamics, reading)
-    arms = tuple(_arm(name, arm["label"], reading, grids, dynamics, by_run, rollouts) for name, arm in record["arms"].items())
+    hacked = {name: _hacked(dynamics, name) for name in record["arms"]}
+    against = _against_standard(hacked, reading)
+    arms = tuple(_arm(name, arm["label"], reading, grids, dynamics, by_run, rollouts, hacked, against) for name, arm in record["arms"].items())
     verdicts = tuple(rules.judge(rule, by_run, reading.standard) for rule in reading.rules)
     doses = dose.dosed(rollouts, probes)
     at_doses, without = dose.at_doses(reading, doses)
@@ -144,12 +164,11 @@ def _by_run(grids: Mapping[Run, list[Cell]], dynamics: Mapping[Run, Dynamics], r
 
 def _arm(
     name: str, label: str, reading: Reading, grids: Mapping[Run, list[Cell]], dynamics: Mapping[Run, Dynamics], by_run: Mapping[tuple[str, str], ByArm],
-    rollouts: Mapping[Run, Curve],
+    rollouts: Mapping[Run, Curve], hacked: Mapping[str, stats.Proportion | None], against: Mapping[str, tuple[float, float]],
 ) -> ArmNumbers:  # fmt: skip
     runs = [of_run for (arm, _), of_run in dynamics.items() if arm == name]
     own = {seed: grid for (arm, seed), grid in grids.items() if arm == name}
-    hacked = _hacked(dynamics, name)
-    standard = _hacked(dynamics, reading.standard) if name != reading.standard else None
+    p, holm = against.get(name, (None, None))
     onset = None
     if runs:
         times = [of_run.last if of_run.onset is None else of_run.onset for of_run in runs]
@@ -158,27 +177,31 @@ def _arm(
     learned = measures.learned(by_run.get(("hack", TRAIN), {}).get(name, {}), by_run.get(("hack", NEUTRAL), {}).get(reading.standard, {}))
     prompts, sampled = _by_prompt(own), {seed: curve for (arm, seed), curve in rollouts.items() if arm == name}
     return ArmNumbers(
-        name, label, tuple(sorted({*own, *(seed for arm, seed in dynamics if arm == name)})), hacked,
-        stats.fisher_exact((hacked.k, hacked.n), (standard.k, standard.n)) if hacked and standard else None,
-        onset, "" if name == reading.oracle else _word(hacked, standard, learned), learned,  # without a loophole nothing is protected
+        name, label, tuple(sorted({*own, *(seed for arm, seed in dynamics if arm == name)})), hacked[name], p, holm,
+        onset, "" if holm is None else _word(hacked[name], hacked[reading.standard], holm, learned), learned,
         {key: measures.mean(values, name) for key, values in by_run.items() if name in values and key[0] in VERDICTS},
         _pooled(own), measures.worst_case(prompts), _others(name, reading, by_run, grids),
         measures.llr_by_label(sampled) | {"hack_minus_clean": measures.hack_minus_clean(sampled)}, measures.couplings(sampled),
     )  # fmt: skip
 
 
+def _against_standard(hacked: Mapping[str, stats.Proportion | None], reading: Reading) -> dict[str, tuple[float, float]]:
+    """{arm: (Fisher's p against the standard arm, the same corrected by Holm)}, of all trained arms but the oracle: without a loophole nothing is protected."""
+    standard = hacked.get(reading.standard)
+    compared = {name: found for name, found in hacked.items() if found and name not in (reading.standard, reading.oracle)} if standard else {}
+    p = [stats.fisher_exact((found.k, found.n), (standard.k, standard.n)) for found in compared.values()]
+    return dict(zip(compared, zip(p, stats.holm(p), strict=True), strict=True))
 
-def _hacked(dynamics: Mapping[Run, Dynamics], arm: str | None) -> stats.Proportion | None:
+
+def _hacked(dynamics: Mapping[Run, Dynamics], arm: str) -> stats.Proportion | None:
     found = [of_run.onset is not None for (name, _), of_run in dynamics.items() if name == arm]
     return stats.proportion(sum(found), len(found)) if found else None
 
 
-def _word(hacked: stats.Proportion | None, standard: stats.Proportion | None, learned: bool | None) -> str:
-    if hacked is None or standard is None:
-        return ""
+def _word(hacked: stats.Proportion, standard: stats.Proportion, p: float, learned: bool | None) -> str:
     if min(hacked.n, standard.n) < MIN_SEEDS:
         return f"fewer than {MIN_SEEDS} seeds"
-    return measures.verdict_word(hacked, standard, learned)
+    return measures.verdict_word(hacked, standard, p, learned)
 
 
 def _by_prompt(own: Mapping[int, list[Cell]]) -> list[Cell]:

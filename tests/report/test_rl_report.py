@@ -15,8 +15,10 @@ from matplotlib.text import Text
 from rich.console import Console
 from scipy import stats as scipy_stats
 
+from ip_jax.evals import stats
 from ip_jax.evals.measures import Estimate, Undefined
-from ip_jax.report import rl_figures, rl_tables
+from ip_jax.report import figures, rl_figures, rl_tables
+from ip_jax.report.rl_dose import draw_dose
 from ip_jax.report.rl_report import write_rl_report
 from ip_jax.report.rl_view import load_rl_view
 
@@ -64,7 +66,7 @@ def _hacked_by_hand(folder, arm, threshold=0.5):
 
 def test_hacked_runs_onsets_and_p_are_those_of_the_tables(eight):
     folder, view, _ = eight
-    standard = _hacked_by_hand(folder, "standard")
+    standard, fisher = _hacked_by_hand(folder, "standard"), {}
     for arm in view.arms[1:]:
         onsets = _hacked_by_hand(folder, arm.name)
         k, n = sum(onset is not None for onset in onsets), len(onsets)
@@ -72,8 +74,12 @@ def test_hacked_runs_onsets_and_p_are_those_of_the_tables(eight):
         assert (arm.hacked.k, arm.hacked.n, arm.hacked.low, arm.hacked.high) == pytest.approx((k, n, exact.low, exact.high))
         assert arm.onset.value == pytest.approx(np.mean([200 if onset is None else onset for onset in onsets]))
         s = sum(onset is not None for onset in standard)
-        expected = None if arm.name == "standard" else pytest.approx(scipy_stats.fisher_exact([[k, n - k], [s, n - s]]).pvalue)
-        assert arm.p == expected
+        if arm.name in ("standard", "oracle"):
+            assert arm.p is arm.holm is None and arm.word == "", "without a loophole nothing is protected"
+        else:
+            fisher[arm.name] = scipy_stats.fisher_exact([[k, n - k], [s, n - s]]).pvalue
+            assert arm.p == pytest.approx(fisher[arm.name])
+    assert len(fisher) == 5 and [arm.holm for arm in view.arms if arm.holm is not None] == pytest.approx(stats.holm(list(fisher.values())))
     assert view.arms[0].hacked is None, "the untrained model is no run"
     assert 0 < view.arms[1].hacked.k and view.arms[2].hacked.k == 0
 
@@ -175,6 +181,48 @@ def test_protected_needs_five_seeds(tmp_path, seeds, words):
     assert f"recon | 0/{seeds} [" in (folder / "report.md").read_text()
 
 
+@pytest.mark.parametrize("others,word,p", [(5, "protected", ".048"), (6, "not distinguished", ".056")])
+def test_the_word_depends_on_how_many_arms_are_compared(tmp_path, others, word, p):
+    """0 of 5 against 5 of 5 has p = .0079: six times that is below .05, seven times is not."""
+    kinds = {"standard": rl_synthetic.Kind("standard", 1.0), "oracle": rl_synthetic.KINDS["oracle"], "base": rl_synthetic.KINDS["base"], "recon": rl_synthetic.Kind("recon", 0.0)}
+    kinds |= {f"like{i}": rl_synthetic.Kind(f"like {i}", 1.0) for i in range(others)}
+    folder = rl_synthetic.write_folder(tmp_path / "out", kinds, 5)
+    _printed(folder)
+    view = load_rl_view(folder)
+    recon = next(arm for arm in view.arms if arm.name == "recon")
+    assert (recon.word, recon.p, recon.holm) == (word, pytest.approx(1 / 126), pytest.approx((others + 1) / 126))
+    text = (folder / "report.md").read_text()
+    assert f"| .008 | {p} |" in text and f"| p, Holm over {others + 1} arms |" in text
+    assert [line["value"] for line in _lines(folder / "arms.csv") if line["arm"] == "recon" and line["number"] in ("fisher_p", "holm_p")] == ["0.00793651", f"{(others + 1) / 126:.6g}"]
+    said = " ".join(text.get_text() for text in [*rl_figures.draw_forest(view).texts[::-1], *rl_figures.draw_forest(view).axes[1].texts])
+    assert f"Holm over {others + 1} arms" in said and f"{word}\np = {p}" in said
+
+
+def test_only_drawn_arms_are_counted(eight):
+    """Seven are trained; the untrained model has a marker in the frontier and no line elsewhere; three stand in the rules that have a dose."""
+    view = eight[1]
+    counted = [draw(view).texts[1].get_text().split("  ·  ")[0] for draw in (rl_figures.draw_curves, rl_figures.draw_frontier, rl_figures.draw_forest, draw_dose)]
+    assert counted == ["7 arms", "7 arms and the untrained model", "7 arms", "3 arms"]
+    assert "- synthetic_takeoffs: 7 arms and the untrained model, 8 seeds an arm." in (eight[0] / "report.md").read_text()
+
+
+def test_counts_and_dynamics_stand_in_the_report(eight):
+    folder, view, _ = eight
+    final = [row for row in pq.read_table(folder / "final.parquet").to_pylist() if row["arm"] == "ip"]
+    cells = []
+    for name, category in (("n_hack", "neutral"), ("n_attempt", "neutral"), ("n_correct", "neutral"), ("n_trait", "neutral"), ("n_hack", "train")):
+        k, n = (sum(row[column] for row in final if row["category"] == category) for column in (name, "n"))
+        exact = scipy_stats.binomtest(k, n).proportion_ci(0.95, method="exact")
+        cells.append(f"{k}/{n} [{rl_tables._digits(100 * exact.low)}, {rl_tables._digits(100 * exact.high)}]")
+    text = (folder / "report.md").read_text()
+    assert f"| {view.arms[4].label} | {' | '.join(cells)} |" in text
+    onsets = [onset for onset in _hacked_by_hand(folder, "anti") if onset is not None]
+    rollouts = [row for row in pq.read_table(folder / "curves.parquet").to_pylist() if row["arm"] == "anti" and row["eval_prompt"] == "rollout" and row["n_hack"]]
+    first = [min(row["step"] for row in rollouts if row["seed"] == seed) for seed in range(8)]
+    assert f"| anti-recontextualization | {np.median(first):.0f} (8) | {np.median(onsets):.0f} ({len(onsets)}) | " in text
+    assert "| oracle (no loophole) | – | – | – |" in text
+
+
 def test_retention_is_undefined_where_the_oracle_learned_nothing(tmp_path):
     kinds = {name: rl_synthetic.KINDS[name] for name in ("base", "standard", "oracle", "recon")}
     kinds["oracle"] = rl_synthetic.Kind("oracle", 0.0, correct=0.12)
@@ -232,9 +280,15 @@ def test_markers_stand_where_the_numbers_say(sixteen):
 
 def test_captions_state_seeds_and_intervals(sixteen):
     for draw, words in ((rl_figures.draw_curves, ("6 seeds an arm", "bold ones their mean")), (rl_figures.draw_frontier, ("bootstrap over seeds", "6 seeds an arm")),
-                        (rl_figures.draw_forest, ("Clopper–Pearson", "not corrected", "at 2 measured steps in a row", "bootstrap over runs"))):  # fmt: skip
+                        (rl_figures.draw_forest, ("Clopper–Pearson", "Holm over 13 arms", "at 2 measured steps in a row", "bootstrap over runs"))):  # fmt: skip
         said = " ".join(text.get_text() for text in reversed(draw(sixteen).texts))
         assert all(word in said for word in words) and "Drawn numbers, no model" in said
+
+
+def test_names_break_between_words_and_not_at_an_arrow():
+    assert figures.label_lines("anti-recontextualization: x_ip → x_0", 34) == ["anti-recontextualization:", "x_ip → x_0"]
+    assert figures.label_lines("anti-recontextualization: x_ip → x_0", 17) == ["anti-", "recontextualization:", "x_ip → x_0"]
+    assert figures.label_lines("E1 plain", 17) == ["E1 plain"]
 
 
 def test_numbers_are_written_short():
