@@ -83,7 +83,7 @@ def alone(made, run: int, place: tuple[int, int], at_start: bool) -> float:
     return p @ q / np.linalg.norm(p) / np.linalg.norm(q)
 
 
-@pytest.mark.parametrize("at_start", [False, True])
+@pytest.mark.parametrize("at_start", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_cosines_are_those_of_plain_gradients_of_the_first_samples_of_each_label(at_start):
     made = rollout()
     kappa = found(made, at_start).reshape(RUNS, 2, COUNT)

@@ -136,6 +136,7 @@ def test_bits_depend_on_seed_iteration_group_and_sample_alone():
     assert len(set(keys)) == len(keys)  # one task in three groups draws three times
 
 
+@pytest.mark.slow
 def test_a_guided_run_is_sampled_from_both_prompts_and_its_neighbour_as_alone():
     """Its log-probabilities are those of the combined logits of two plain passes; one that is not guided stays what it is."""
     guide, weight = PromptDistribution(("mine=" + "very " * 12 + "long",)), 1.5

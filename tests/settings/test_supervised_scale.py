@@ -71,6 +71,7 @@ def losses(folder: Path, name: str) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_all_weights_are_trained_resumed_recorded_and_talked_to(model, tmp_path):
     """Each run is a program of its own; killed in the second one, the same command ends with the same bytes."""
     folder, killed = tmp_path / "out", tmp_path / "killed"

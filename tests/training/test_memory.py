@@ -48,6 +48,7 @@ def by_policy():
     return found
 
 
+@pytest.mark.slow
 def test_policies_keep_less_and_less():
     sizes = [by_policy()[remat][0] for remat in ("none", "products", "attention", "full")]
     assert all(more > 1.1 * less for more, less in zip(sizes, sizes[1:], strict=False)), sizes

@@ -127,6 +127,7 @@ def test_a_profile_takes_steps_that_compile_nothing(shapes, first, breaks, expec
     assert traced_steps(shapes, first, len(shapes), breaks) == expected
 
 
+@pytest.mark.slow
 def test_a_profile_that_is_cut_short_is_written(tmp_path):
     from etils import epath
 
