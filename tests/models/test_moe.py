@@ -155,7 +155,7 @@ OPTIONS = SftOptions(Schedule("constant", total=100), router_aux_loss_coef=COEF)
 LENGTHS = (14, 9, 12, 10)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "mixtral-top-1"])
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("mixtral-top-1", marks=pytest.mark.slow)])
 def test_step_with_router_loss_equals_torch(kind):
     """Loss, router loss and gradient norm of two runs in packed rows, against PEFT's model on padded rows; a run alone gives its own."""
     torch, _ = pytest.importorskip("torch"), pytest.importorskip("peft")

@@ -213,7 +213,7 @@ def test_bad_requests_are_refused_in_a_sentence(untrained, two_runs):
         Request(np.zeros(0, np.int32), 0)
 
 
-@pytest.mark.parametrize("axes", [dict(run=2, data=4), dict(run=2, data=2, tensor=2), dict(data=2, tensor=4)], ids=str)
+@pytest.mark.parametrize("axes", [pytest.param(dict(run=2, data=4), marks=pytest.mark.slow), dict(run=2, data=2, tensor=2), pytest.param(dict(data=2, tensor=4), marks=pytest.mark.slow)], ids=str)
 def test_sharded_over_a_mesh_as_on_one_device(two_runs, axes):
     from ip_jax.training.sharding import base_shardings, make_mesh
 

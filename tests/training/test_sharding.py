@@ -126,7 +126,7 @@ def full_results(step, state, frozen, batch):
     return gradients, *jax.device_get((first, step(state, frozen, batch)[1]))
 
 
-@pytest.mark.parametrize("axes", [dict(data=8), dict(data=4, tensor=2)], ids=str)
+@pytest.mark.parametrize("axes", [pytest.param(dict(data=8), marks=pytest.mark.slow), dict(data=4, tensor=2)], ids=str)
 def test_full_training_on_a_mesh(axes):
     """The results of one device; weights and moments cut over all devices; nothing wider than a layer's kernel is gathered."""
     graphdef, state, frozen, batch = full_program()
