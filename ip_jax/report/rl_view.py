@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -127,9 +127,7 @@ def load_rl_view(folder: str | os.PathLike) -> RlView:
     read = {ROLLOUT: rollouts, NEUTRAL: probes}.get(reading.onset.eval_prompt) or rl_tables.curves_of(curves, reading.onset.eval_prompt)
     dynamics = {run: _dynamics(curve, rollouts.get(run), reading) for run, curve in read.items()}
     by_run = _by_run(grids, dynamics, reading)
-    hacked = {name: _hacked(dynamics, name) for name in record["arms"]}
-    against = _against_standard(hacked, reading)
-    arms = tuple(_arm(name, arm["label"], reading, grids, dynamics, by_run, rollouts, hacked, against) for name, arm in record["arms"].items())
+    arms = _against_standard([_arm(name, arm["label"], reading, grids, dynamics, by_run, rollouts) for name, arm in record["arms"].items()], reading)
     verdicts = tuple(rules.judge(rule, by_run, reading.standard) for rule in reading.rules)
     doses = dose.dosed(rollouts, probes)
     at_doses, without = dose.at_doses(reading, doses)
@@ -164,38 +162,42 @@ def _by_run(grids: Mapping[Run, list[Cell]], dynamics: Mapping[Run, Dynamics], r
 
 def _arm(
     name: str, label: str, reading: Reading, grids: Mapping[Run, list[Cell]], dynamics: Mapping[Run, Dynamics], by_run: Mapping[tuple[str, str], ByArm],
-    rollouts: Mapping[Run, Curve], hacked: Mapping[str, stats.Proportion | None], against: Mapping[str, tuple[float, float]],
+    rollouts: Mapping[Run, Curve],
 ) -> ArmNumbers:  # fmt: skip
+    """Its numbers but those beside the standard arm: see `_against_standard`."""
     runs = [of_run for (arm, _), of_run in dynamics.items() if arm == name]
     own = {seed: grid for (arm, seed), grid in grids.items() if arm == name}
-    p, holm = against.get(name, (None, None))
-    onset = None
+    hacked = onset = None
     if runs:
         times = [of_run.last if of_run.onset is None else of_run.onset for of_run in runs]
         observed = [of_run.onset is not None for of_run in runs]
+        hacked = stats.proportion(sum(observed), len(observed))
         onset = measures.restricted_mean_onset(np.asarray(times), np.asarray(observed), reading.onset.horizon)
     learned = measures.learned(by_run.get(("hack", TRAIN), {}).get(name, {}), by_run.get(("hack", NEUTRAL), {}).get(reading.standard, {}))
     prompts, sampled = _by_prompt(own), {seed: curve for (arm, seed), curve in rollouts.items() if arm == name}
     return ArmNumbers(
-        name, label, tuple(sorted({*own, *(seed for arm, seed in dynamics if arm == name)})), hacked[name], p, holm,
-        onset, "" if holm is None else _word(hacked[name], hacked[reading.standard], holm, learned), learned,
+        name, label, tuple(sorted({*own, *(seed for arm, seed in dynamics if arm == name)})), hacked, None, None,
+        onset, "", learned,
         {key: measures.mean(values, name) for key, values in by_run.items() if name in values and key[0] in VERDICTS},
         _pooled(own), measures.worst_case(prompts), _others(name, reading, by_run, grids),
         measures.llr_by_label(sampled) | {"hack_minus_clean": measures.hack_minus_clean(sampled)}, measures.couplings(sampled),
     )  # fmt: skip
 
 
-def _against_standard(hacked: Mapping[str, stats.Proportion | None], reading: Reading) -> dict[str, tuple[float, float]]:
-    """{arm: (Fisher's p against the standard arm, the same corrected by Holm)}, of all trained arms but the oracle: without a loophole nothing is protected."""
-    standard = hacked.get(reading.standard)
-    compared = {name: found for name, found in hacked.items() if found and name not in (reading.standard, reading.oracle)} if standard else {}
+def _against_standard(arms: Sequence[ArmNumbers], reading: Reading) -> tuple[ArmNumbers, ...]:
+    """The arms with Fisher's p against the standard arm, the same corrected by Holm over all trained arms but the oracle (without a loophole nothing is
+    protected), and the word for it.
+    """
+    standard = next((arm.hacked for arm in arms if arm.name == reading.standard), None)
+    compared = {arm.name: arm.hacked for arm in arms if arm.hacked and arm.name not in (reading.standard, reading.oracle)} if standard else {}
     p = [stats.fisher_exact((found.k, found.n), (standard.k, standard.n)) for found in compared.values()]
-    return dict(zip(compared, zip(p, stats.holm(p), strict=True), strict=True))
+    found = dict(zip(compared, zip(p, stats.holm(p), strict=True), strict=True))
 
+    def beside(arm: ArmNumbers) -> ArmNumbers:
+        p, holm = found[arm.name]
+        return replace(arm, p=p, holm=holm, word=_word(arm.hacked, standard, holm, arm.learned))
 
-def _hacked(dynamics: Mapping[Run, Dynamics], arm: str) -> stats.Proportion | None:
-    found = [of_run.onset is not None for (name, _), of_run in dynamics.items() if name == arm]
-    return stats.proportion(sum(found), len(found)) if found else None
+    return tuple(beside(arm) if arm.name in found else arm for arm in arms)
 
 
 def _word(hacked: stats.Proportion, standard: stats.Proportion, p: float, learned: bool | None) -> str:
