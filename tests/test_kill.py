@@ -5,19 +5,16 @@ The kills are timed by what can be seen from outside: the results folder and the
 import contextlib
 import dataclasses
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny_experiment import make_tokenizer, write_model
+from watched_process import Process, launch
 
 from ip_jax.prompts import library
 from ip_jax.settings.gcd_sycophancy import generate
@@ -63,14 +60,8 @@ class Workplace:
     root: Path
     folder: Path
 
-    def launch(self) -> "Process":
-        environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "IP_JAX_DATA_DIR")}
-        environment |= {"IP_JAX_CACHE": str(self.root / "cache"), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
-        number = len(list(self.root.glob("*.log")))
-        log = self.root / f"{number:03d}.log"
-        command = [sys.executable, "-c", LAUNCHER, "run", str(self.root / "tiny.py"), "--out", str(self.folder)]
-        with open(log, "wb") as output:
-            return Process(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, cwd=self.root, env=environment), log)
+    def launch(self) -> Process:
+        return launch([LAUNCHER, "run", str(self.root / "tiny.py"), "--out", str(self.folder)], self.root)
 
     def saved(self) -> list[int]:
         """Steps of the complete checkpoints."""
@@ -96,33 +87,6 @@ class Workplace:
         """What must not depend on any kill."""
         names = ["*/*/adapter.safetensors", "*/*/run.json", "*/*/metrics.jsonl", "transcripts/*", "transcripts.parquet", "table.csv", "config.json"]
         return {str(path.relative_to(self.folder)): path.read_bytes() for name in names for path in self.folder.glob(name)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Process:
-    """One start of the command."""
-
-    popen: subprocess.Popen
-    log: Path
-
-    def go(self) -> None:
-        self.wait_for(lambda: "ready" in self.said())
-        self.popen.stdin.write(b"\n")
-        self.popen.stdin.flush()
-
-    def said(self) -> str:
-        return self.log.read_text()
-
-    def wait_for(self, moment: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 300
-        while not moment():
-            assert self.popen.poll() is None, f"the process ended before its time:\n{self.said()}"
-            assert time.monotonic() < deadline, f"the moment did not come:\n{self.said()}"
-            time.sleep(0.001)
-
-    def stop(self, number: signal.Signals = signal.SIGKILL) -> int:
-        self.popen.send_signal(number)
-        return self.popen.wait(timeout=300)
 
 
 @pytest.fixture(scope="module")
