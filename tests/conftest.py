@@ -1,4 +1,4 @@
-"""Shared fixtures: eight fake CPU devices, the published data, the embedded model."""
+"""Shared fixtures: eight fake CPU devices, the published data, the embedded model, a cache of compiled programs."""
 import os
 import pathlib
 
@@ -25,3 +25,14 @@ def smollm2():
     from ip_jax.models.hub import load_pretrained
 
     return load_pretrained("smollm2-135m-instruct", jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Every start of an engine compiles its programs anew: for a module's tests they come from a cache."""
+    import jax
+
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)

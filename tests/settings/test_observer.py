@@ -20,21 +20,14 @@ from ip_jax.settings import reinforced, supervised
 from ip_jax.settings.display import Display
 from ip_jax.settings.observer import UNWATCHED, Watch
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SFT = {"steps": 8, "checkpoint_every": 3}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every start of the engine compiles its programs anew: here they come from a cache."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def run(model, folder: Path, watch: Watch = UNWATCHED, **changes) -> str:

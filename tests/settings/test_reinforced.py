@@ -4,7 +4,6 @@ import io
 import json
 import re
 
-import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -37,6 +36,8 @@ from ip_jax.settings.rollout_records import read_rollouts
 from ip_jax.settings.supervised_plan import Run
 from ip_jax.training.results import digest, write_json
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 class Killed(BaseException):
     """Stands for what ends a process: nothing catches it."""
@@ -52,15 +53,6 @@ def run(experiment, folder, said=None) -> epath.Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every start of the engine compiles its programs anew: here they come from a cache."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture(scope="module")
