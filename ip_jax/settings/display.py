@@ -32,6 +32,7 @@ class Display:
                 if not self.console.is_terminal and (now - last_line > 10 or done >= total):
                     last_line = now
                     left = (now - started) / max(done, 1) * (total - done)
-                    self.console.print(f"{name}: {done}/{total} {unit}, {note}, {now - started:.0f} s, {left:.0f} s left", highlight=False)
+                    said = (f"{name}: {done}/{total} {unit}", note, f"{now - started:.0f} s", f"{left:.0f} s left")
+                    self.console.print(", ".join(filter(None, said)), highlight=False)
 
             yield advance
