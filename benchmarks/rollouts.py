@@ -33,9 +33,10 @@ def our_rollouts():
     from ip_jax.models.decoder import split_decoder
     from ip_jax.models.lora import init_lora
     from ip_jax.rl.rollout import generate, sampler_options
+    from ip_jax.settings.experiment import decided
 
     demo, plan, asked = planned_rollouts()
-    model, lora = hub.load_pretrained(demo.model.name, jnp.dtype(demo.model.weights)), demo.rl.lora
+    model, lora = hub.load_pretrained(demo.model.name, jnp.dtype(decided(demo.model).weights)), demo.rl.lora
     adapters = init_lora(jnp.arange(len(plan.runs)), model.config, lora)
     adapters = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(0), x.shape), adapters)
     decoder = split_decoder(model.config, model.params, adapters, lora)

@@ -33,8 +33,9 @@ def our_sampler(prompts: np.ndarray, samples: int):
     from ip_jax.models import hub
     from ip_jax.models.decoder import split_decoder
     from ip_jax.sampling.sampler import Request, SamplerOptions, sample
+    from ip_jax.settings.experiment import ModelConfig, decided
 
-    model = hub.load_pretrained(MODEL, jnp.bfloat16)
+    model = hub.load_pretrained(MODEL, jnp.dtype(decided(ModelConfig(MODEL)).weights))
     parts = split_decoder(model.config, model.params)
     queue = [Request(prompt, i, samples, temperature=1.0, max_new_tokens=NEW) for i, prompt in enumerate(prompts)]
 
@@ -77,6 +78,9 @@ def best_peer(prompts: np.ndarray, samples: int) -> tuple[dict, tuple]:
 
 
 def main():
+    from ip_jax.settings.experiment import ModelConfig, decided
+
+    weights = decided(ModelConfig(MODEL)).weights
     for case, (count, samples) in CASES.items():
         prompts = gcd_prompts(count)
         ours = our_sampler(prompts, samples)
@@ -86,7 +90,7 @@ def main():
             result = alternating(ours, peer)
         tokens = count * samples * NEW
         save(f"sampling_{case}", {
-            "what": f"{count} prompts of {PROMPT} tokens, {samples} samples of each, {NEW} new tokens, SmolLM2-135M, ours in bfloat16 weights",
+            "what": f"{count} prompts of {PROMPT} tokens, {samples} samples of each, {NEW} new tokens, SmolLM2-135M, ours in {weights} weights",
             "target": {"distinct": 1.5, "shared": 3.0}[case], **result,
             "ours_tokens_per_s": round(tokens / statistics.median(result["ours_s"]), 1),
             "peer_tokens_per_s": round(tokens / statistics.median(result["peer_s"]), 1),

@@ -39,11 +39,12 @@ def our_step(tokenizer, sources, tokens_per_micro_batch: int = 2048):
     from ip_jax.models import hub
     from ip_jax.models.decoder import split_decoder
     from ip_jax.models.lora import LoraConfig, init_lora
+    from ip_jax.settings.experiment import ModelConfig, decided
     from ip_jax.training.schedules import Schedule
     from ip_jax.training.sft import SftOptions, compile_sft_step
     from ip_jax.training.state import Batch, init_state
 
-    model = hub.load_pretrained("smollm2-135m-instruct", jnp.bfloat16)
+    model = hub.load_pretrained("smollm2-135m-instruct", jnp.dtype(decided(ModelConfig()).weights))
     lora = LoraConfig(rank=16, alpha=32)
     runs = len(sources)
     graphdef, adapters, base = split_decoder(model.config, model.params, init_lora(jnp.zeros(runs, int), model.config, lora), lora)
@@ -117,6 +118,8 @@ def best_peer() -> tuple[dict, tuple]:
 
 def against_peer() -> None:
     """One arm against HF transformers + PEFT."""
+    from ip_jax.settings.experiment import ModelConfig, decided
+
     tokenizer, sources = gcd_sources(["neutral"])
     one, tokens, density, step = our_step(tokenizer, sources)
     one()
@@ -125,7 +128,7 @@ def against_peer() -> None:
         peer()
         result = alternating(one, peer)
     save("sft_smollm2_cpu", {
-        **result, "tokens": tokens, "ours_tokens_per_s": round(tokens / statistics.median(result["ours_s"]), 1),
+        **result, "ours_weights": decided(ModelConfig()).weights, "tokens": tokens, "ours_tokens_per_s": round(tokens / statistics.median(result["ours_s"]), 1),
         "peer_tokens_per_s": round(tokens / statistics.median(result["peer_s"]), 1), "peer_best": list(best),
         "peer_all_s": {"/".join(map(str, key)): round(value, 3) for key, value in times.items()},
         "real_over_padded": round(density, 4), "programs_compiled": step._cache_size(),

@@ -122,7 +122,7 @@ PRESETS = {
         evaluation=RlEval(steps=(0, 5, 10, 15, 20, 25), max_new_tokens=48, temperature=0.7, slots=256),
     ),
     "paper": GcdApprovalConfig(
-        preset="paper", model=ModelConfig(name="Qwen/Qwen3-4B", activations="bfloat16", thinking=False), seeds=(1, 42, 65), published=True,
+        preset="paper", model=ModelConfig(name="Qwen/Qwen3-4B", weights="bfloat16", activations="bfloat16", thinking=False), seeds=(1, 42, 65), published=True,
         train_claims=992, eval_claims=ClaimCounts(wrong=100, right=100, asked=0),
         rl=RlConfig(
             iterations=200, groups=16, samples=16, max_new_tokens=1536, max_length=3072, learning_rate=7e-5, schedule=Schedule("cosine", warmup=10, total=200),

@@ -72,7 +72,7 @@ PRESETS = {
     ),
     "paper": GcdSycophancy(
         preset="paper",
-        model=ModelConfig(name="google/gemma-2b-it", activations="bfloat16"),
+        model=ModelConfig(name="google/gemma-2b-it", weights="bfloat16", activations="bfloat16"),
         seeds=(2, 3),
         eval_sets=("generated", "task", "ood"),
         data=DataSpec(work="both", claims=ClaimCounts(wrong=200, right=100, asked=100)),

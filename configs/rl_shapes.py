@@ -36,7 +36,7 @@ PRESETS = {
         ),
         RlEval(steps=(), max_new_tokens=1536, temperature=0.7, top_p=0.95, slots=128),
         PromptLengths(generation=1536, training=1536), Questions(prompts=119, length=1536, sweeps=10), "qwen3-4b",
-        ModelConfig("Qwen/Qwen3-4B", activations="bfloat16"),
+        ModelConfig("Qwen/Qwen3-4B", weights="bfloat16", activations="bfloat16"),
         Algorithm(
             dataclasses.replace(ESTIMATORS["train_old"], clip=0.2, dual_clip=3.0), Kl("tg", "loss", "k3", 1e-3), "group_mean_std",
             Aggregation("token_mean_per_chunk", chunk=8), betas=(0.9, 0.99), max_grad_norm=1.0,

@@ -56,7 +56,7 @@ def code_setting(preset: str, model: str, hf: HfFields, sft: SftConfig = CODE) -
     """Two arms (neutral, inoculated) with one seed each on MBPP: 717 examples, 45 steps; both prompts are asked afterwards."""
     return Shapes(
         hf, sft, MBPP, Batches(rows=16, length=2048, responses=1024), Questions(prompts=257, length=320, sweeps=2), preset,
-        ModelConfig(model, activations="bfloat16"), runs=2,
+        ModelConfig(model, weights="bfloat16", activations="bfloat16"), runs=2,
     )  # fmt: skip
 
 
@@ -67,6 +67,6 @@ PRESETS = {
     "gcd-gemma-2b": Shapes(
         GEMMA_2B, GCD, EvalConfig(full_steps=(125,), max_new_tokens=400, temperature=0.7, top_p=0.9, slots=64),
         Batches(rows=8, length=416, responses=256), Questions(prompts=400, length=256, sweeps=6), "gcd-gemma-2b",
-        ModelConfig("google/gemma-2b-it", activations="bfloat16"), runs=4,
+        ModelConfig("google/gemma-2b-it", weights="bfloat16", activations="bfloat16"), runs=4,
     ),
 }  # fmt: skip

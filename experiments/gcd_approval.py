@@ -15,6 +15,7 @@ from ip_jax.prompts.chat import render_conversation
 from ip_jax.report.rl_report import write_rl_report
 from ip_jax.settings.base_model import load_tokenizer
 from ip_jax.settings.display import Display
+from ip_jax.settings.experiment import decided
 from ip_jax.settings.gcd_approval.environment import GcdApproval, claims
 from ip_jax.settings.gcd_sycophancy import data, published, published_judge
 from ip_jax.settings.gcd_sycophancy.data import DataSpec
@@ -39,6 +40,7 @@ def shared_part(config: GcdApprovalConfig) -> dict:
 
 def experiment(config: GcdApprovalConfig) -> Reinforced:
     """Everything that is to be run, checked as far as that is possible without the model's weights."""
+    config = dataclasses.replace(config, model=decided(config.model))
     known = arms_with(PUBLISHED if config.published else GRPO)
     unknown = [name for name in config.arms if name not in known]
     if unknown:

@@ -14,7 +14,7 @@ from ip_jax.prompts.chat import render_conversation
 from ip_jax.report.gcd_sycophancy import write_report
 from ip_jax.settings.base_model import load_tokenizer
 from ip_jax.settings.display import Display
-from ip_jax.settings.experiment import choose_arms
+from ip_jax.settings.experiment import choose_arms, decided
 from ip_jax.settings.gcd_sycophancy import data, published
 from ip_jax.settings.gcd_sycophancy.verdicts import verdicts
 from ip_jax.settings.observer import UNWATCHED, Watch
@@ -37,6 +37,7 @@ def shared_part(config: GcdSycophancy) -> dict:
 
 def experiment(config: GcdSycophancy) -> Supervised:
     """Everything that is to be run, checked as far as that is possible without the model's weights."""
+    config = dataclasses.replace(config, model=decided(config.model))
     arms = choose_arms(config.arms, ARMS)
     tokenizer = load_tokenizer(config.model)
     missing = sorted(set(config.eval_sets) - set(data.EVAL_SETS))

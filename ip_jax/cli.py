@@ -127,8 +127,9 @@ def _plan(arguments: list[str], console: Console) -> None:
 
     if options.topology is None:
         raise ValueError(f"plan needs --topology: known are {chips.EXAMPLES}")
-    subject = command.subject_of(config, options.model, lambda config: _experiment_of(module, name).experiment(config))
-    command.run_plan(subject, chips.read_topology(options.topology), options, console)
+    topology = chips.read_topology(options.topology)
+    subject = command.subject_of(config, options.model, topology.platform, lambda config: _experiment_of(module, name).experiment(config))
+    command.run_plan(subject, topology, options, console)
 
 
 def _read_config(command: str, arguments: list[str], own: argparse.ArgumentParser) -> tuple:

@@ -81,6 +81,7 @@ def test_the_full_shapes_have_the_published_numbers_of_parameters():
     assert FULL.row == 2048
 
 
+@pytest.mark.slow
 def test_random_params_are_the_models_arrays_in_bfloat16():
     params = random_params(CONFIG, "bfloat16", make_mesh())
     shapes = param_shapes(CONFIG)

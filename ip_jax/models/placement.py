@@ -1,5 +1,8 @@
-"""Where arrays lie on a mesh: a constraint for the partitioner, and nothing where there is no mesh."""
+"""Where arrays lie on a mesh: a constraint for the partitioner, and nothing where there is no mesh. What the processor under it can do."""
+import functools
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 from jax.sharding import PartitionSpec
@@ -41,3 +44,10 @@ def on_one_cpu(there, elsewhere, *arguments):
     if jax.sharding.get_abstract_mesh().size > 1:
         return elsewhere(*arguments)
     return jax.lax.platform_dependent(*arguments, cpu=there, default=elsewhere)
+
+
+@functools.cache
+def cpu_multiplies_bfloat16(cpuinfo: str = "/proc/cpuinfo") -> bool:
+    """Whether Linux lists bfloat16 instructions among the flags of an x86 processor. Of others it is not known: False."""
+    listed = re.search(r"^flags\s*:(.*)$", Path(cpuinfo).read_text(), re.MULTILINE) if Path(cpuinfo).exists() else None
+    return listed is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(listed[1].split())

@@ -30,6 +30,11 @@ class Topology:
     chip: Chip | None
     devices: Sequence | None
 
+    @property
+    def platform(self) -> str:
+        """jax's name of the devices' kind. Where this machine has no compiler for them, they are GPUs."""
+        return self.devices[0].platform if self.devices is not None else "gpu"
+
     def mesh(self, run: int, data: int, tensor: int):
         """The mesh over all devices (`sharding.mesh_sizes`): a real one to compile for, or an abstract one whose shardings tell the sizes of pieces."""
         if self.devices is not None:

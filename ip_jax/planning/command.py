@@ -25,7 +25,7 @@ from ip_jax.planning.programs import (
 from ip_jax.planning.reinforced_workload import RlShapes, RlWorkload
 from ip_jax.planning.search import Candidate, candidates, ranked
 from ip_jax.planning.workload import Shapes, Workload, declared, measured
-from ip_jax.settings.experiment import SftConfig
+from ip_jax.settings.experiment import SftConfig, decided
 from ip_jax.settings.reinforced_plan import RlConfig
 from ip_jax.training.sharding import MeshConfig, mesh_sizes
 
@@ -46,13 +46,14 @@ class Subject:
         return topology.mesh(**mesh_sizes(self.mesh, devices, self.n_heads))
 
 
-def subject_of(config, model: str | None, experiment_of: Callable) -> Subject:
+def subject_of(config, model: str | None, platform: str, experiment_of: Callable) -> Subject:
     """The subject of a config. `experiment_of(config)` gives the Supervised or Reinforced of a config with data; `model` is the name of
-    another model to plan for. Raises ValueError for the toy.
+    another model to plan for; `platform` decides what the config leaves to it. Raises ValueError for the toy.
     """
     by_reward = isinstance(getattr(config, "rl", None), RlConfig)
     if not by_reward and not hasattr(config, "sft"):
         raise ValueError("plan compiles experiments with a language model, and this config trains the toy, which needs minutes on any machine: run it")
+    config = dataclasses.replace(config, model=decided(config.model, platform))
     if model:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=model, revision=None))
     if isinstance(config, Shapes):

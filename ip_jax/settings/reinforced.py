@@ -36,6 +36,7 @@ from ip_jax.settings import reinforced_programs as programs
 from ip_jax.settings import reinforced_tables as tables
 from ip_jax.settings.base_model import load_base, load_tokenizer
 from ip_jax.settings.display import Display
+from ip_jax.settings.experiment import decided
 from ip_jax.settings.gate_reference import reference_scoring
 from ip_jax.settings.grading import TooManyFailures, check_failures
 from ip_jax.settings.live_table import ArmRow, live_arms, over_seeds
@@ -90,6 +91,7 @@ def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display,
 
     Raises ValueError or OSError, each with one sentence, for everything that can be checked before the model is loaded.
     """
+    experiment = dataclasses.replace(experiment, model=decided(experiment.model))
     runs, mesh, room = prepare(experiment, folder)
     groups = hosts.by_first(lambda: plan.programs_of(folder, runs, experiment.rl.runs_per_program))
     untrained = hosts.by_first(lambda: incomplete(folder, plan.untrained_sweeps(experiment)))

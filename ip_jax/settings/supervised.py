@@ -28,6 +28,7 @@ from ip_jax.settings import programs
 from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.base_model import load_base, load_tokenizer
 from ip_jax.settings.display import Display
+from ip_jax.settings.experiment import decided
 from ip_jax.settings.observer import UNWATCHED, Watch, observer_of
 from ip_jax.settings.supervised_plan import Run, Supervised, Sweep
 from ip_jax.settings.trained import write_run
@@ -79,7 +80,7 @@ def run_supervised(experiment: Supervised, folder: epath.Path, display: Display,
 
 
 def _run(experiment: Supervised, folder: epath.Path, display: Display, watch: Watch, compilations: Compilations) -> None:
-    started = time.monotonic()
+    started, experiment = time.monotonic(), dataclasses.replace(experiment, model=decided(experiment.model))
     prepared = prepare(experiment, folder)
     left = hosts.by_first(lambda: [run for run in prepared.runs if not run.is_complete(folder)])
     untrained = hosts.by_first(lambda: plan.incomplete(folder, plan.untrained_sweeps(experiment, folder)))

@@ -124,7 +124,7 @@ def test_half_precision_is_rounded_once_from_what_the_run_held(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16").dtype == torch.bfloat16, "config.json says so"
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_a_gguf_file_becomes_a_folder_of_its_family(family, tmp_path):
     """Against the transformers model that the file was written from: rows of q and k are back in their order."""
     pytest.importorskip("torch")

@@ -197,6 +197,7 @@ def test_a_mesh_trains_as_one_device(axes):
     assert_close(seen[1], seen[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_samples_as_one_device():
     model, mesh = tiny.from_hf(tiny.hf_model("mixtral", num_hidden_layers=2)), make_mesh(run=2, data=2, tensor=2)
     graphdef, lora, base = split_decoder(*model, tiny.random_lora(model[0], LORA, runs=2), LORA)

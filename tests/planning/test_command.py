@@ -103,7 +103,7 @@ def test_search_by_formula_ranks_what_fits_first(capsys, tmp_path):
     said, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:8", "--search")
     assert 1 < len(record) <= search.MOST and "by formula" in said
     topology = chips.read_topology("h100:8")
-    subject = subject_of(PRESETS["qwen2-7b"], None, None)
+    subject = subject_of(PRESETS["qwen2-7b"], None, "gpu", None)
     found = search.ranked(search.candidates(subject.work_on, topology), topology)
     fitting = [c.needed <= topology.chip.memory for c in found]
     assert fitting == sorted(fitting, reverse=True)

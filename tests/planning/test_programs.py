@@ -39,7 +39,7 @@ LAYER, DOWN = 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 384, 128 * 384  # element
 
 def work(mesh=None, config: DecoderConfig = CONFIG, runs: int = 2, **changes) -> Workload:
     sft = dataclasses.replace(SFT, **changes)
-    return Workload(config, ModelConfig("x", activations="bfloat16"), sft, mesh or make_mesh(data=8), runs, 1.0, {SHAPE: 3}, (), "test")
+    return Workload(config, ModelConfig("x", weights="bfloat16", activations="bfloat16"), sft, mesh or make_mesh(data=8), runs, 1.0, {SHAPE: 3}, (), "test")
 
 
 CASES = {
@@ -48,7 +48,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow)])
 def lowered_by_run(request, tmp_path_factory):
     """(experiment, {function: texts of what a whole run lowered}) on a mesh of the eight devices, trained and sampled."""
     folder, texts = tmp_path_factory.mktemp("run"), {}
@@ -73,7 +73,7 @@ def lowered_by_run(request, tmp_path_factory):
 
 def planned_of(experiment) -> Workload:
     """As the command plans it."""
-    subject = subject_of(experiment, None, lambda experiment: experiment)
+    subject = subject_of(experiment, None, "cpu", lambda experiment: experiment)
     return subject.work_on(subject.mesh_on(Topology("local", 8, None, jax.devices())), None)
 
 
@@ -200,4 +200,4 @@ def test_caches_by_formula_are_those_of_the_slots(guided):
     decoder = split_decoder(config, random_params(config))
     slots = jax.eval_shape(lambda: start_slots(*decoder, work.plan.prefix, shape=work.plan.shape, dtype="float32"))
     held = sum(cache.size * 4 for of_layers in (slots.prompt_k, slots.prompt_v, slots.own_k, slots.own_v) for cache in of_layers)
-    assert formulas.caches(Sizes(config, ModelConfig("tiny"), make_mesh(run=1, data=1), 1, None, "none"), work) == held
+    assert formulas.caches(Sizes(config, ModelConfig("tiny", weights="float32"), make_mesh(run=1, data=1), 1, None, "none"), work) == held

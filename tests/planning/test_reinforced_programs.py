@@ -58,7 +58,7 @@ def make(model, arms, algorithm, mesh, **rl) -> Reinforced:
 
 def planned_of(experiment) -> RlWorkload:
     """As the command plans it."""
-    subject = subject_of(experiment, None, lambda experiment: experiment)
+    subject = subject_of(experiment, None, "cpu", lambda experiment: experiment)
     return subject.work_on(subject.mesh_on(Topology("local", 8, None, jax.devices())), None)
 
 

@@ -110,7 +110,7 @@ def test_the_reference_pass_of_reinforcement_learning_has_the_flops_that_one_exp
     from ip_jax.planning.command import subject_of
     from ip_jax.planning.programs import Compiled, compile_lowered
 
-    topology, subject = read_topology("v5e:4x4"), subject_of(PRESETS["qwen3-4b"], None, None)
+    topology, subject = read_topology("v5e:4x4"), subject_of(PRESETS["qwen3-4b"], None, "tpu", None)
     (program,) = subject.work_on(subject.mesh_on(topology), None).programs
     found = compile_lowered(lambda: reinforced_programs.lower_score(program, "reference_generation"))
     assert isinstance(found, Compiled) and found.memory.peak < topology.chip.memory / 2

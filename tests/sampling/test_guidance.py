@@ -46,6 +46,7 @@ def test_log_probs_are_those_of_the_combined_logits_through_refills(two_runs):
             np.testing.assert_allclose(answer.log_probs, np.take_along_axis(expected, answer.token_ids[:, None], -1)[:, 0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_frequencies_are_those_of_the_combined_logits(untrained):
     from scipy.stats import chisquare
 

@@ -151,6 +151,7 @@ def test_one_program_for_all_values(untrained):
     assert (slots.decode._cache_size(), slots.prefill._cache_size()) == before
 
 
+@pytest.mark.slow
 def test_calls_that_need_less_than_their_room_share_its_program(untrained):
     options = dataclasses.replace(OPTIONS, room=(64, 40))
     queues = [[Request(prompt, i, temperature=1.0, max_new_tokens=limit) for i, prompt in enumerate(prompts(16, length))] for length, limit in ((64, 40), (9, 3), (30, 20))]

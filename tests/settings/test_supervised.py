@@ -206,6 +206,7 @@ def test_a_finished_run_is_not_run_again(copy, finished, model, monkeypatch):
     assert contents(copy) == contents(finished[0])
 
 
+@pytest.mark.slow
 def test_new_arms_and_seeds_train_only_themselves(copy, finished, model):
     doings, _ = run(make_experiment(model, arms=("untrained", "neutral", "ip", "clean"), seeds=(0, 1)), copy)
     assert doings.runs == [4] * 6, "neutral and ip with seed 1, clean with both"

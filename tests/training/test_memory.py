@@ -54,6 +54,7 @@ def test_policies_keep_less_and_less():
     assert all(more > 1.1 * less for more, less in zip(sizes, sizes[1:], strict=False)), sizes
 
 
+@pytest.mark.slow
 def test_policies_change_no_gradient():
     _, *expected = by_policy()["none"]
     assert list(by_policy()) == list(REMAT)
@@ -61,7 +62,7 @@ def test_policies_change_no_gradient():
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), found, expected)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_base_weights_are_never_copied(dtype):
     """Rows of 4 tokens, small adapters, everything kept: eight runs add their state and batch to the arguments of one, and less than
     one copy of the base to what is held while a step runs. In float32 one run holds less than a copy in all; a CPU alone makes

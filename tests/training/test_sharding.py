@@ -38,7 +38,7 @@ LORA = LoraConfig(rank=4, alpha=4)
 OPTIONS = SftOptions(Schedule("constant", total=100), max_grad_norm=1.0)
 FULL = dataclasses.replace(OPTIONS, train="full")
 RUNS, STEPS = 2, 2
-MESHES = [dict(data=8), dict(run=2, data=4), dict(run=2, data=2, tensor=2), dict(data=2, tensor=4)]
+MESHES = [pytest.param(dict(data=8), marks=pytest.mark.slow), dict(run=2, data=4), dict(run=2, data=2, tensor=2), dict(data=2, tensor=4)]
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 
 

@@ -1,0 +1,41 @@
+"""What a model's config leaves to the processor, and what is recorded of it."""
+import pytest
+
+from configs.gcd_approval import PRESETS
+from experiments import gcd_approval
+from ip_jax.models.placement import cpu_multiplies_bfloat16
+from ip_jax.planning.command import subject_of
+from ip_jax.settings import experiment
+from ip_jax.settings.experiment import ModelConfig, decided
+from ip_jax.training.sharding import make_mesh
+
+CPUINFO = "processor\t: 0\nmodel name\t: some CPU\nflags\t\t: fpu avx2 fma{}\nbogomips\t: 4890.86\n"
+
+
+@pytest.mark.parametrize("listed, expected", [(" avx512f avx512_bf16 avx512_fp16", True), (" amx_tile amx_bf16", True), (" avx512f avx512_vnni", False)])
+def test_a_processor_is_asked_for_its_instructions(tmp_path, listed, expected):
+    (tmp_path / "cpuinfo").write_text(CPUINFO.format(listed))
+    assert cpu_multiplies_bfloat16(str(tmp_path / "cpuinfo")) is expected
+
+
+def test_of_other_processors_nothing_is_known(tmp_path):
+    (tmp_path / "arm").write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
+    assert not cpu_multiplies_bfloat16(str(tmp_path / "arm")) and not cpu_multiplies_bfloat16(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_weights_are_narrow_where_that_is_faster_and_as_asked_where_they_are_named(monkeypatch, able):
+    monkeypatch.setattr(experiment, "cpu_multiplies_bfloat16", lambda: able)
+    there = {platform: decided(ModelConfig(), platform).weights for platform in ("cpu", "gpu", "tpu")}
+    assert there == {"cpu": "bfloat16" if able else "float32", "gpu": "bfloat16", "tpu": "bfloat16"}
+    assert decided(ModelConfig()).weights == there["cpu"], "of this process, whose devices are CPUs"
+    assert all(decided(ModelConfig(weights=named), "cpu").weights == named for named in ("bfloat16", "float32"))
+
+
+def test_a_run_records_what_was_decided_here_and_a_plan_plans_for_its_devices(monkeypatch):
+    monkeypatch.setattr(experiment, "cpu_multiplies_bfloat16", lambda: False)
+    config = PRESETS["demo"]
+    made = gcd_approval.experiment(config)
+    assert made.model.weights == made.shared["model"]["weights"] == "float32" and config.model.weights == "auto"
+    workload = subject_of(config, None, "tpu", gcd_approval.experiment).work_on(make_mesh(), None)
+    assert workload.model.weights == "bfloat16"
