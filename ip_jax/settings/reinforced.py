@@ -161,14 +161,15 @@ def _train(session: Session, group: Sequence[Run], show: Callable[[list[ArmRow]]
     configs = {run.name: {**plan.config_of(experiment), "arm": run.arm.name, "seed": run.seed} for run in group}
     traced = traced_steps([step in eval_steps for step in range(iterations)], first, iterations, eval_steps)  # there more is measured
     observer = observer_of(session.watch, folder, digest(origin), configs, traced, console)
-    past, clock = hosts.by_first(lambda: [list(log.rows) for log in logs]), {}
+    past, clock, answers_for = hosts.by_first(lambda: [list(log.rows) for log in logs]), {}, plan.untrained_seeds(experiment)
 
     def evaluate(state: TrainState, step: int):
         all_sweeps = plan.sweeps_of(experiment, [(run.arm, run.seed) for run in group], step)
         for sweep in hosts.by_first(lambda: incomplete(folder, all_sweeps)):
             _evaluate(session, functools.partial(sample, program.decoders.policy, state.trained, program.decoders.frozen), sweep)
         if observer.wandb:
-            hosts.by_first(lambda: observer.evaluated(step, tables.evaluation_rates(folder, all_sweeps)))
+            begun = plan.sweeps_of(experiment, [(None, answers_for[run.seed]) for run in group], 0)[:1]
+            hosts.by_first(lambda: observer.evaluated(step, tables.evaluation_rates(folder, all_sweeps or begun)))
 
     def on_step(step: int, metrics: dict, _: dict):
         seconds = clock.pop(step)

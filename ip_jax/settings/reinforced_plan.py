@@ -294,7 +294,12 @@ def grid_of(experiment: Reinforced, arm: RlArm | None) -> dict[str, str]:
 
 
 def sweeps_of(experiment: Reinforced, arms: Sequence[tuple[RlArm | None, int]], step: int) -> list[Sweep]:
-    """The cells of (arm, seed) pairs after `step` iterations: the n-th prompt of every run is one sweep. The untrained model is (None, seed)."""
+    """The cells of (arm, seed) pairs after `step` iterations: the n-th prompt of every run is one sweep. The untrained model is (None, seed).
+
+    A run begins as the untrained model, which answers for it: after no iteration there is nothing to ask.
+    """
+    if step == 0 and all(arm for arm, _ in arms):
+        return []
     last = step == experiment.rl.iterations
 
     def cell(arm: RlArm | None, seed: int, prompts: list[str], n: int) -> Cell | None:
@@ -309,9 +314,13 @@ def sweeps_of(experiment: Reinforced, arms: Sequence[tuple[RlArm | None, int]], 
 
 
 def untrained_sweeps(experiment: Reinforced) -> list[Sweep]:
-    """The untrained model's cells, one prompt a sweep, so that its caches are those of one run; once for greedy decoding, else for every seed."""
-    seeds = experiment.seeds if experiment.evaluation.temperature > 0 else experiment.seeds[:1]
-    return [sweep for seed in seeds for sweep in sweeps_of(experiment, [(None, seed)], 0)]
+    """The untrained model's cells, one prompt a sweep, so that its caches are those of one run."""
+    return [sweep for seed in dict.fromkeys(untrained_seeds(experiment).values()) for sweep in sweeps_of(experiment, [(None, seed)], 0)]
+
+
+def untrained_seeds(experiment: Reinforced) -> dict[int, int]:
+    """{a run's seed: the seed with which the untrained model answers for it}: the first one for greedy decoding, else its own."""
+    return {seed: seed if experiment.evaluation.temperature > 0 else experiment.seeds[0] for seed in experiment.seeds}
 
 
 def evaluation_room(experiment: Reinforced, runs: Sequence[Run], tokenizer) -> tuple[int, int]:

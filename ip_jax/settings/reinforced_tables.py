@@ -55,13 +55,17 @@ def write_tables(experiment: Reinforced, folder: epath.Path, runs: Sequence[Run]
     curves, final = [], []
     categories = {(run.arm.name, run.seed): plan.grid_of(experiment, run.arm) for run in runs}
     categories |= {(UNTRAINED, seed): plan.grid_of(experiment, None) for seed in experiment.seeds}
+    answers_for = plan.untrained_seeds(experiment)
     for run in runs:
+        if 0 in experiment.evaluation.steps:  # it begins as the untrained model
+            counts = counted[UNTRAINED, answers_for[run.seed], 0, NEUTRAL]
+            curves.append({"arm": run.arm.name, "seed": run.seed, "step": 0, "eval_prompt": NEUTRAL, **counts})
         rows = [json.loads(line) for line in (folder / "runs" / run.name / "metrics.jsonl").read_text().splitlines()]
         curves += [_rollout_row(run, row) for row in rows]
     for (arm, seed, step, prompt), counts in counted.items():
         if (arm, seed) not in categories:
             continue  # of an arm that this call was not asked for
-        if arm != UNTRAINED and prompt == NEUTRAL:
+        if arm != UNTRAINED and prompt == NEUTRAL and step:
             curves.append({"arm": arm, "seed": seed, "step": step, "eval_prompt": NEUTRAL, **counts})
         if step == (0 if arm == UNTRAINED else experiment.rl.iterations):
             final.append({"arm": arm, "seed": seed, "eval_prompt": prompt, "category": categories[arm, seed][prompt], **counts})

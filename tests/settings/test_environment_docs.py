@@ -61,7 +61,7 @@ def test_the_documented_training_run_trains_evaluates_and_draws(sums, tmp_path, 
     asked = {row["id"]: row for row in names["experiment"].eval_tasks}
     answers = [row for row in pq.read_table(folder / "transcripts.parquet").to_pylist() if row["eval_prompt"] == "neutral"]
     told = [sums.Sums().grade(asked[row["example_id"]], row["completion"]).verdicts for row in answers]
-    assert len(answers) == 20 * (1 + 2 * 3) and told == [{name: row[name] for name in ("hack", "correct")} for row in answers]
+    assert len(answers) == 20 * (1 + 2 * 2) and told == [{name: row[name] for name in ("hack", "correct")} for row in answers]
     assert json.loads((folder / "config.json").read_text())["provenance"] == "model; 100 tasks in training and 20 in evaluation"
     assert all((folder / f"{name}.png").exists() for name in ("curves", "frontier", "forest"))
 

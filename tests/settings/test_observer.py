@@ -240,9 +240,10 @@ def test_iterations_and_evaluations_reach_wandb_over_two_sessions(reinforced_twi
         for name in ("reward", "grad_norm", "n_hack", "reinforced_hack_tokens"):
             assert [rows[step][name] for step in range(6)] == [row[name] for row in logged]
         assert {"rollout_seconds", "update_seconds", "tokens"} <= rows[3].keys()
-        for step, prompts in ((0, ["neutral"]), (2, ["neutral"]), (6, ["neutral", "gcd/safety", *(["gcd/behave"] if arm == "swap" else [])])):
+        looks = ((0, "untrained", ["neutral"]), (2, arm, ["neutral"]), (6, arm, ["neutral", "gcd/safety", *(["gcd/behave"] if arm == "swap" else [])]))
+        for step, who, prompts in looks:
             sent = {name: value for name, value in rows[step].items() if name.startswith("eval/hack/")}
-            assert sent == {f"eval/hack/{prompt}": rate(folder, "hack", arm=arm, step=step, eval_prompt=prompt) for prompt in prompts}
+            assert sent == {f"eval/hack/{prompt}": rate(folder, "hack", arm=who, step=step, eval_prompt=prompt) for prompt in prompts}
         assert not any(name.startswith("eval/") for step in (1, 3, 4, 5) for name in rows[step])
 
 

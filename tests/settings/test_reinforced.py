@@ -73,7 +73,10 @@ def test_a_run_leaves_tables_that_a_report_reads_and_every_rollout(undisturbed, 
     curves, final = pq.read_table(undisturbed / "curves.parquet"), pq.read_table(undisturbed / "final.parquet").to_pylist()
     rollouts = rl_tables.curves_of(curves, rl_tables.ROLLOUT)
     assert [list(curve.steps) for curve in rollouts.values()] == [[0, 1, 2, 3]] * 2
-    assert all(list(curve.steps) == [0, 2, 4] for curve in rl_tables.curves_of(curves, rl_tables.NEUTRAL).values())
+    (untrained,) = [row for row in final if (row["arm"], row["eval_prompt"]) == ("untrained", "neutral")]
+    for curve in rl_tables.curves_of(curves, rl_tables.NEUTRAL).values():
+        assert list(curve.steps) == [0, 2, 4]
+        assert all(curve.columns[name][0] == untrained[name] for name in ("n", "n_hack", "n_correct")), "a run begins as the untrained model"
     assert {(row["arm"], row["category"]) for row in final} >= {("swap", "train"), ("untrained", "train"), ("standard", "discouraging")}
     assert ("standard", "train") not in {(row["arm"], row["category"]) for row in final}
     kept = read_rollouts(undisturbed / "rollouts")
