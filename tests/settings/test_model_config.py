@@ -7,7 +7,6 @@ from ip_jax.models.placement import cpu_multiplies_bfloat16
 from ip_jax.planning.command import subject_of
 from ip_jax.settings import experiment
 from ip_jax.settings.experiment import ModelConfig, decided
-from ip_jax.training.sharding import make_mesh
 
 CPUINFO = "processor\t: 0\nmodel name\t: some CPU\nflags\t\t: fpu avx2 fma{}\nbogomips\t: 4890.86\n"
 
@@ -37,5 +36,6 @@ def test_a_run_records_what_was_decided_here_and_a_plan_plans_for_its_devices(mo
     config = PRESETS["demo"]
     made = gcd_approval.experiment(config)
     assert made.model.weights == made.shared["model"]["weights"] == "float32" and config.model.weights == "auto"
-    workload = subject_of(config, None, "tpu", gcd_approval.experiment).work_on(make_mesh(), None)
-    assert workload.model.weights == "bfloat16"
+    planned = []
+    subject_of(config, None, "tpu", lambda config: planned.append(config) or made)
+    assert planned[0].model.weights == "bfloat16"
