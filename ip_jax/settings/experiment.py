@@ -70,7 +70,7 @@ class ModelConfig:
 
 def decided(model: ModelConfig, platform: str | None = None) -> ModelConfig:
     """`model` with weights that are "auto" decided: bfloat16, but float32 on a CPU that is not known to multiply bfloat16. There an update in bfloat16
-    takes 1.3 times as long, because every product widens its inputs first. `platform`: jax's name of it, by default this process's.
+    takes 1.3 to 1.4 times as long, because every product widens its inputs first. `platform`: jax's name of it, by default this process's.
     """
     if model.weights != "auto":
         return model
