@@ -16,6 +16,7 @@ from ip_jax.prompts.transforms import Suffix
 from ip_jax.training.schedules import Schedule
 
 TRAIN = ("lora", "full")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,9 @@ class ModelConfig:
     thinking: bool | None = None
 
     def __post_init__(self):
+        for field, known in (("weights", ("auto", *DTYPES)), ("activations", DTYPES)):
+            if getattr(self, field) not in known:
+                raise ValueError(f"model.{field} is {getattr(self, field)!r}: choose from {', '.join(known)}")
         if self.quantised is not None:
             check_quantised(self.quantised)
 

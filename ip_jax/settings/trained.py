@@ -17,11 +17,10 @@ from ip_jax.models.decoder import split_decoder
 from ip_jax.models.export import Precision, whole_folder, write_merged, write_trained
 from ip_jax.models.lora import LoraConfig
 from ip_jax.models.peft import Adapter, write_adapter
-from ip_jax.settings.experiment import ModelConfig
+from ip_jax.settings.experiment import DTYPES, ModelConfig
 from ip_jax.training.results import write_json, write_whole
 
 UNTRAINED = "untrained"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,12 @@ def test_weights_are_narrow_where_that_is_faster_and_as_asked_where_they_are_nam
     assert all(decided(ModelConfig(weights=named), "cpu").weights == named for named in ("bfloat16", "float32"))
 
 
+@pytest.mark.parametrize("field, value", [("weights", "float8"), ("activations", "auto")])
+def test_unknown_dtypes_are_refused_with_those_that_are_known(field, value):
+    with pytest.raises(ValueError, match=rf"model.{field} is '{value}': choose from .*bfloat16"):
+        ModelConfig(**{field: value})
+
+
 def test_a_run_records_what_was_decided_here_and_a_plan_plans_for_its_devices(monkeypatch):
     monkeypatch.setattr(experiment, "cpu_multiplies_bfloat16", lambda: False)
     config = PRESETS["demo"]
