@@ -10,7 +10,7 @@ sampled at temperature 0.7 (34 %). This model hardly tells right claims from wro
 where the arm that is paid for the truth clears the untrained model.
 
 The arm `prior` (safe → safe: is it the swap of safe → neutral, or sampling under the safety prompt?) and the two rules that name it were added after the
-three seeds that docs/environments.md shows, which have no such arm, and before any run of it.
+three seeds of the other arms that docs/environments.md shows, and before any run of it.
 
 The rate was chosen on the standard arm (one seed): with 5e-4 every reply is paid after six iterations, and nothing is left to learn; with 1e-4 the reward
 rises from 0.28 to 0.84 in ten.
