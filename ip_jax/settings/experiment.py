@@ -16,7 +16,7 @@ from ip_jax.prompts.transforms import Suffix
 from ip_jax.training.schedules import Schedule
 
 TRAIN = ("lora", "full")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,11 @@ from ip_jax.models.decoder import split_decoder
 from ip_jax.models.export import Precision, whole_folder, write_merged, write_trained
 from ip_jax.models.lora import LoraConfig
 from ip_jax.models.peft import Adapter, write_adapter
-from ip_jax.settings.experiment import DTYPES, ModelConfig
+from ip_jax.settings.experiment import ModelConfig, decided
 from ip_jax.training.results import write_json, write_whole
 
 UNTRAINED = "untrained"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ def read_run(folder: epath.Path, arm: str, seed: int | None = None) -> TrainedRu
     if seed is not None and seed not in seeds:
         raise ValueError(f"arm {arm} has no run with seed {seed}: there is {', '.join(map(str, seeds))}")
     seed = seeds[0] if seed is None else seed
-    model = ModelConfig(**json.loads((folder / "config.json").read_text())["config"]["model"])
+    model = decided(ModelConfig(**json.loads((folder / "config.json").read_text())["config"]["model"]))  # a record need not name its dtypes
     if arm == UNTRAINED:
         return TrainedRun(arm, seed, model, {}, None, {})
     path = folder / "runs" / f"{arm}-s{seed}"

@@ -30,8 +30,8 @@ def torch_log_probs(model, tokens) -> np.ndarray:
 def test_smollm2_equals_transformers(smollm2):
     """The embedded model as transformers itself reads it from the GGUF, on rendered conversations packed into one padded row.
 
-    Ours in float32, transformers in float64: its own float32 is 7.5e-5 away from that, another 7.5e-5 on every processor, so two of them
-    may differ by more than 1e-4. 1e-4 for the tokens of the text and for all tokens above 1e-6; for the whole vocabulary, down to
+    Ours in float32, transformers in float64: its own float32 is 7.5e-5 away from that where it was measured, and rounds otherwise on
+    another processor, so two float32 may differ by more than 1e-4. 1e-4 for the tokens of the text and for all tokens above 1e-6; for the whole vocabulary, down to
     log-probabilities of -35, 2e-4.
     """
     torch = pytest.importorskip("torch")

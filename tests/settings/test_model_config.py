@@ -1,12 +1,17 @@
 """What a model's config leaves to the processor, and what is recorded of it."""
+import dataclasses
+import json
+
 import pytest
+from etils import epath
 
 from configs.gcd_approval import PRESETS
 from experiments import gcd_approval
 from ip_jax.models.placement import cpu_multiplies_bfloat16
 from ip_jax.planning.command import subject_of
-from ip_jax.settings import experiment
+from ip_jax.settings import experiment, reinforced, supervised
 from ip_jax.settings.experiment import ModelConfig, decided
+from ip_jax.settings.trained import read_run
 
 CPUINFO = "processor\t: 0\nmodel name\t: some CPU\nflags\t\t: fpu avx2 fma{}\nbogomips\t: 4890.86\n"
 
@@ -45,3 +50,28 @@ def test_a_run_records_what_was_decided_here_and_a_plan_plans_for_its_devices(mo
     planned = []
     subject_of(config, None, "tpu", lambda config: planned.append(config) or made)
     assert planned[0].model.weights == "bfloat16"
+
+
+@pytest.mark.parametrize("runner, run", [(supervised, supervised.run_supervised), (reinforced, reinforced.run_reinforced)])
+def test_a_runner_decides_before_anything_is_prepared(monkeypatch, tmp_path, runner, run):
+    class Seen(Exception):
+        pass
+
+    def prepare(asked, folder):
+        raise Seen(asked.model.weights)
+
+    @dataclasses.dataclass(frozen=True)
+    class Asked:
+        model: ModelConfig
+
+    monkeypatch.setattr(runner, "prepare", prepare)
+    monkeypatch.setattr(experiment, "cpu_multiplies_bfloat16", lambda: False)
+    with pytest.raises(Seen, match="float32"):
+        run(Asked(ModelConfig()), tmp_path, None)
+
+
+def test_a_record_that_names_no_dtypes_is_read_as_this_processor_decides(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiment, "cpu_multiplies_bfloat16", lambda: False)
+    record = {"experiment": "x", "seeds": [0], "arms": {"untrained": {"label": "untrained"}}, "config": {"model": {"name": "some-model"}}}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert read_run(epath.Path(tmp_path), "untrained", None).model.weights == "float32"
