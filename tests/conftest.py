@@ -27,6 +27,15 @@ def smollm2():
     return load_pretrained("smollm2-135m-instruct", jnp.float32)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_dropped():
+    """Each takes some memory maps, of which Linux allows a process 65,530: behind some hundred tests one that is refused ends the process."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
     """Every start of an engine compiles its programs anew: for a module's tests they come from a cache."""

@@ -1,4 +1,4 @@
-"""Toy experiments: what a folder holds, that nothing finished runs again, and the phenomena that the toy was made for."""
+"""Toy experiments: what a folder holds and that nothing finished runs again."""
 import dataclasses
 import io
 import json
@@ -20,7 +20,6 @@ from configs import amplification
 from configs.estimators import ARMS, FIGURE, PRESETS, by
 from experiments import estimators
 from ip_jax.models.decoder import causal_attend
-from ip_jax.report.rl_view import load_rl_view
 from ip_jax.rl.batch import Decisions
 from ip_jax.rl.gates import Gate
 from ip_jax.settings.toy import experiment as toy_experiment
@@ -37,7 +36,6 @@ TINY = ToyFigure(
     "tiny", ("standard", "oracle", "kl_tg"), (0, 1), ToyRl(iterations=6, groups=2, samples=4, probe_every=3, probe_tasks=4, grid_tasks=4),
     ToyConfig(pretraining=Pretraining(steps=30, batch_size=32)), runs_per_program=4,
 )  # fmt: skip
-PHENOMENA = ("standard", "oracle", "prior", "anti")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -303,17 +301,3 @@ def test_an_unknown_arm_and_another_config_are_refused(tiny, tmp_path):
         run(dataclasses.replace(TINY, arms=("standrad",)), tmp_path)
     with pytest.raises(ValueError, match="rl.iterations"):
         run(dataclasses.replace(TINY, rl=dataclasses.replace(TINY.rl, iterations=7)), tiny[0])
-
-
-@pytest.mark.slow
-def test_the_toy_shows_what_it_was_made_for(tmp_path):
-    """Standard hacks in at least 80 % of the seeds, the oracle learns, anti-recontextualization hacks, a discouraging prompt lowers discovery."""
-    run(dataclasses.replace(PRESETS["full"], arms=PHENOMENA, seeds=tuple(range(6))), tmp_path)
-    view = load_rl_view(tmp_path)
-    arms = {arm.name: arm for arm in view.arms}
-    assert arms["standard"].hacked.k >= 0.8 * arms["standard"].hacked.n and arms["anti"].hacked.k == arms["anti"].hacked.n
-    assert arms["oracle"].hacked.k == 0
-    assert arms["oracle"].rates["correct", "neutral"].low > arms["base"].pooled["correct", "neutral"].high
-    early = {name: sum(view.rollouts[name, seed].columns["n_hack"][:25].sum() for seed in range(6)) for name in ("standard", "prior")}
-    assert early["standard"] > 3 * early["prior"], early
-    assert json.loads((tmp_path / "config.json").read_text())["reading"]["rules"]
