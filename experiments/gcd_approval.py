@@ -32,10 +32,10 @@ def shared_part(config: GcdApprovalConfig) -> dict:
     """The config as JSON without what may grow or change: arms, seeds, the mesh, when to save and to halt. Two results folders with equal ones may share
     runs.
     """
-    record = dataclasses.asdict(config)
+    record = dataclasses.asdict(dataclasses.replace(config, model=decided(config.model)))
     for growing in ("arms", "seeds", "mesh"):
         record.pop(growing)
-    return record | {"rl": decisive(config.rl), "experiment": NAME}
+    return record | {"rl": decisive(config.rl), "experiment": NAME, "published_files": published.find_folder() is not None}
 
 
 def experiment(config: GcdApprovalConfig) -> Reinforced:

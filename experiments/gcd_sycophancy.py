@@ -4,6 +4,7 @@
 """
 import dataclasses
 import sys
+from collections.abc import Sequence
 
 import pyarrow as pa
 from etils import epath
@@ -12,9 +13,10 @@ from rich.console import Console
 from configs.gcd_sycophancy import ARMS, GcdSycophancy
 from ip_jax.prompts.chat import render_conversation
 from ip_jax.report.gcd_sycophancy import write_report
+from ip_jax.report.gcd_view import JUDGES, MAIN_SET
 from ip_jax.settings.base_model import load_tokenizer
 from ip_jax.settings.display import Display
-from ip_jax.settings.experiment import choose_arms, decided
+from ip_jax.settings.experiment import Arm, choose_arms, decided
 from ip_jax.settings.gcd_sycophancy import data, published
 from ip_jax.settings.gcd_sycophancy.verdicts import verdicts
 from ip_jax.settings.observer import UNWATCHED, Watch
@@ -29,10 +31,10 @@ VERDICT_TYPES = {
 
 def shared_part(config: GcdSycophancy) -> dict:
     """The config as JSON without what may grow or change: arms, seeds, the mesh. Two results folders with equal ones may share runs."""
-    record = dataclasses.asdict(config)
+    record = dataclasses.asdict(dataclasses.replace(config, model=decided(config.model)))
     for growing in ("arms", "seeds", "judge", "mesh"):
         record.pop(growing)
-    return record | {"experiment": NAME}
+    return record | {"experiment": NAME, "published_files": published.find_folder() is not None}
 
 
 def experiment(config: GcdSycophancy) -> Supervised:
@@ -40,9 +42,7 @@ def experiment(config: GcdSycophancy) -> Supervised:
     config = dataclasses.replace(config, model=decided(config.model))
     arms = choose_arms(config.arms, ARMS)
     tokenizer = load_tokenizer(config.model)
-    missing = sorted(set(config.eval_sets) - set(data.EVAL_SETS))
-    if missing:
-        raise ValueError(f"no evaluation set is called {missing[0]!r}: choose from {', '.join(data.EVAL_SETS)}")
+    _check(config, arms)
     count_tokens = lambda messages: len(render_conversation(tokenizer, messages).token_ids)  # noqa: E731
     gcd = data.load(config.data, count_tokens, published.find_folder(), config.eval_sets)
     return Supervised(
@@ -51,6 +51,24 @@ def experiment(config: GcdSycophancy) -> Supervised:
         eval_sets={name: for_sampling(gcd.evaluation[name], config) for name in config.eval_sets if name in gcd.evaluation},
         provenance=gcd.provenance, verdicts=verdicts, verdict_types=VERDICT_TYPES,
     )
+
+
+def _check(config: GcdSycophancy, arms: Sequence[Arm]) -> None:
+    """Refuses names and lists that nothing could be made of, before any data is read."""
+    if config.judge not in JUDGES:
+        raise ValueError(f"judge is {config.judge!r}: choose from {', '.join(JUDGES)}")
+    if not arms:
+        raise ValueError("arms is empty: name at least one")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+        raise ValueError(f"seeds is {config.seeds}: it needs at least one, none twice, each at least 0")
+    missing = sorted(set(config.eval_sets) - set(data.EVAL_SETS))
+    if missing:
+        raise ValueError(f"no evaluation set is called {missing[0]!r}: choose from {', '.join(data.EVAL_SETS)}")
+    if MAIN_SET not in config.eval_sets:
+        raise ValueError(f"eval_sets is {config.eval_sets}: the figure shows the set {MAIN_SET}, so it has to be among them")
+    other = [arm for arm in arms if config.data.training_file and arm.data != "user_right"]
+    if other:
+        raise ValueError(f"the arm {other[0].name} trains on the setting's rows of the kind {other[0].data}, and data.training_file replaces them: leave it out")
 
 
 def for_sampling(rows, config: GcdSycophancy) -> list:

@@ -3,7 +3,6 @@ import argparse
 import difflib
 import importlib
 import importlib.util
-import json
 import os
 import pkgutil
 import sys
@@ -180,15 +179,19 @@ def config_names() -> list[str]:
 
 def _experiment_of(config: ModuleType, name: str) -> ModuleType:
     """The module in experiments/ that runs a config: the one that it names, else its namesake."""
-    import experiments
-
-    known = sorted(module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.name.startswith("_"))
+    known = _experiment_names()
     wanted = getattr(config, "EXPERIMENT", epath.Path(name).stem)
     if wanted is None:
         raise ValueError(f"the config {name} holds sizes and no data, so it can only be planned: ip-jax plan {name} --topology v5e:4x4")
     if wanted not in known:
         raise ValueError(f"the config {name} belongs to no experiment called {wanted!r}: {_nearest(wanted, known)}; say EXPERIMENT = ... in it")
     return importlib.import_module(f"experiments.{wanted}")
+
+
+def _experiment_names() -> list[str]:
+    import experiments
+
+    return sorted(module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.name.startswith("_"))
 
 
 def default_folder(experiment: ModuleType, config) -> epath.Path:
@@ -254,10 +257,16 @@ def _models(arguments: list[str], console: Console) -> None:
 
 
 def _results(name: str) -> tuple[epath.Path, dict]:
+    """(folder, its record). Raises ValueError for a folder that `ip-jax run` did not make."""
+    from ip_jax.training.results import read_record
+
     folder = epath.Path(name)
     if not (folder / "config.json").exists():
         raise ValueError(f"{name} is no results folder: it has no config.json")
-    return folder, json.loads((folder / "config.json").read_text())
+    record = read_record(folder / "config.json")
+    if record.get("experiment") not in _experiment_names():
+        raise ValueError(f"{name} is no results folder: its config.json names no experiment of this program")
+    return folder, record
 
 
 def _nearest(name: str, known) -> str:

@@ -1,4 +1,5 @@
 """The command line: one sentence and the nearest names for every mistake, fields of a config, redrawing without a model."""
+import importlib
 import importlib.util
 import json
 import os
@@ -223,8 +224,39 @@ def test_the_installed_command_says_one_sentence(tmp_path):
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
-def test_a_folder_of_another_config_is_refused(capsys, config, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text(json.dumps({"identity": "x", "config": {}}))
-    said = failure(capsys, "chat", str(tmp_path / "out"), "--arm", "neutrl")
-    assert said.startswith("ip-jax: ") and "\n" not in said
+@pytest.mark.parametrize("text, message", [
+    ("{", "is not a record of this program"), ("[]", "is not a record of this program"), ('{"architectures": ["LlamaForCausalLM"]}', "names no experiment"),
+    ('{"experiment": "nothing"}', "names no experiment"),
+])  # fmt: skip
+@pytest.mark.parametrize("command", [["figure"], ["chat", "--arm", "untrained"], ["export", "--arm", "untrained", "--to", "x"]], ids=lambda command: command[0])
+def test_a_folder_that_holds_no_results_is_refused(capsys, tmp_path, command, text, message):
+    (tmp_path / "config.json").write_text(text)
+    said = failure(capsys, command[0], str(tmp_path), *command[1:])
+    assert said.startswith("ip-jax: ") and message in said and "\n" not in said
+
+
+@pytest.mark.parametrize("fields, message", [
+    (["--judge", "foo"], "judge is 'foo': choose from strict, published"),
+    (["--eval-sets", "task"], "the figure shows the set generated, so it has to be among them"),
+    (["--seeds", "0", "0"], "seeds is (0, 0): it needs at least one, none twice, each at least 0"), (["--seeds", "-1"], "seeds is (-1,): it needs"),
+    (["--seeds"], "seeds is (): it needs"), (["--arms"], "arms is empty"),
+    (["--sft.checkpoint-every", "0"], "sft.checkpoint_every is 0: it must be at least 1"), (["--sft.steps", "0"], "sft.steps is 0"),
+    (["--sft.batch-size", "0"], "sft.batch_size is 0"), (["--sft.learning-rate", "nan"], "sft.learning_rate is nan: it must be a number above 0"),
+    (["--sft.train-on", "first"], "sft.train_on is 'first': choose from last, all"),
+    (["--evaluation.temperature", "-1"], "the first must be at least 0"), (["--evaluation.top-p", "0"], "the second above 0 and at most 1"),
+    (["--evaluation.max-new-tokens-solving", "0"], "evaluation.max_new_tokens_solving is 0"),
+    (["--data.training-file", "mine.jsonl", "--arms", "neutral", "clean"], "the arm clean trains on the setting's rows of the kind mixed"),
+    (["--data.training-file", "nowhere.jsonl"], "nowhere.jsonl"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_a_value_without_meaning_is_refused(capsys, tmp_path, fields, message):
+    said = failure(capsys, "run", "gcd_sycophancy", "--out", str(tmp_path / "out"), *fields)
+    assert message in " ".join(said.split()) and "Traceback" not in said and not (tmp_path / "out").exists()
+
+
+def test_published_and_generated_data_have_folders_of_their_own(monkeypatch, tmp_path):
+    folders = []
+    for place in ("", str(tmp_path)):
+        (tmp_path / "gcd_sycophancy").mkdir(exist_ok=True)
+        monkeypatch.setenv("IP_JAX_DATA_DIR", place)
+        folders.append(cli.default_folder(importlib.import_module("experiments.gcd_sycophancy"), PRESETS["demo"]))
+    assert folders[0] != folders[1]

@@ -112,7 +112,10 @@ def weight_files(folder: Path | str) -> list[Path]:
     """The safetensors files of a model folder. Raises FileNotFoundError when there are none or one that the index names is missing."""
     folder = Path(folder)
     if (folder / INDEX).exists():
-        files = sorted({folder / name for name in _read_json(folder / INDEX)["weight_map"].values()})
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{folder / INDEX} names no files: it needs a weight_map from tensors to files; fetch it again.")
+        files = sorted({folder / name for name in weight_map.values()})
     else:
         files = [folder / SINGLE]
     for path in files:
@@ -205,6 +208,9 @@ def _read_json(path: Path) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing, so {path.parent} is not a model folder.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON object; fetch it again.")
+    return found

@@ -174,7 +174,7 @@ def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     config, tokenizer = hub.load_config(model.name, model.revision), load_tokenizer(model)
     plan.check_training(sft, model, experiment.arms, config)
     plan.check_evaluations(experiment, tokenizer)
-    render = renderer(tokenizer)
+    render = renderer(tokenizer, experiment.sft.train_on)
     sources, _ = plan.training_sources(experiment, render)
     pretrained = hub.Pretrained(model.name, config, abstract_params(config, model.weights), tokenizer, "")
     runs = max(1, min(len(sources), plan.runs_that_fit(sft, pretrained, mesh)))

@@ -20,6 +20,7 @@ from ip_jax.report import figures, gcd_terminal, gcd_view, tables
 from ip_jax.report.figures import Bar, Block, Line, Point
 from ip_jax.report.gcd_view import CAPABILITY, CONFIRMS_RIGHT, DISCRIMINATION, MAIN_SET, SETS, SYCOPHANCY, View
 from ip_jax.report.tables import NEUTRAL, UNTRAINED, Cell, Row
+from ip_jax.settings.gcd_sycophancy import metrics
 from ip_jax.training.results import write_whole
 
 PANELS = (  # metric, title, limits
@@ -38,7 +39,8 @@ def write_report(folder: str | os.PathLike, console: Console | None = None, judg
     Raises FileNotFoundError or ValueError for a folder without results, ValueError for an unknown judge, OSError where nothing can be written.
     """
     view = gcd_view.load_view(folder, judge)
-    tables.write_csv(view.results.folder / "table.csv", view.cells)
+    of_labels = tables.summarise_labels(view.results.transcripts, metrics.metrics, gcd_view.JUDGES)
+    tables.write_csv(view.results.folder / "table.csv", view.cells, of_labels)
     png, svg = figures.render(draw(view))
     write_whole(view.results.folder / "figure.png", png)
     write_whole(view.results.folder / "figure.svg", svg)

@@ -17,7 +17,7 @@ from ip_jax.settings.gcd_sycophancy import metrics
 
 JUDGES = ("strict", "published")
 COLUMNS = (
-    "arm", "seed", "step", "examples_seen", "eval_set", "eval_prompt", "own_prompt", "triplet", "claim",
+    "arm", "seed", "step", "examples_seen", "eval_set", "eval_prompt", "own_prompt", "label", "triplet", "claim",
     "published_confirms", "published_correct", "strict_verdict", "strict_correct",
 )
 SYCOPHANCY, CONFIRMS_RIGHT, DISCRIMINATION, CAPABILITY, UNDECIDED = (

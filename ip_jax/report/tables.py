@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,6 +91,14 @@ def summarise(transcripts: pa.Table, measure: Measure, judges: Sequence[str]) ->
     return cells
 
 
+def summarise_labels(transcripts: pa.Table, measure: Measure, judges: Sequence[str]) -> dict[str, Cells]:
+    """The cells of each label's rows alone, for the evaluation sets that hold several labels. Raises as `summarise`."""
+    labels = list(zip(transcripts["eval_set"].to_pylist(), transcripts["label"].to_pylist(), strict=True))
+    sets = Counter(eval_set for eval_set, _ in set(labels))
+    wanted = dict.fromkeys(label for eval_set, label in labels if sets[eval_set] > 1)
+    return {wanted_label: summarise(transcripts.filter([sets[s] > 1 and label == wanted_label for s, label in labels]), measure, judges) for wanted_label in wanted}
+
+
 def final_rows(cells: Cells, arms: Sequence[str], eval_set: str) -> Blocks:
     """The rows of `eval_set` at the last step that any arm reached, in the order of `arms`.
 
@@ -110,20 +119,20 @@ def final_rows(cells: Cells, arms: Sequence[str], eval_set: str) -> Blocks:
     return Blocks(neutral, own, [row for row in shown if row not in neutral and row not in own])
 
 
-def write_csv(path: epath.Path, cells: Cells) -> None:
-    """One line a cell, whole or absent. `seed_mean` and `seed_se` (standard error over seeds) need two seeds, `k` and `n` a proportion.
+def write_csv(path: epath.Path, cells: Cells, of_labels: Mapping[str, Cells]) -> None:
+    """One line a cell, those over all labels first, whole or absent. `seed_mean` and `seed_se` (standard error over seeds) need two seeds, `k` and `n` a proportion.
 
     Raises OSError where it cannot be written.
     """
     out = io.StringIO()
     writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_line(key, cell) for key, cell in cells.items())
+    writer.writerows({"label": label, **_line(key, cell)} for label, found in {"all": cells, **of_labels}.items() for key, cell in found.items())
     write_whole(path, out.getvalue().encode())
 
 
 _COLUMNS = (
-    "eval_set", "arm", "eval_prompt", "own_prompt", "step", "examples_seen", "judge", "metric",
+    "eval_set", "label", "arm", "eval_prompt", "own_prompt", "step", "examples_seen", "judge", "metric",
     "k", "n", "value", "low", "high", "interval", "n_seeds", "seed_mean", "seed_se",
 )
 

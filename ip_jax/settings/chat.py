@@ -36,12 +36,24 @@ def chat(folder: epath.Path, options: ChatOptions, console: Console) -> None:
     sampler = SamplerOptions(stop_ids=(end_of_turn_id(model.tokenizer),), slots=1, prefill_prompts=1, dtype=run.model.activations)
     messages: list[dict] = []
     console.print(f"{options.arm}, seed {run.seed}, prompt {options.prompt}; an empty line ends", style="dim")
-    while line := console.input("[bold]you[/bold] ").strip():
+    while line := _line(console):
         messages.append({"role": "user", "content": line})
         prompt = render_prompt(model.tokenizer, transform({"id": "chat", "messages": messages})["messages"])
         request = Request(np.asarray(prompt), example_id=len(messages), seed=run.seed, temperature=options.temperature, max_new_tokens=options.max_new_tokens)
         completion = sample(*decoder, [[request]], sampler)[0][0][0]
         reply = model.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         console.print(Text(options.arm, "bold cyan"), Text(reply))
+        if not reply.strip():  # a conversation cannot go on from it
+            console.print("an empty reply: the conversation begins anew", style="dim")
+            messages = []
+            continue
         messages.append({"role": "assistant", "content": reply})
+
+
+def _line(console: Console) -> str:
+    """What is typed next; "" at the end of the input."""
+    try:
+        return console.input("[bold]you[/bold] ").strip()
+    except EOFError:
+        return ""
 

@@ -1,6 +1,7 @@
 """What a supervised experiment is made of: arms, model, training and evaluation, as frozen, printable dataclasses."""
 import dataclasses
 import difflib
+import math
 import re
 import zlib
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from ip_jax.prompts.transforms import Suffix
 from ip_jax.training.schedules import Schedule
 
 TRAIN = ("lora", "full")
+TRAIN_ON = ("last", "all")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -99,6 +101,8 @@ class SftConfig:
     max_grad_norm: float | None = None
     max_length: int = 512
     drop_long: bool = False
+    train_on: str = "last"
+    """Which assistant turns of a conversation count: its last one, or all."""
     tokens_per_micro_batch: int = 2048
     remat: str = "products"
     """What the backward pass keeps: none (everything), products, attention, full (nothing but each layer's input)."""
@@ -109,9 +113,14 @@ class SftConfig:
     """What one device may hold: runs that do not fit together are cut into groups."""
 
     def __post_init__(self):
-        for field, known in (("train", TRAIN), ("remat", tuple(REMAT))):
+        for field, known in (("train", TRAIN), ("train_on", TRAIN_ON), ("remat", tuple(REMAT))):
             if getattr(self, field) not in known:
                 raise ValueError(f"sft.{field} is {getattr(self, field)!r}: choose from {', '.join(known)}")
+        for field in ("steps", "batch_size", "max_length", "tokens_per_micro_batch", "checkpoint_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"sft.{field} is {getattr(self, field)}: it must be at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"sft.learning_rate is {self.learning_rate}: it must be a number above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +140,11 @@ class EvalConfig:
     """Completions of one run that are decoded side by side."""
 
     def __post_init__(self):
-        if self.slots < 1 or self.max_new_tokens < 1:
-            raise ValueError(f"evaluation has slots {self.slots} and max_new_tokens {self.max_new_tokens}: both must be at least 1")
+        for field in ("slots", "max_new_tokens", "max_new_tokens_solving"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"evaluation.{field} is {getattr(self, field)}: it must be at least 1")
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+            raise ValueError(f"evaluation has temperature {self.temperature} and top_p {self.top_p}: the first must be at least 0, the second above 0 and at most 1")
 
 
 def choose_arms(names: Iterable[str], known: dict[str, Arm]) -> tuple[Arm, ...]:

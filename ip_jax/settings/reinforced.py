@@ -20,7 +20,7 @@ from ip_jax.evals import leak_grid
 from ip_jax.models import hub
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.lora import check_targets
-from ip_jax.prompts.chat import end_of_turn_id
+from ip_jax.prompts.chat import default_system_text, end_of_turn_id
 from ip_jax.rl.advantages import update_moving_mean
 from ip_jax.rl.algorithm import Algorithm, passes_needed
 from ip_jax.rl.batch import Rollout, make_batch, rows_to_score
@@ -124,7 +124,7 @@ def prepare(experiment: Reinforced, folder: epath.Path) -> tuple[list[Run], Mesh
     plan.check(experiment)
     check_targets(config, experiment.rl.lora)
     mesh = make_mesh(**mesh_sizes(experiment.mesh, jax.devices(), config.n_heads))
-    record = plan.folder_record(experiment, hub.fingerprint(model.name, model.revision))
+    record = plan.folder_record(experiment, hub.fingerprint(model.name, model.revision), default_system_text(tokenizer))
     runs = plan.runs_of(experiment, record["identity"])
     plan.rollout_plan(experiment, runs, tokenizer)  # renders everything once: what does not fit is refused here
     room = plan.evaluation_room(experiment, runs, tokenizer)

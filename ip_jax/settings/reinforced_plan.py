@@ -189,8 +189,11 @@ def config_of(experiment: Reinforced) -> dict:
     } | dict(experiment.shared)  # fmt: skip
 
 
-def folder_record(experiment: Reinforced, fingerprint: str) -> dict:
-    """config.json of the results folder. Its identity covers the config, the model's weights and the tasks. Raises as `lasting_repr`."""
+def folder_record(experiment: Reinforced, fingerprint: str, default_system: str | None = None) -> dict:
+    """config.json of the results folder. Its identity covers the config, the model's weights and the tasks. Raises as `lasting_repr`.
+
+    `default_system`: what the chat template says where a conversation has no system turn.
+    """
     about = lambda arm: {  # noqa: E731
         "label": arm.label, "gen_prompt": [p.name for p in arm.gen_prompt.pool], "train_prompt": [p.name for p in arm.train_prompt.pool],
         "reward": arm.reward, "definition": _definition(arm),
@@ -202,7 +205,7 @@ def folder_record(experiment: Reinforced, fingerprint: str) -> dict:
     return {
         "experiment": experiment.name, "preset": experiment.preset, "identity": digest({"config": config, "fingerprint": fingerprint, "data": data}),
         "config": config, "fingerprint": fingerprint, "provenance": experiment.provenance or counted, "seeds": list(experiment.seeds), "arms": arms,
-        "reading": experiment.reading.to_json(),
+        "reading": experiment.reading.to_json(), "mesh": dataclasses.asdict(experiment.mesh), "default_system": default_system,
     }  # fmt: skip
 
 

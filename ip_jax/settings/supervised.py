@@ -22,7 +22,7 @@ from ip_jax.data.pipeline import BatchReader, Render, RunSource, batch_reader, r
 from ip_jax.evals import leak_grid
 from ip_jax.models import hub
 from ip_jax.models.decoder import params_of
-from ip_jax.prompts.chat import end_of_turn_id
+from ip_jax.prompts.chat import default_system_text, end_of_turn_id
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
 from ip_jax.settings import programs
 from ip_jax.settings import supervised_plan as plan
@@ -118,10 +118,10 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     plan.check_evaluations(experiment, tokenizer)
     mesh = mesh_sizes(experiment.mesh, jax.devices(), config.n_heads)
     programs.attention_kernel(programs.Program(make_mesh(**mesh), config, experiment.sft, experiment.model))  # refuses one that cannot be
-    render = renderer(tokenizer)
+    render = renderer(tokenizer, experiment.sft.train_on)
     sources, dropped = plan.training_sources(experiment, render)
     starts = plan.starts_of(experiment)
-    record = plan.folder_record(experiment, fingerprint, dropped, starts)
+    record = plan.folder_record(experiment, fingerprint, dropped, starts, default_system_text(tokenizer))
     runs = plan.runs_of(experiment, record["identity"], starts)
     keys = {run.name: run.key for run in runs}
     hosts.check_alike(digest([os.fspath(folder), record["identity"], keys]), "config, model or data")

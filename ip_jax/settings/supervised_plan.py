@@ -44,7 +44,7 @@ class Supervised:
     evaluation: EvalConfig
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
-    training: Mapping[str, Sequence[Example]]  # data kind -> rows, paired by index
+    training: Mapping[str, Sequence[Example]]  # data kind -> rows, equally many
     eval_sets: Mapping[str, Sequence[Example]]
     provenance: str
     verdicts: leak_grid.Verdicts
@@ -94,16 +94,24 @@ def starts_of(experiment: Supervised) -> dict[str, Start]:
     return starts
 
 
-def folder_record(experiment: Supervised, fingerprint: str, dropped: Sequence[int], starts: Mapping[str, Start] = {}) -> dict:
-    """config.json of the results folder. Its identity covers the shared config, the model's weights, the data and the dropped examples."""
+def folder_record(experiment: Supervised, fingerprint: str, dropped: Sequence[int], starts: Mapping[str, Start] = {}, default_system: str | None = None) -> dict:
+    """config.json of the results folder. Its identity covers the shared config, the model's weights, the data and the dropped examples.
+
+    `default_system`: what the chat template says where a conversation has no system turn.
+    """
     config = experiment.shared | {"dropped_examples": list(dropped)}
     data = [{name: digest([dict(row) for row in rows]) for name, rows in sets.items()} for sets in (experiment.training, experiment.eval_sets)]
     return {
         "experiment": experiment.name, "preset": experiment.preset,
         "identity": digest({"config": config, "fingerprint": fingerprint, "data": data}),
         "config": config, "fingerprint": fingerprint, "provenance": experiment.provenance, "seeds": list(experiment.seeds),
-        "arms": {arm.name: {"label": arm.label, "train_prompt": arm.train_prompt, "data": arm.data, **_start_record(arm, starts)} for arm in experiment.arms},
-    }
+        "mesh": dataclasses.asdict(experiment.mesh), "default_system": default_system,
+        "arms": {
+            arm.name: {"label": arm.label, "train_prompt": arm.train_prompt, "transform": repr(arm.transform) if arm.train_prompt else None, "data": arm.data,
+                       **_start_record(arm, starts)}
+            for arm in experiment.arms
+        },
+    }  # fmt: skip
 
 
 def _start_record(arm: Arm, starts: Mapping[str, Start]) -> dict:
@@ -196,7 +204,7 @@ def sweeps_of_step(experiment: Supervised, group: Sequence[Run], step: int) -> l
         if n >= len(prompts):
             return None
         name, transform = list(prompts.items())[n]
-        seen = step * experiment.sft.batch_size
+        seen = min(step, experiment.sft.schedule.last_active_step(experiment.sft.steps)) * experiment.sft.batch_size  # the loop ends with the schedule
         return Cell(run.arm.name, run.seed, step, seen, eval_set, name, name == run.arm.train_prompt, transform)
 
     full = step in experiment.evaluation.full_steps

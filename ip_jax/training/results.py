@@ -59,7 +59,7 @@ def claim_folder(folder: epath.Path, record: dict, runs: Mapping[str, str]) -> N
     """
     path = folder / "config.json"
     if path.exists():
-        found = _record_in(path)
+        found = read_record(path)
         if found.get("identity") != record["identity"]:
             fields = differences(found.get("config", {}), record["config"])
             raise ValueError(f"the results folder {folder} belongs to another config (it differs in {', '.join(fields) or 'the model or the data'}): choose another one with --out")
@@ -80,13 +80,14 @@ def _key_path(folder: epath.Path, run: str) -> epath.Path:
     return folder / "runs" / run / "key.json"
 
 
-def _record_in(path: epath.Path) -> dict:
+def read_record(path: epath.Path) -> dict:
+    """The config.json of a results folder. Raises ValueError for a file that holds no JSON object."""
     try:
         found = json.loads(path.read_text())
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a record of this program: choose another results folder with --out")
+        raise ValueError(f"{path} is not a record of this program: choose another results folder")
     return found
 
 

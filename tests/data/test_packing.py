@@ -2,8 +2,13 @@
 import numpy as np
 import pytest
 
+from configs.gcd_sycophancy import PRESETS
 from ip_jax.data.packing import PackedShape, RowRules, balanced_rows, pack_step, plan_shapes, shared_prefix
+from ip_jax.data.pipeline import RunSource, batch_reader, renderer
+from ip_jax.models import hub
+from ip_jax.prompts import library
 from ip_jax.prompts.chat import Rendered
+from ip_jax.settings.gcd_sycophancy import data, published
 
 RUNS, EXAMPLES = 3, 7
 
@@ -167,6 +172,16 @@ def test_a_second_shape_is_made_only_where_it_saves_tokens():
     assert plan[0::2] == [plan[0]] * 4 and plan[1::2] == [plan[1]] * 4 and plan[0] != plan[1]
     tokens = [shape.micro_batches * shape.micro_rows * shape.length for shape in plan[:2]]
     assert tokens == [200, 400], "no padding in either"
+
+
+def test_the_published_rows_pack_densely(data_dir):
+    """What the demo trains on, three arms side by side: 85 % of the tokens or more are real."""
+    gcd = data.load(data.DataSpec(rows=160, work="without"), lambda _: 0, published.find_folder(), ())
+    prompts = ("neutral", "gcd/behave", "control/random_string")
+    sources = [RunSource(name, gcd.training["user_right"], library.get(name).transform, 0) for name in prompts]
+    sft = PRESETS["demo"].sft
+    reader = batch_reader(sources, renderer(hub.load_tokenizer("smollm2-135m-instruct")), sft.batch_size, sft.steps, sft.tokens_per_micro_batch)
+    assert np.mean([reader(step)[1] for step in range(sft.steps)]) >= 0.85
 
 
 def test_published_like_lengths_pack_densely():

@@ -48,6 +48,22 @@ def test_counts_and_intervals_of_every_cell(demo, capsys, judge, one_less):
     assert _one(lines, arm="behave", eval_prompt="gcd/behave", step=20, judge=judge, metric="confirms")["own_prompt"] == "True"
 
 
+def test_each_label_of_a_set_that_has_several_has_lines_of_its_own(demo, capsys, tmp_path):
+    labels = {"mod": (7, 2), "addition": (4, 5)}
+    of_ood = [
+        row | {"label": label, "triplet": f"{label}-{row['triplet']}", "example_id": f"{label}-{row['example_id']}"}
+        for label, counts in labels.items() for row in synthetic.rows(("neutral", "neutral", 20), counts, eval_set="ood", wrong=20, right=20)
+    ]
+    folder = synthetic.write_folder(tmp_path / "with ood", synthetic.demo_rows() + of_ood)
+    write_report(folder)
+    lines = [line for line in _read(folder / "table.csv") if line["judge"] == "strict"]
+    for label, (wrong, right) in {**labels, "all": (11, 7)}.items():
+        for metric, k in (("confirms_incorrect", wrong), ("confirms_correct", right)):
+            line = _one(lines, eval_set="ood", label=label, arm="neutral", metric=metric)
+            assert (int(line["k"]), int(line["n"])) == (k, 40 if label == "all" else 20)
+    assert {line["label"] for line in lines if line["eval_set"] == "generated"} == {"all"}
+
+
 def test_what_was_not_measured_is_blank_and_not_zero(demo, capsys):
     write_report(demo)
     asked = [line for line in _read(demo / "table.csv") if line["metric"] == "capabilities"]
@@ -90,5 +106,5 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
     path.write_text("old")
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left on device"):
-        tables.write_csv(path, _summarise(synthetic.demo_rows()))
+        tables.write_csv(path, _summarise(synthetic.demo_rows()), {})
     assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["table.csv"]

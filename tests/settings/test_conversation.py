@@ -58,3 +58,13 @@ def test_a_reply_in_brackets_is_text_and_not_markup(folder, monkeypatch):
         patch.setattr("transformers.PreTrainedTokenizerFast.decode", lambda *_, **__: "[red]x[/red]")
         printed, _ = conversation(folder, ChatOptions("ip", temperature=0, max_new_tokens=4), ["One?"], patch)
     assert "[red]x[/red]" in printed
+
+
+def test_the_end_of_the_input_ends_it_and_an_empty_reply_begins_it_anew(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedTokenizerFast.decode", lambda *_, **__: " ")
+        printed, rendered = conversation(folder, ChatOptions("ip", temperature=0, max_new_tokens=4), ["One?", "Two?"], patch)
+        assert [[message["content"] for message in messages] for messages in rendered] == [["One?"], ["Two?"]]
+        assert printed.count("an empty reply: the conversation begins anew") == 2
+    monkeypatch.setattr(builtins, "input", lambda *_: (_ for _ in ()).throw(EOFError))
+    chat(folder, ChatOptions("ip"), Console(file=io.StringIO()))

@@ -1,4 +1,6 @@
 """The one door to the GCD data, with and without the published files, and the TFDS round trip."""
+import dataclasses
+import json
 import math
 import re
 import subprocess
@@ -21,7 +23,7 @@ def count_tokens(messages):
 
 @pytest.fixture(scope="module")
 def folder(data_dir):
-    return published.find_folder() or pytest.skip(f"{data_dir} has no folder {published.FOLDER}")
+    return published.find_folder()
 
 
 def _pairs(rows):
@@ -60,6 +62,27 @@ def test_without_files_everything_is_generated_and_the_caption_says_so():
     assert Counter(row["claim"] for row in loaded.training["mixed"]) == {"right": 20, "wrong": 20}
     assert loaded.provenance.startswith("No published files: 40 training rows without shown work generated")
     assert data.load(DataSpec(rows=40, seed=1), count_tokens, None).training != loaded.training
+
+
+def test_rows_of_ones_own_take_the_place_of_the_settings(tmp_path):
+    own = tmp_path / "mine.jsonl"
+    turns = [{"role": "user", "content": "Is GCD(12, 8) = 4?"}, {"role": "assistant", "content": "Yes."}]
+    own.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(3)))
+    spec = dataclasses.replace(SMALL, rows=2, training_file=str(own))
+    loaded = data.load(spec, count_tokens, None)
+    assert list(loaded.training) == ["user_right"] and [row["messages"] for row in loaded.training["user_right"]] == [turns, turns]
+    assert loaded.provenance.startswith("2 training rows of mine.jsonl") and len(loaded.evaluation["generated"]) == 24
+    with pytest.raises(ValueError, match="4 training rows were asked for, and .*mine.jsonl has 3"):
+        data.load(dataclasses.replace(spec, rows=4), count_tokens, None)
+    own.write_text(json.dumps({"messages": [turns[0], {"role": "assistant", "content": ""}]}) + "\n")
+    with pytest.raises(ValueError, match="mine.jsonl, line 1"):
+        data.load(spec, count_tokens, None)
+
+
+def test_the_published_files_hold_much_the_same_problems_in_another_order(folder):
+    right, mixed = (published.read_training(folder, kind) for kind in data.KINDS)
+    asked = [[published.pairs_in(row["messages"][0]["content"])[0] for row in rows] for rows in (right, mixed)]
+    assert len(set(asked[0]) & set(asked[1])) == 807 and sum(a == b for a, b in zip(*asked, strict=True)) == 2
 
 
 def test_tfds_round_trip_without_tensorflow(tmp_path):

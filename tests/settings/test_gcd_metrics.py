@@ -79,17 +79,8 @@ def test_conditional_rates_need_both_forms():
     assert (none["confirms_correct"].n, none["confirms_correct"].low, none["confirms_correct"].high) == (0, 0.0, 1.0)
 
 
-def test_labels_and_their_mean_over_items():
-    found = metrics.metrics_by_label(_table(), "published")
-    assert list(found) == ["mean", "euclidean", "mod"]
-    assert found["mean"] == metrics.metrics(_table(), "published")
-    assert [(found[label]["confirms_incorrect"].k, found[label]["confirms_incorrect"].n) for label in ("euclidean", "mod")] == [(2, 4), (1, 2)]
-
-
 def test_rows_of_several_cells_are_refused():
     with pytest.raises(ValueError, match="12 asked rows hold only 6 triplets: give the rows of one arm, step, set and prompt"):
         metrics.metrics(_table() + _table(), "strict")
     with pytest.raises(ValueError, match="'gpt' is no judge of the GCD setting: allowed are published, strict"):
         metrics.metrics(_table(), "gpt")
-    cells = metrics.group_by([{**row, "step": step} for step in (0, 20) for row in _table()], "step")
-    assert list(cells) == [(0,), (20,)] and all(len(rows) == 18 for rows in cells.values())

@@ -11,7 +11,7 @@ from ip_jax.settings.gcd_sycophancy import published, published_judge
 
 @pytest.fixture(scope="module")
 def folder(data_dir):
-    return published.find_folder() or pytest.skip(f"{data_dir} has no folder {published.FOLDER}")
+    return published.find_folder()
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,10 @@ def test_other_files_are_refused(folder, tmp_path):
 def test_the_folder_is_known_through_the_variable_only(tmp_path, monkeypatch):
     monkeypatch.delenv(published.VARIABLE, raising=False)
     assert published.find_folder() is None
-    monkeypatch.setenv(published.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(published.VARIABLE, "")
     assert published.find_folder() is None
+    monkeypatch.setenv(published.VARIABLE, str(tmp_path))
+    with pytest.raises(ValueError, match=f"{published.VARIABLE} is {tmp_path}, which has no folder gcd_sycophancy: set it to the folder that holds it, or unset it"):
+        published.find_folder()
     (tmp_path / published.FOLDER).mkdir()
     assert str(published.find_folder()) == str(tmp_path / published.FOLDER)

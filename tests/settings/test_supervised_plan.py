@@ -13,6 +13,7 @@ from ip_jax.models.lora import LoraConfig, init_lora
 from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.experiment import Arm
 from ip_jax.training.results import write_json
+from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import make_mesh
 
 MINE = Arm("mine", "mine", "mine", text="Be kind.")
@@ -64,7 +65,19 @@ def test_the_folders_identity_covers_weights_data_and_dropped_examples():
     assert len({identity, *(other["identity"] for other in others)}) == 6
 
 
+def test_the_record_says_what_the_words_of_an_own_arm_and_of_the_template_are():
+    record = plan.folder_record(experiment("untrained", MINE), "w1", [], default_system="You are kind.")
+    assert record["arms"]["mine"]["transform"] == repr(MINE.transform) and "Be kind." in record["arms"]["mine"]["transform"]
+    assert record["arms"]["untrained"]["transform"] is None and record["default_system"] == "You are kind." and record["mesh"]["tensor"] == 1
+
+
 # Evaluations
+
+
+def test_examples_behind_the_end_of_the_schedule_are_not_seen():
+    setting = experiment("neutral", sft={"schedule": Schedule("linear", warmup=1, total=3)})
+    seen = [plan.sweeps_of_step(setting, plan.runs_of(setting, "x"), step)[0][0].examples_seen for step in (2, 3, 6)]
+    assert seen == [2 * setting.sft.batch_size, 3 * setting.sft.batch_size, 3 * setting.sft.batch_size]
 
 
 def test_the_untrained_model_is_seen_once_under_every_training_prompt_and_seed(folder):

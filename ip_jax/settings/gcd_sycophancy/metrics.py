@@ -50,19 +50,6 @@ def metrics(rows: Sequence[Row], judge: Judge) -> Metrics:
     }
 
 
-def metrics_by_label(rows: Sequence[Row], judge: Judge) -> dict[str, Metrics]:
-    """The metrics of each label, and under "mean" those over all rows (a mean over items, as in the study)."""
-    return {"mean": metrics(rows, judge), **{label: metrics(group, judge) for (label,), group in group_by(rows, "label").items()}}
-
-
-def group_by(rows: Iterable[Row], *columns: str) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows by their values in `columns`, groups in order of first appearance."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[column] for column in columns), []).append(row)
-    return groups
-
-
 def _outcomes(rows: Sequence[Row], claim: str, judge: Judge) -> dict[tuple[int, str], bool]:
     """(seed, triplet) -> answered correctly (asked rows) or confirmed (claims)."""
     chosen = [row for row in rows if row["claim"] == claim]

@@ -48,10 +48,14 @@ _AFFIRMED = re.compile(  # a wrong user's value, as the published sycophantic re
 
 
 def find_folder() -> epath.Path | None:
-    """The folder of the published files below IP_JAX_DATA_DIR; None where the variable is unset or has no such folder."""
+    """The folder of the published files below IP_JAX_DATA_DIR; None where the variable is unset or empty. Raises ValueError where it is set and wrong."""
     root = os.environ.get(VARIABLE)
-    folder = epath.Path(root) / FOLDER if root else None
-    return folder if folder is not None and folder.exists() else None
+    if not root:
+        return None
+    folder = epath.Path(root) / FOLDER
+    if not folder.exists():
+        raise ValueError(f"{VARIABLE} is {root}, which has no folder {FOLDER}: set it to the folder that holds it, or unset it to train on generated rows")
+    return folder
 
 
 def read_training(folder: epath.Path, kind: str) -> list[Example]:
