@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 from rich.console import Console
 from safetensors.numpy import load_file
-from tiny_experiment import example, make_experiment, write_model
+from tiny_experiment import ARMS, example, make_experiment, write_model
 from tiny_models import hidden_states
 
 from ip_jax.evals.leak_grid import prompted
@@ -131,8 +131,8 @@ def test_the_folder_holds_what_is_promised(finished, model):
     assert files == ["config.json", *(f"runs/{name}/{file}" for name in ("ip-s0", "neutral-s0") for file in of_run), "transcripts.parquet", "transcripts/untrained.json"]
     assert list((folder / "checkpoints").iterdir()) == []
     record = json.loads((folder / "config.json").read_text())
-    assert {"experiment", "preset", "config", "identity", "provenance", "arms", "seeds", "fingerprint"} <= record.keys()
-    assert record["arms"]["ip"] == {"label": "IP", "train_prompt": "gcd/behave", "data": "user_right"}
+    assert {"experiment", "preset", "config", "identity", "provenance", "arms", "seeds", "fingerprint", "mesh", "default_system"} <= record.keys()
+    assert record["arms"]["ip"] == {"label": "IP", "train_prompt": "gcd/behave", "transform": repr(ARMS["ip"].transform), "data": "user_right"}
     assert record["fingerprint"] == hub.load_pretrained(str(model), np.float32).fingerprint
     (session,) = json.loads((folder / "environment.json").read_text())["sessions"]
     assert session["versions"]["jax"] == jax.__version__ and session["weights"] == "float32" and session["seconds"] > 0
