@@ -59,7 +59,24 @@ def hf_model(kind: str, **changes):
     torch.manual_seed(0)
     family, options = HF_MODELS[kind]
     model_class = getattr(transformers, f"{family}ForCausalLM")
-    model = model_class(model_class.config_class(**SIZES | options | changes, attn_implementation="eager")).eval()
+    return _randomised(model_class(model_class.config_class(**SIZES | options | changes, attn_implementation="eager")))
+
+
+def multimodal_model():
+    """A Gemma 3 that sees, as `hf_model` makes others: its language model is that of "gemma3-odd", without the cap."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    text = SIZES | HF_MODELS["gemma3-odd"][1] | dict(final_logit_softcapping=None)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, attn_implementation="eager")
+    return _randomised(transformers.Gemma3ForConditionalGeneration(config))
+
+
+def _randomised(model):
+    import torch
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
@@ -67,7 +84,7 @@ def hf_model(kind: str, **changes):
                 parameter.add_(0.2 * noise)  # around 1, or around 0 where the family stores w - 1
             else:
                 parameter.copy_(noise * (0.3 if parameter.ndim == 1 else 0.7 * parameter.shape[1] ** -0.5))
-    return model
+    return model.eval()
 
 
 def from_hf(model, dtype=jnp.float32) -> tuple[DecoderConfig, dict]:

@@ -4,6 +4,7 @@ Weights come from the base model's own files, never from a loaded model: beyond 
 """
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -16,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ip_jax.models import gguf, hf, hub
-from ip_jax.models.assemble import Reader
+from ip_jax.models.assemble import Reader, Tensor
 from ip_jax.models.families import DecoderConfig, ParamPath, param_shapes
 from ip_jax.models.lora import LoraConfig
 from ip_jax.models.peft import Adapter
+from ip_jax.models.quantised import KERNELS, rounded
 
 SHARD_BYTES = 10**9
 _COPIED = ("*.json", "*.model", "*.jinja", "*.txt")  # of the base model's folder: tokenizer, chat template, generation config
@@ -27,20 +29,27 @@ _COPIED = ("*.json", "*.model", "*.jinja", "*.txt")  # of the base model's folde
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a checkpoint that is read when it is asked for: `shape` as in the file, [out, in] for kernels."""
+    """A tensor of a checkpoint that is read when it is asked for: `shape` as in the file, [out, in] for kernels.
+
+    `is_weight`: a floating-point one of the language model. Others go out as they are.
+    """
 
     name: str
     shape: tuple[int, ...]
-    is_float: bool
+    is_weight: bool
     read: Callable[[], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """`held`: the dtype in which the run had its base weights; `stored`: the dtype of the exported ones. Sums are in float32."""
+    """`held`: the dtype in which the run had its base weights; `stored`: the dtype of the exported ones. Sums are in float32.
+
+    `quantised`: the kind of `quantised.quantise` by which the run held its projections, or None.
+    """
 
     held: str
     stored: str
+    quantised: str | None = None
 
 
 @contextlib.contextmanager
@@ -64,22 +73,25 @@ def whole_folder(target: Path) -> Iterator[Path]:
 def write_merged(folder: Path, source: hub.Source, adapter: Adapter, lora: LoraConfig | None, precision: Precision) -> None:
     """`source` with scale * A B added to the projections that `adapter` has, as config.json, safetensors, tokenizer and generation config.
 
-    A .gguf file becomes a folder of its family. An empty `adapter` writes the model as it is. The config is written last.
-    Raises ValueError if the model has no tensor for a matrix of the adapter, and as the model's loading.
+    Tensors keep their names; a .gguf file becomes a folder of its family. An empty `adapter` writes the model as it is held. The config is
+    written last. Raises ValueError if the model has no tensor for a matrix of the adapter, and as the model's loading and `quantise`.
     """
     with open_weights(source) as (config, tensors):
-        updates = {hf.hf_name(("layers", target), layer): (target, layer) for target in adapter for layer in range(config.n_layers)}
-        missing = sorted(updates.keys() - {tensor.name for tensor in tensors})
+        kernels = {hf.hf_name(("layers", name), layer): (name, layer) for name in KERNELS for layer in range(config.n_layers)}
+        changed = {name for name, (target, _) in kernels.items() if target in adapter}
+        missing = sorted(changed - {hf.in_language_model(tensor.name) for tensor in tensors})
         if missing:
             raise ValueError(f"{source.path} has no tensor {missing[0]!r}, which the adapter changes.")
 
         def merged(tensor: StoredTensor) -> np.ndarray:
             array = tensor.read()
-            if not tensor.is_float:
+            if not tensor.is_weight:
                 return array
             array = array.astype(jnp.dtype(precision.held))
-            if tensor.name in updates:
-                target, layer = updates[tensor.name]
+            target, layer = kernels.get(hf.in_language_model(tensor.name), (None, None))
+            if target and precision.quantised:
+                array = rounded(array.T, target, precision.quantised).T
+            if target in adapter:
                 a, b = (adapter[target][kind][layer].astype(np.float32) for kind in ("a", "b"))
                 array = array.astype(np.float32) + (lora.scale * (a @ b)).T
             return array.astype(jnp.dtype(precision.stored))
@@ -91,16 +103,21 @@ def write_merged(folder: Path, source: hub.Source, adapter: Adapter, lora: LoraC
 def write_trained(folder: Path, source: hub.Source, weights: Path, dtype: str) -> None:
     """A run of which all weights were trained from `source`, as `write_merged` writes others.
 
-    `weights` is a safetensors file of params, named by their path: "embed", "layers.q", ... Raises as the model's loading.
+    `weights` is a safetensors file of params, named by their path: "embed", "layers.q", ... What `source` sees with goes out as it is.
+    Raises as the model's loading.
     """
-    config = hub.config_of(source)
-    with safe_open(weights, framework="numpy") as file:
+    with open_weights(source) as (config, base), safe_open(weights, framework="numpy") as file:
+        own_name = {hf.in_language_model(tensor.name): tensor.name for tensor in base}
 
-        def read(path: ParamPath, layer: int | None) -> np.ndarray:
+        def read(path: ParamPath, layer: int | None) -> Tensor:
             stored = file.get_slice(".".join(path))
-            return stored[:] if layer is None else stored[layer : layer + 1][0]
+            return stored[:] if layer is None else _OfLayer(stored, layer)
 
-        write_shards(folder, tensors_by_config(config, read), lambda tensor: tensor.read().astype(jnp.dtype(dtype)), jnp.dtype(dtype).itemsize)
+        def converted(tensor: StoredTensor) -> np.ndarray:
+            return tensor.read().astype(jnp.dtype(dtype)) if tensor.is_weight else tensor.read()
+
+        trained = [dataclasses.replace(tensor, name=own_name.get(tensor.name, tensor.name)) for tensor in tensors_by_config(config, read)]
+        write_shards(folder, trained + [tensor for tensor in base if hf.is_of_vision(tensor.name)], converted, jnp.dtype(dtype).itemsize)
     _write_companions(folder, source, dtype)
 
 
@@ -119,17 +136,20 @@ def open_weights(source: hub.Source) -> Iterator[tuple[DecoderConfig, list[Store
 
 
 def tensors_by_config(config: DecoderConfig, read: Reader) -> list[StoredTensor]:
-    """The tensors of a model whose params `read` gives (see `assemble`), named and laid out as Hugging Face has them."""
+    """The tensors of a model whose params `read` gives (see `assemble`), named and laid out as Hugging Face has them: one for each expert."""
     tensors = []
     for path, shape in param_shapes(config).items():
         of_layer, layers = (shape[1:], range(shape[0])) if path[0] == "layers" else (shape, (None,))
-        is_kernel = len(of_layer) == 2 and path != ("embed",)
-        for layer in layers:
-            def turned(path=path, layer=layer, is_kernel=is_kernel) -> np.ndarray:
-                array = np.asarray(read(path, layer))
+        one, experts = (of_layer[1:], range(of_layer[0])) if path[-1].startswith("expert_") else (of_layer, (None,))
+        is_kernel = len(one) == 2 and path != ("embed",)
+        for layer, expert in itertools.product(layers, experts):
+            part = slice(None) if expert is None else slice(expert, expert + 1)
+
+            def turned(path=path, layer=layer, part=part, one=one, is_kernel=is_kernel) -> np.ndarray:
+                array = read(path, layer)[(part,)].reshape(one)
                 return array.T if is_kernel else array
 
-            tensors.append(StoredTensor(hf.hf_name(path, layer), of_layer[::-1] if is_kernel else of_layer, True, turned))
+            tensors.append(StoredTensor(hf.hf_name(path, layer, expert), one[::-1] if is_kernel else one, True, turned))
     return tensors
 
 
@@ -154,13 +174,25 @@ def write_shards(folder: Path, tensors: Sequence[StoredTensor], convert: Callabl
 
 def _stored(file, name: str) -> StoredTensor:
     tensor = file.get_slice(name)
-    return StoredTensor(name, tuple(tensor.get_shape()), tensor.get_dtype() in hf.FLOATS, lambda: file.get_tensor(name))
+    is_weight = tensor.get_dtype() in hf.FLOATS and not hf.is_of_vision(name)
+    return StoredTensor(name, tuple(tensor.get_shape()), is_weight, lambda: file.get_tensor(name))
+
+
+class _OfLayer:
+    """One layer of a stored tensor [L, ...], of which only the asked slice is read."""
+
+    def __init__(self, tensor, layer: int):
+        self._tensor, self._layer = tensor, layer
+        self.shape = tuple(tensor.get_shape()[1:])
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self._tensor[(slice(self._layer, self._layer + 1), *index)][0]
 
 
 def _cut(tensors: Sequence[StoredTensor], itemsize: int) -> list[list[StoredTensor]]:
     shards, room = [], 0
     for tensor in tensors:
-        size = math.prod(tensor.shape) * (itemsize if tensor.is_float else 8)  # integers are few, and at most this wide
+        size = math.prod(tensor.shape) * (itemsize if tensor.is_weight else 8)  # the others are few, and at most this wide
         if not shards or size > room:
             shards.append([])
             room = SHARD_BYTES

@@ -196,6 +196,8 @@ def _required(config: dict, field: str):
 
 def _refuse_options(config: dict, family: str) -> None:
     unread = ("attn_logit_softcapping",) if family == "gemma3" else ()  # transformers takes it and computes without it
+    if "text_config" in config:  # so does its multimodal model with this one
+        unread += ("final_logit_softcapping",)
     for field in _REFUSED + unread:
         if config.get(field):
             raise ValueError(f"The model's config.json sets {field} = {config[field]!r}, which is not supported for the {family} family.")

@@ -34,7 +34,8 @@ _FUSED = {
 }  # fmt: skip
 # What checkpoints carry besides a language model's weights: rope's frequencies (old ones), the head of a model whose embeddings are
 # tied, the part of a multimodal model that sees.
-_WITHOUT_EFFECT = r"\.rotary_emb\.inv_freq$|^lm_head\.weight$|^(model\.)?(vision_tower|multi_modal_projector)\."
+_VISION = r"^(model\.)?(vision_tower|multi_modal_projector)\."
+_WITHOUT_EFFECT = rf"\.rotary_emb\.inv_freq$|^lm_head\.weight$|{_VISION}"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -68,7 +69,7 @@ def read_params(folder: Path | str, config: DecoderConfig, dtype, sharding: Shar
     """
     with ExitStack() as stack:
         files = {path: stack.enter_context(_open(path)) for path in weight_files(folder)}
-        owner = {_in_language_model(name): (path, name) for path, file in files.items() for name in file.keys()}
+        owner = {in_language_model(name): (path, name) for path, file in files.items() for name in file.keys()}
         used: set[str] = set()
 
         def read(path: ParamPath, layer: int | None) -> Tensor:
@@ -102,10 +103,20 @@ def read_params(folder: Path | str, config: DecoderConfig, dtype, sharding: Shar
         return assemble(config, read, dtype, sharding, Path(folder))
 
 
-def _in_language_model(name: str) -> str:
+def in_language_model(name: str) -> str:
     """A tensor's name within the language model of a multimodal checkpoint: transformers wrote language_model.model.layers..., then
     model.language_model.layers..."""
     return name.replace("language_model.", "", 1)
+
+
+def is_of_vision(name: str) -> bool:
+    """Whether a tensor belongs to the part of a multimodal checkpoint that sees."""
+    return re.search(_VISION, name) is not None
+
+
+def is_multimodal(folder: Path | str) -> bool:
+    """Whether transformers loads the folder as a model of which the language model is a part. Raises as `read_config` for its config.json."""
+    return "Gemma3ForConditionalGeneration" in _read_json(Path(folder) / "config.json").get("architectures", ())
 
 
 def weight_files(folder: Path | str) -> list[Path]:

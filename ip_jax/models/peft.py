@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ip_jax.models.families import DecoderConfig
-from ip_jax.models.hf import hf_name
+from ip_jax.models.hf import hf_name, in_language_model
 from ip_jax.models.hub import sha256
 from ip_jax.models.lora import LoraConfig, projection_shapes
 
@@ -29,20 +29,24 @@ _PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "ort
 _UNSET = (None, False, [], {})
 
 
-def write_adapter(folder: Path, adapter: Mapping[str, Mapping[str, np.ndarray]], lora: LoraConfig, model: str, revision: str | None = None) -> None:
+def write_adapter(
+    folder: Path, adapter: Mapping[str, Mapping[str, np.ndarray]], lora: LoraConfig, model: str, revision: str | None = None, multimodal: bool = False
+) -> None:
     """Writes one run's adapter as a folder that `peft.PeftModel.from_pretrained` loads on `model` (a name, kept in the config).
 
-    `adapter` is {target: {"a": [L, inputs, rank], "b": [L, rank, outputs]}}, stored in its dtype. The config is written last.
+    `adapter` is {target: {"a": [L, inputs, rank], "b": [L, rank, outputs]}}, stored in its dtype. `multimodal`: transformers loads
+    `model` as one of which the language model is a part (`hf.is_multimodal`). The config is written last.
     """
     layers = next(iter(adapter.values()))["a"].shape[0]
     tensors = {
-        _tensor_name(target, layer, kind): np.ascontiguousarray(adapter[target][kind][layer].T)
+        _tensor_name(target, layer, kind, multimodal): np.ascontiguousarray(adapter[target][kind][layer].T)
         for target in adapter for layer in range(layers) for kind in ("a", "b")
     }
+    modules = [_module_name(target, 0).rpartition(".")[2] for target in adapter]
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model, "revision": revision, "inference_mode": True,
         "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "lora_dropout": lora.dropout, "bias": "none",
-        "target_modules": [_module_name(target, 0).rpartition(".")[2] for target in adapter],
+        "target_modules": rf".*\.language_model\..*\.({'|'.join(modules)})" if multimodal else modules,  # the vision part has modules of these names
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
@@ -106,12 +110,13 @@ def fingerprint(folder: Path) -> str:
     return f"sha256:{sha256(folder / WEIGHTS)}"
 
 
-def _module_name(target: str, layer: int) -> str:
-    return hf_name(("layers", target), layer).removesuffix(".weight")
+def _module_name(target: str, layer: int, multimodal: bool = False) -> str:
+    name = hf_name(("layers", target), layer).removesuffix(".weight")
+    return name.replace("model.", "model.language_model.", 1) if multimodal else name
 
 
-def _tensor_name(target: str, layer: int, kind: str) -> str:
-    return f"base_model.model.{_module_name(target, layer)}.lora_{kind.upper()}.weight"
+def _tensor_name(target: str, layer: int, kind: str, multimodal: bool = False) -> str:
+    return f"base_model.model.{_module_name(target, layer, multimodal)}.lora_{kind.upper()}.weight"
 
 
 def _read_settings(folder: Path) -> dict:
@@ -136,7 +141,7 @@ def _read_settings(folder: Path) -> dict:
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            return {in_language_model(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated ({error}).") from error
 

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 KINDS = ("nf4", "int8")
 BLOCK = 64  # inputs that share one scale in nf4, as in QLoRA
@@ -40,6 +41,16 @@ def quantise(params: dict, kind: str, place) -> dict:
         layers[name] = jax.block_until_ready(jax.jit(make, out_shardings=shardings)(kernel))
         kernel.delete()
     return params | {"layers": layers}
+
+
+def rounded(kernel: np.ndarray, name: str, kind: str) -> np.ndarray:
+    """One layer's kernel [I, O] as a product finds it after `quantise`: the same numbers, in its dtype. Raises as `quantise`."""
+    return np.asarray(_there_and_back(kernel[np.newaxis], kind, _block(name, kernel.shape[0])))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _there_and_back(stack, kind: str, block: int):
+    return jax.vmap(dense)(_quantise_stack(stack, kind=kind, block=block, dtype=stack.dtype))[0]
 
 
 def _block(name: str, inputs: int) -> int:

@@ -269,7 +269,8 @@ def begun_programs(folder: epath.Path) -> list[tuple[epath.Path, dict[str, str]]
 def check_training(sft: SftConfig, model: ModelConfig, arms: Sequence[Arm], config: DecoderConfig) -> None:
     """Refuses combinations that no program has, and settings that the model has no use for."""
     quantised = model.quantised
-    check_targets(config, sft.lora)
+    if sft.train == "lora":
+        check_targets(config, sft.lora)
     started = [arm.name for arm in arms if arm.start_from]
     if sft.train == "full" and started:
         raise ValueError(f"sft.train = 'full' has no adapters, and the arm {started[0]} starts from one: merge it into a model (ip-jax export --merged) and train that")

@@ -116,9 +116,10 @@ def export_run(run: TrainedRun, target: str, merged: bool, dtype: str | None = N
             if run.weights:
                 write_trained(partial, source, run.weights, dtype)
             else:
-                write_merged(partial, source, run.adapter, run.lora, Precision(run.model.weights, dtype))
+                write_merged(partial, source, run.adapter, run.lora, Precision(run.model.weights, dtype, run.model.quantised))
         else:
-            write_adapter(partial, run.adapter, run.lora, run.model.name, run.model.revision)
+            multimodal = hub.is_multimodal(run.model.name, run.model.revision)
+            write_adapter(partial, run.adapter, run.lora, run.model.name, run.model.revision, multimodal)
         if run.record:
             (partial / "run.json").write_text(json.dumps(run.record, indent=2) + "\n")
 

@@ -1,4 +1,5 @@
 """Merged Hugging Face folders: transformers' logits against base + adapter, shards, GGUF, host memory, a kill in the middle."""
+import functools
 import json
 import os
 import signal
@@ -12,16 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models as tiny
+from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny_experiment import make_tokenizer, write_model
 from tiny_gguf import SPECIALS, write_gguf
 
 from ip_jax.models import export, hf, hub
-from ip_jax.models.export import Precision, whole_folder, write_merged
+from ip_jax.models.export import Precision, whole_folder, write_merged, write_trained
 from ip_jax.models.lora import LoraConfig
+from ip_jax.models.quantised import KERNELS, dense, quantise
+from ip_jax.training.sharding import base_shardings, make_mesh
 
-LORAS = {"all": LoraConfig(rank=4, alpha=8), "subset, rslora": LoraConfig(rank=6, alpha=3, rslora=True, targets=("down", "q"))}
+LORAS = {
+    "all": LoraConfig(rank=4, alpha=8),
+    "subset, rslora": LoraConfig(rank=6, alpha=3, rslora=True, targets=("down", "q")),
+    "attention": LoraConfig(rank=4, alpha=8, targets=("q", "k", "v", "o")),
+}
 EXACT = Precision("float32", "float32")
 TOKENS = np.random.default_rng(0).integers(0, 97, (1, 2, 17))
 
@@ -52,7 +60,12 @@ def tensors_of(folder) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("kind, lora", [("llama-wide-heads", "all"), ("llama-3.1", "subset, rslora"), ("gemma", "all"), ("qwen2", "all"), ("qwen2-tied-one-kv-head", "subset, rslora")])
+@pytest.mark.parametrize("kind, lora", [
+    ("llama-wide-heads", "all"), ("gemma", "all"), ("qwen2", "all"), ("mixtral", "attention"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("llama-3.1", "subset, rslora"), ("qwen2-tied-one-kv-head", "subset, rslora"), ("qwen3", "all"), ("gemma2", "all"), ("gemma3-odd", "all"), ("mistral", "all"),
+    )),
+])  # fmt: skip
 def test_transformers_loads_it_with_the_logits_of_base_and_adapter(kind, lora, tmp_path, monkeypatch):
     """From a base in several files to an export in several others; this program loads it by the same call as any model."""
     pytest.importorskip("torch")
@@ -71,6 +84,109 @@ def test_transformers_loads_it_with_the_logits_of_base_and_adapter(kind, lora, t
     again = hub.load_pretrained(str(out), jnp.float32)
     assert again.config == config
     np.testing.assert_allclose(our_logits(config, again.params, {}, None), expected, atol=1e-5)
+
+
+def multimodal_base(folder: Path, prefix: str) -> Path:
+    """A Gemma 3 that sees, its language model under `prefix`, in bfloat16 but for what sees."""
+    tiny.multimodal_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    tensors = {name.replace("language_model.model.", prefix): array for name, array in tensors_of(folder).items()}
+    save_file({name: array.astype(jnp.bfloat16) if name.startswith(prefix) else array for name, array in tensors.items()}, folder / hf.SINGLE, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("way", ["merged", "trained"])
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_a_model_that_sees_keeps_its_names_and_what_it_sees_with(prefix, way, tmp_path, monkeypatch):
+    """transformers loads it as the multimodal model that it is, with our logits for text."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr(export, "SHARD_BYTES", 20_000)
+    base, out, lora = multimodal_base(tmp_path / "base", prefix), tmp_path / "out", LORAS["all"]
+    config = hf.read_config(base)
+    params, adapter = hf.read_params(base, config, jnp.float32), adapter_of(config, lora)
+    out.mkdir()
+    if way == "merged":
+        write_merged(out, hub.resolve(str(base)), adapter, lora, EXACT)
+        expected = our_logits(config, params, adapter, lora)
+    else:
+        params = jax.tree.map(lambda a: a * 1.1, params)
+        write_trained(out, hub.resolve(str(base)), weights_file(tmp_path, params), "float32")
+        expected = our_logits(config, params, {}, None)
+    np.testing.assert_allclose(their_logits(out), expected, atol=1e-5)
+    before, after = tensors_of(base), tensors_of(out)
+    assert before.keys() == after.keys()
+    unchanged = {name for name in before if np.array_equal(before[name], after[name])}
+    seeing = {name for name in before if "vision" in name or "multi_modal" in name}
+    assert seeing and (unchanged == seeing if way == "trained" else seeing < unchanged)
+    again = hub.load_pretrained(str(out), jnp.float32)
+    assert again.config == config
+    np.testing.assert_allclose(our_logits(config, again.params, {}, None), expected, atol=1e-5)
+
+
+def test_what_sees_is_not_rounded_with_the_rest(tmp_path):
+    base, out = multimodal_base(tmp_path / "base", "language_model.model."), tmp_path / "out"
+    out.mkdir()
+    write_merged(out, hub.resolve(str(base)), {}, None, Precision("bfloat16", "bfloat16"))
+    for name, array in tensors_of(out).items():
+        assert str(array.dtype) == ("bfloat16" if name.startswith("language_model.") else "float32")
+
+
+def weights_file(folder: Path, params: dict) -> Path:
+    """As a run leaves all its weights."""
+    path = folder / "weights.safetensors"
+    save_file({name: np.asarray(array) for name, array in flatten_dict(params, sep=".").items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["mixtral", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3", "gemma2", "gemma3", "mistral"))])
+def test_transformers_loads_trained_weights_with_our_logits(kind, tmp_path):
+    """Of a mixture one tensor for each expert, as the base has them."""
+    pytest.importorskip("torch")
+    base, out = tmp_path / "base", tmp_path / "out"
+    tiny.hf_model(kind).save_pretrained(base)
+    config = hf.read_config(base)
+    params = jax.tree.map(lambda a: a * 1.1, hf.read_params(base, config, jnp.float32))
+    out.mkdir()
+    write_trained(out, hub.resolve(str(base)), weights_file(tmp_path, params), "float32")
+    shapes = [{name: array.shape for name, array in tensors_of(folder).items()} for folder in (base, out)]
+    assert shapes[0] == shapes[1] and ("model.layers.2.block_sparse_moe.experts.7.w2.weight" in shapes[0]) == (kind == "mixtral")
+    np.testing.assert_allclose(their_logits(out), our_logits(config, params, {}, None), atol=1e-5)
+
+
+def test_the_base_of_a_mixture_may_have_its_experts_in_one_tensor(tmp_path):
+    """An adapter's folder keeps these, trained weights are one tensor an expert: transformers loads both with our logits."""
+    pytest.importorskip("torch")
+    base, lora = tmp_path / "base", LORAS["attention"]
+    tiny.hf_model("mixtral-top-1").save_pretrained(base, save_original_format=False)
+    make_tokenizer().save_pretrained(base)
+    config = hf.read_config(base)
+    params, adapter = hf.read_params(base, config, jnp.float32), adapter_of(config, lora)
+    for way in ("merged", "trained"):
+        (tmp_path / way).mkdir()
+    write_merged(tmp_path / "merged", hub.resolve(str(base)), adapter, lora, EXACT)
+    write_trained(tmp_path / "trained", hub.resolve(str(base)), weights_file(tmp_path, params), "float32")
+    assert tensors_of(tmp_path / "merged").keys() == tensors_of(base).keys()
+    np.testing.assert_allclose(their_logits(tmp_path / "merged"), our_logits(config, params, adapter, lora), atol=1e-5)
+    np.testing.assert_allclose(their_logits(tmp_path / "trained"), their_logits(base), atol=1e-5)
+
+
+@pytest.mark.parametrize("held", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_goes_out_with_the_numbers_of_the_run(kind, held, tmp_path):
+    """Bit for bit those of the base as it is loaded for training, in every projection whether it has an adapter or not."""
+    pytest.importorskip("qwix")
+    base, out = write_model(tmp_path / "base"), tmp_path / "out"
+    params = hub.load_pretrained(str(base), jnp.dtype(held)).params
+    plain = jax.device_get(params)
+    layers = quantise(params, kind, functools.partial(base_shardings, make_mesh(data=1)))["layers"]
+    out.mkdir()
+    write_merged(out, hub.resolve(str(base)), {}, None, Precision(held, "float32", kind))
+    again = hub.load_pretrained(str(out), jnp.float32).params
+    for name in KERNELS:
+        expected = jax.vmap(dense)(layers[name]).astype(jnp.float32)
+        np.testing.assert_array_equal(again["layers"][name], expected)
+        assert (again["layers"][name] != plain["layers"][name]).mean() > 0.5
+    np.testing.assert_array_equal(again["embed"], plain["embed"].astype(np.float32))
 
 
 def test_shards_their_index_and_what_is_copied(tmp_path, monkeypatch):

@@ -223,6 +223,7 @@ def test_unsupported_architecture_lists_the_supported_ones():
         ({"architectures": ["Gemma2ForCausalLM"], "sliding_window": None}, "no field 'sliding_window'"),
         ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ({"architectures": ["Gemma3ForCausalLM"], "attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping = 30.0"),
         ({"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention"]}, "layer_types = .* 32 layers of the qwen3 family"),
         ({"architectures": ["Qwen3ForCausalLM"], "layer_types": ["chunked_attention"] * 32}, "layer_types = .* qwen3 family"),
         ({"architectures": ["MistralForCausalLM"], "layer_types": ["full_attention"] * 32}, "layer_types = .* mistral family"),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models as tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ip_jax.models import hf
@@ -88,18 +89,12 @@ def test_the_language_model_of_a_multimodal_checkpoint(prefix, tmp_path):
     import transformers
     from safetensors.numpy import load_file, save_file
 
-    text = TINY | {"head_dim": 24, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
-    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
-    torch.manual_seed(0)
-    model = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter))
+    model = tiny.multimodal_model()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert any("vision" in name for name in tensors)
     renamed = {name.replace("model.language_model.", prefix).replace("language_model.model.", prefix): tensor for name, tensor in tensors.items()}
-    assert sum(name.startswith(prefix) for name in renamed) == 3 * 13 + 2
+    assert sum(name.startswith(prefix) for name in renamed) == 2 * 13 + 2
     save_file(renamed, tmp_path / "model.safetensors")
     language_model = transformers.Gemma3ForCausalLM(model.config.text_config)
     language_model.model.load_state_dict(model.model.language_model.state_dict())

@@ -278,6 +278,15 @@ def test_hugging_face(model_folder, tmp_path):
     assert gone["tiny/other@None"][0] == "ConnectionError" and "not complete in the Hugging Face cache" in gone["tiny/other@None"][1]
 
 
+def test_a_repos_config_alone_says_whether_it_is_multimodal(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, revision, allow_patterns: asked.append((repo, revision, allow_patterns)) or tmp_path)
+    for architecture, expected in (("Gemma3ForConditionalGeneration", True), ("Gemma3ForCausalLM", False)):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+        assert hub.is_multimodal("tiny/gemma", "v1") is expected
+    assert asked == [("tiny/gemma", "v1", ("config.json",))] * 2
+
+
 def test_a_token_of_a_member_opens_a_gated_repo_and_another_does_not(model_folder, tmp_path):
     with hub_server({"meta-llama/gated": model_folder}, {"meta-llama/gated"}, members=("hf_member",)) as (address, _):
         at_commit = ask_hub(address, tmp_path / "member", ("meta-llama/gated", COMMIT), HF_TOKEN="hf_member")

@@ -1,6 +1,7 @@
 """PEFT folders: what we write PEFT loads with our logits, what PEFT writes we read with its logits, and every refusal."""
 import dataclasses
 import json
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import tiny_models as tiny
 from safetensors.numpy import load_file, save_file
 
-from ip_jax.models import peft
+from ip_jax.models import hf, hub, peft
 from ip_jax.models.lora import TARGETS, LoraConfig, init_lora
 
 PLAIN = LoraConfig(rank=4, alpha=8)
@@ -16,6 +17,7 @@ LORAS = {
     "all": PLAIN,
     "rslora": LoraConfig(rank=6, alpha=3, rslora=True),
     "subset": LoraConfig(rank=2, alpha=8, targets=("down", "q")),  # not in the order of TARGETS
+    "attention": LoraConfig(rank=4, alpha=8, targets=("q", "k", "v", "o")),
 }
 TOKENS = np.random.default_rng(0).integers(0, 97, (1, 2, 17))
 
@@ -36,7 +38,10 @@ def their_logits(model):
         return model(torch.tensor(TOKENS[0])).logits.numpy()
 
 
-@pytest.mark.parametrize("kind, lora", [("llama-wide-heads", "all"), ("llama-tied", "rslora"), ("gemma", "subset"), ("qwen2-tied-one-kv-head", "all")])
+@pytest.mark.parametrize("kind, lora", [
+    ("llama-wide-heads", "all"), ("llama-tied", "rslora"), ("gemma", "subset"), ("qwen2-tied-one-kv-head", "all"), ("mixtral", "attention"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("qwen3", "rslora"), ("gemma2", "all"), ("gemma3-odd", "all"), ("mistral", "subset"))),
+])  # fmt: skip
 def test_peft_loads_what_we_write_with_our_logits(kind, lora, tmp_path):
     library, lora = pytest.importorskip("peft"), LORAS[lora]
     config, params = tiny.from_hf(tiny.hf_model(kind))
@@ -49,7 +54,31 @@ def test_peft_loads_what_we_write_with_our_logits(kind, lora, tmp_path):
     assert np.abs(their_logits(loaded) - base).max() > 0.1, "the adapter matters"
 
 
-@pytest.mark.parametrize("kind, lora", [("llama", "all"), ("gemma", "rslora"), ("qwen2", "subset")])
+@pytest.mark.parametrize("lora", ["all", "subset"])
+def test_a_base_that_sees(lora, tmp_path):
+    """PEFT loads what we write on the multimodal model, with our logits and nothing on what it sees with; what PEFT then saves we read."""
+    library, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base, ours, theirs, lora = tmp_path / "base", tmp_path / "ours", tmp_path / "theirs", LORAS[lora]
+    tiny.multimodal_model().save_pretrained(base)
+    config = hf.read_config(base)
+    adapter = adapter_of_run(config, lora, 1)
+    peft.write_adapter(ours, adapter, lora, str(base), multimodal=hub.is_multimodal(str(base)))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    before = their_logits(model)
+    with warnings.catch_warnings(action="error", category=UserWarning):  # of adapter weights that are missing
+        loaded = library.PeftModel.from_pretrained(model, ours).eval()
+    assert type(model) is transformers.Gemma3ForConditionalGeneration and not [n for n, _ in loaded.named_parameters() if "vision" in n and "lora" in n]
+    np.testing.assert_allclose(their_logits(loaded), our_logits(config, hf.read_params(base, config, jnp.float32), adapter, lora), atol=1e-5)
+    assert np.abs(their_logits(loaded) - before).max() > 0.1, "the adapter matters"
+    loaded.save_pretrained(theirs)
+    for folder in (ours, theirs):
+        read = peft.read_matching(folder, config, lora)
+        for target, matrices in adapter.items():
+            for kind, array in matrices.items():
+                np.testing.assert_array_equal(read[target][kind], array)
+
+
+@pytest.mark.parametrize("kind, lora", [("llama", "all"), ("gemma", "rslora"), ("qwen2", "subset"), pytest.param("mixtral", "attention", marks=pytest.mark.slow)])
 def test_we_read_what_peft_writes_with_its_logits(kind, lora, tmp_path):
     pytest.importorskip("peft")
     lora = LORAS[lora]

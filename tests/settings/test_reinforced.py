@@ -8,12 +8,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from etils import epath
+from flax import nnx
 from rich.console import Console
 from safetensors.numpy import load
 from tiny_experiment import write_model
 from tiny_reinforced import ARMS, IP, Vowels, make
 
+from ip_jax import cli
 from ip_jax.evals import rl_tables
+from ip_jax.models.decoder import causal_attend
+from ip_jax.models.hub import load_pretrained
 from ip_jax.prompts.library import Prompt
 from ip_jax.report.rl_view import load_rl_view
 from ip_jax.rl.algorithm import Algorithm
@@ -34,6 +38,7 @@ from ip_jax.settings.reinforced_plan import (
 )
 from ip_jax.settings.rollout_records import read_rollouts
 from ip_jax.settings.supervised_plan import Run
+from ip_jax.settings.trained import decoder_of, read_run
 from ip_jax.training.results import digest, write_json
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -95,6 +100,25 @@ def test_a_run_leaves_tables_that_a_report_reads_and_every_rollout(undisturbed, 
             assert known.any() and ((np.abs(ratios) < 1e-4) == (arm == "standard")).all() and ((cosines > 1 - 1e-4) == (arm == "standard")).all()
     record = json.loads((undisturbed / "runs" / "swap-s0" / "run.json").read_text())
     assert record["finished_finite"] and not list(undisturbed.glob("checkpoints/*"))
+
+
+@pytest.mark.slow
+def test_what_a_run_learned_goes_out_to_peft_and_transformers(undisturbed, model, tmp_path):
+    """Both folders that `ip-jax export` writes have the logits of the run as this program reads it."""
+    torch, library, transformers = (pytest.importorskip(name) for name in ("torch", "peft", "transformers"))
+    tokens = np.arange(20).reshape(1, 2, 10)
+    for options in ([], ["--merged"]):
+        cli.main(["export", str(undisturbed), "--arm", "swap", "--to", str(tmp_path / f"out{len(options)}"), *options])
+    of_base = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    with torch.no_grad():
+        before = of_base(torch.tensor(tokens[0])).logits.numpy()
+        adapted = library.PeftModel.from_pretrained(of_base, tmp_path / "out0")(torch.tensor(tokens[0])).logits.numpy()
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out1")(torch.tensor(tokens[0])).logits.numpy()
+    decoder = nnx.merge(*decoder_of(read_run(undisturbed, "swap"), load_pretrained(str(model), np.float32)))
+    expected = decoder.logits(decoder(tokens, np.broadcast_to(np.arange(10), tokens.shape), causal_attend)[0])[0]
+    for found in (adapted, merged):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert np.abs(before - expected).max() > 0.01
 
 
 def killed(experiment, folder, monkeypatch, place) -> None:

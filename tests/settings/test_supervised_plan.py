@@ -28,6 +28,15 @@ def experiment(*arms, **changes):
     return make_experiment("nowhere", arms=arms or ("untrained", "neutral", "ip"), **changes)
 
 
+def test_full_training_of_a_mixture_asks_for_no_lora_targets():
+    """The default ones, of which a mixture's experts lack some, are then unused."""
+    mixture = dataclasses.replace(CONFIG, family="mixtral", n_experts=4, experts_per_token=2)
+    sft = dataclasses.replace(experiment().sft, lora=LoraConfig())
+    with pytest.raises(ValueError, match="LoRA targets gate, up, down are not in a mixtral model"):
+        plan.check_training(sft, experiment().model, (), mixture)
+    plan.check_training(dataclasses.replace(sft, train="full"), experiment().model, (), mixture)
+
+
 def prompts_of(sweeps) -> list[list[tuple | None]]:
     return [[cell and (cell.arm, cell.seed, cell.eval_prompt) for cell in sweep] for sweep in sweeps]
 

@@ -10,21 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
-from tiny_experiment import ARMS, make_experiment, write_model
-from tiny_models import hidden_states
+from tiny_experiment import ARMS, make_experiment, make_tokenizer, write_model
+from tiny_models import hf_model, hidden_states, multimodal_model, random_lora
 
 from ip_jax import cli
 from ip_jax.data.packing import RowRules
 from ip_jax.data.pipeline import RunSource, batch_reader, renderer
 from ip_jax.models import hub, peft
 from ip_jax.models.lora import LoraConfig
+from ip_jax.settings.base_model import load_base
 from ip_jax.settings.display import Display
-from ip_jax.settings.experiment import Arm
+from ip_jax.settings.experiment import Arm, ModelConfig
 from ip_jax.settings.supervised import run_supervised
-from ip_jax.settings.trained import decoder_of, read_run
+from ip_jax.settings.trained import TrainedRun, decoder_of, export_run, read_run
+from ip_jax.training.sharding import make_mesh
 
 LORA = LoraConfig(rank=2, alpha=3, rslora=True, targets=("q", "down"))
 TOKENS = np.random.default_rng(0).integers(0, 300, (1, 2, 17))
@@ -104,6 +106,17 @@ def test_the_untrained_model_goes_out_as_it_came(model, results, tmp_path):
         np.testing.assert_array_equal(array, after[name])
 
 
+def test_the_adapter_of_a_base_that_sees_is_of_its_language_model(tmp_path):
+    pytest.importorskip("torch")
+    multimodal_model().save_pretrained(tmp_path / "base")
+    config = hub.load_config(str(tmp_path / "base"))
+    adapter = {target: {kind: array[0] for kind, array in matrices.items()} for target, matrices in random_lora(config, LORA, runs=1).items()}
+    export_run(TrainedRun("ip", 0, ModelConfig(str(tmp_path / "base")), {}, LORA, adapter), str(tmp_path / "adapter"), merged=False)
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert len(names) == 8 and all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
+    assert peft.read_matching(tmp_path / "adapter", config, LORA).keys() == adapter.keys()
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--arm", "nutral", "--to", "OUT"], "has no trained arm 'nutral': did you mean neutral? there is ip, neutral, untrained"),
     (["--arm", "ip", "--seed", "7", "--to", "OUT"], "arm ip has no run with seed 7: there is 0, 1"),
@@ -154,6 +167,39 @@ def test_a_run_of_which_all_weights_were_trained(model, results, tmp_path, store
     np.testing.assert_array_equal(weights["layers"]["q"]["kernel"][...], trained["layers"]["q"])
     with pytest.raises(SystemExit):
         cli.main(["export", str(copy), "--arm", "ip", "--seed", "0", "--to", str(tmp_path / "adapter")])
+
+
+@pytest.mark.slow
+def test_a_mixture_of_which_all_weights_were_trained(tmp_path):
+    """With the default targets of a LoRA that is unused. transformers' logits of the exported folder are ours."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer, base, out = make_tokenizer(), tmp_path / "base", tmp_path / "out"
+    hf_model("mixtral-top-1", vocab_size=len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    train(base, out, arms=("neutral",), sft={"train": "full", "lora": LoraConfig(), "steps": 2})
+    cli.main(["export", str(out), "--arm", "neutral", "--to", str(tmp_path / "model"), "--merged"])
+    trained = unflatten_dict(load_file(out / "runs" / "neutral-s0" / "weights.safetensors"), sep=".")
+    pretrained = hub.load_pretrained(str(base), np.float32)
+    found = logits_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval())
+    np.testing.assert_allclose(found, hidden_states(pretrained.config, trained, TOKENS)[1][0], atol=1e-5)
+    for name in ("expert_gate", "expert_up", "expert_down", "router"):
+        assert np.abs(trained["layers"][name] - pretrained.params["layers"][name]).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_run_over_a_quantised_base_is_merged_as_it_held_it(model, results, tmp_path, kind):
+    """transformers' logits of the folder are those of the run's adapter over the base as training loads it."""
+    transformers, copy = pytest.importorskip("transformers"), tmp_path / "results"
+    pytest.importorskip("qwix")
+    shutil.copytree(results, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["config"]["model"]["quantised"] = kind
+    (copy / "config.json").write_text(json.dumps(config))
+    cli.main(["export", str(copy), "--arm", "ip", "--to", str(tmp_path / "model"), "--merged"])
+    base, adapter = load_base(read_run(epath.Path(copy), "ip").model, make_mesh()), recorded(copy, "ip-s0")
+    expected = hidden_states(base.config, base.params, TOKENS, {t: {k: a[None] for k, a in m.items()} for t, m in adapter.items()}, LORA)[1][0]
+    np.testing.assert_allclose(logits_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()), expected, atol=1e-5)
+    assert np.abs(expected - our_logits(model, adapter)).max() > 1e-3, "it matters"
 
 
 # In: an arm that starts from an adapter
