@@ -235,6 +235,12 @@ def test_a_folder_that_holds_no_results_is_refused(capsys, tmp_path, command, te
     assert said.startswith("ip-jax: ") and message in said and "\n" not in said
 
 
+def test_the_toy_has_nothing_to_talk_to(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"experiment": "estimators", "config": {"rl": {}}}')
+    for command in (["chat"], ["export", "--to", "x"]):
+        assert "holds runs of the toy, which is no language model" in failure(capsys, command[0], str(tmp_path), "--arm", "untrained", *command[1:])
+
+
 @pytest.mark.parametrize("fields, message", [
     (["--judge", "foo"], "judge is 'foo': choose from strict, published"),
     (["--eval-sets", "task"], "the figure shows the set generated, so it has to be among them"),

@@ -73,7 +73,10 @@ def read_run(folder: epath.Path, arm: str, seed: int | None = None) -> TrainedRu
     if seed is not None and seed not in seeds:
         raise ValueError(f"arm {arm} has no run with seed {seed}: there is {', '.join(map(str, seeds))}")
     seed = seeds[0] if seed is None else seed
-    model = decided(ModelConfig(**json.loads((folder / "config.json").read_text())["config"]["model"]))  # a record need not name its dtypes
+    config = json.loads((folder / "config.json").read_text())["config"]
+    if "model" not in config:
+        raise ValueError(f"{folder} holds runs of the toy, which is no language model: there is nothing to talk to or to export")
+    model = decided(ModelConfig(**config["model"]))  # a record need not name its dtypes
     if arm == UNTRAINED:
         return TrainedRun(arm, seed, model, {}, None, {})
     path = folder / "runs" / f"{arm}-s{seed}"
