@@ -169,7 +169,8 @@ def summary(workload: RlWorkload, topology: Topology, stages: Sequence[Stage]) -
     advice = [f"{stage.name}: {line}" for stage in stages if allowed and needed[stage.name] > allowed for line in _advice(workload, stage)]
     largest = max(workload.programs, key=lambda program: program.runs)
     grouping = ", ".join(estimate.grouping(program.runs, program.count) for program in workload.programs)
-    tokens = int(step_of(largest.sizes, largest.batch().policy).work.tokens)
+    tokens = int(step_of(largest.sizes, largest.batch(largest.in_use).policy).work.tokens)
+    advice += [line for program in workload.programs for line in estimate.empty_rows(program.kind.mesh, program.batch(program.in_use).policy.tokens.shape[2], "update")]
     return Planned(
         workload.model.name, topology.name, topology.count, dict(largest.kind.mesh.shape), workload.source, grouping, largest.runs,
         sum(program.count for program in workload.programs), tokens, memory, needed, allowed, [phase for stage in stages for phase in stage.phases],
@@ -178,13 +179,13 @@ def summary(workload: RlWorkload, topology: Topology, stages: Sequence[Stage]) -
 
 
 def useful_flops(program: Program) -> float:
-    """Model FLOPs of all updates and of the passes that they need."""
-    sizes, batch, kind = program.sizes, program.batch(), program.kind
+    """Model FLOPs of all updates and of the passes that they need, empty rows left out."""
+    sizes, batch, kind = program.sizes, program.batch(program.in_use), program.kind
     works = [step_of(sizes, rows).work for rows in (batch.policy, batch.kl, batch.auxiliary) if rows is not None]
     updates = kind.algorithm.epochs * sum(flops.step_flops(kind.config, kind.rl.lora, work) for work in works)
     scored = [
         formulas.forward_flops(sizes if name.startswith("policy") else dataclasses.replace(sizes, lora=None), step_of(sizes, rows).work)
-        for name, rows in program.scored().items()
+        for name, rows in program.scored(program.in_use).items()
     ]
     return (updates + sum(scored)) * kind.rl.iterations * program.count
 

@@ -46,5 +46,5 @@ def memory(sizes: Sizes, work: Sampling, weights, sampled: Sampled | None) -> di
     return {
         "weights by layer": sampled.layers if sampled else per_device(weights),
         "caches": sampled.slots if sampled else formulas.caches(sizes, work),
-        "activations": max((part.memory.temporaries for part in parts if isinstance(part, Compiled)), default=0.0),
+        "activations": max((part.memory.temporaries for part in parts if isinstance(part, Compiled)), default=formulas.sampling_activations(sizes, work, weights)),
     }

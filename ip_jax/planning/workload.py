@@ -4,15 +4,16 @@ Counted from the experiment itself where its tokenizer is at hand (`measured`), 
 """
 import dataclasses
 import functools
-from collections import Counter
+import statistics
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from ip_jax.data.packing import PackedShape
-from ip_jax.data.pipeline import batch_reader, renderer
+from ip_jax.data.packing import PackedShape, balanced_rows
+from ip_jax.data.pipeline import BatchReader, batch_reader, renderer
 from ip_jax.models import hub
 from ip_jax.models.families import DecoderConfig, from_hf_config, param_shapes
 from ip_jax.models.lora import LoraConfig
@@ -131,6 +132,7 @@ class Workload:
     steps: Mapping[PackedShape, int]
     sampling: tuple[Sampling, ...]
     source: str  # where the numbers come from
+    rows: Mapping[PackedShape, float]  # that hold something, of one step and run on average; the mesh or the micro-batches may need more, empty ones
 
     @property
     def sizes(self) -> Sizes:
@@ -161,7 +163,7 @@ def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -
     queues = [[Request(prompt, i, max_new_tokens=evaluation.max_new_tokens) for i, prompt in enumerate(prompts)]] * runs
     sampling = (Sampling(queues, sampling_plan.make_plan(queues, options), options, asked.sweeps),) if asked.sweeps else ()
     steps = sft.schedule.last_active_step(sft.steps)
-    return Workload(config, shapes.model, sft, mesh, runs, shapes.runs / runs, {shape: steps}, sampling, "declared sizes, every row full")
+    return Workload(config, shapes.model, sft, mesh, runs, shapes.runs / runs, {shape: steps}, sampling, "declared sizes, every row full", {shape: shapes.batches.rows})
 
 
 def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
@@ -184,8 +186,16 @@ def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     reader = batch_reader(sources[:runs], render, sft.batch_size, active, sft.tokens_per_micro_batch, rules)
     return Workload(
         config, model, sft, mesh, runs, len(sources) / runs, Counter(reader.shapes), _sampling(experiment, mesh, tokenizer, runs, len(sources) / runs),
-        f"the packing plan of the experiment's own data, {len(sources)} runs",
+        f"the packing plan of the experiment's own data, {len(sources)} runs", _rows_in_use(reader),
     )
+
+
+def _rows_in_use(reader: BatchReader) -> dict[PackedShape, float]:
+    """Rows of one run that hold something, the mean over the steps of a shape and their runs."""
+    found = defaultdict(list)
+    for shape, runs in zip(reader.shapes, reader.lengths.tolist(), strict=True):
+        found[shape] += [len(balanced_rows(lengths, shape.length, shape.shared)) for lengths in runs]
+    return {shape: statistics.fmean(counts) for shape, counts in found.items()}
 
 
 def check_unquantised(model: ModelConfig) -> None:

@@ -39,7 +39,7 @@ LAYER, DOWN = 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 384, 128 * 384  # element
 
 def work(mesh=None, config: DecoderConfig = CONFIG, runs: int = 2, **changes) -> Workload:
     sft = dataclasses.replace(SFT, **changes)
-    return Workload(config, ModelConfig("x", weights="bfloat16", activations="bfloat16"), sft, mesh or make_mesh(data=8), runs, 1.0, {SHAPE: 3}, (), "test")
+    return Workload(config, ModelConfig("x", weights="bfloat16", activations="bfloat16"), sft, mesh or make_mesh(data=8), runs, 1.0, {SHAPE: 3}, (), "test", {SHAPE: 16})
 
 
 CASES = {
