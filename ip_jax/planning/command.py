@@ -93,10 +93,11 @@ def _assembled(workload: Workload, topology: Topology, steps: dict[PackedShape, 
         if isinstance(found, TooLarge):
             refused["training"] = found
     largest = max(steps, key=functools.partial(estimate.step_tokens, workload))
-    memory = {"training": estimate.step_memory(workload, largest, begun, steps[largest] if isinstance(steps[largest], Compiled) else None)}
+    memory = estimate.loading_memory(workload.config, workload.model, workload.mesh)
+    memory |= {"training": estimate.step_memory(workload, largest, begun, steps[largest] if isinstance(steps[largest], Compiled) else None)}
     if workload.sampling:
         work, parts = sampling.largest(workload.sampling), (sampled.prefill, sampled.decode) if sampled else (None, None)
-        by_formula = sampling.costs(workload.sizes, work, begun.weights, begun.state.trained)
+        by_formula = sampling.costs(workload.sizes, work, begun.state.trained)
         called = sampling.calls(workload.sampling, workload.programs)
         for name, times, found, formula in zip(("prefill", "decoding a token"), called, parts, by_formula, strict=True):
             phases.append(estimate.phase(name, times, found, formula, topology))

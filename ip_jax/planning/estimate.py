@@ -11,13 +11,16 @@ from jax.sharding import AbstractMesh, Mesh
 from ip_jax.data.packing import PackedShape
 from ip_jax.models import flops
 from ip_jax.models.chips import Chip
+from ip_jax.models.families import DecoderConfig
 from ip_jax.planning import formulas, sampling
 from ip_jax.planning.chips import Topology
 from ip_jax.planning.formulas import Step
 from ip_jax.planning.hlo import Cost
 from ip_jax.planning.programs import Compiled, Initial, TooLarge, batch_of, per_device
 from ip_jax.planning.sampling import Sampled
-from ip_jax.planning.workload import Workload
+from ip_jax.planning.workload import Workload, abstract_params
+from ip_jax.settings.experiment import ModelConfig
+from ip_jax.training.sharding import param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,13 @@ def sampling_memory(workload: Workload, begun: Initial, sampled: Sampled | None)
     """Bytes on each device while the largest of the evaluation's calls is sampled, by kind."""
     cast = {"weights, cast": per_device(begun.weights)} if workload.sft.train == "full" else {}
     return resident(begun) | cast | sampling.memory(workload.sizes, sampling.largest(workload.sampling), begun.weights, sampled)
+
+
+def loading_memory(config: DecoderConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, dict[str, float]]:
+    """The stage in which a base that is to be quantised lies on the devices as it was read, by name and kind; none where it is not."""
+    if not model.quantised:
+        return {}
+    return {"loading": {"weights, unquantised": per_device(abstract_params(config, model.weights, param_shardings(mesh, config)))}}
 
 
 def running_memory(kinds: dict[str, float], activations: float, compiled: Compiled | None) -> dict[str, float]:

@@ -7,8 +7,9 @@ from ip_jax.models import flops
 from ip_jax.models.flops import StepWork, layer_matrix_params
 from ip_jax.planning.hlo import Collective, Cost
 from ip_jax.planning.programs import Initial, per_device
-from ip_jax.planning.workload import Sampling, Sizes
+from ip_jax.planning.workload import Sampling, Sizes, abstract_params
 from ip_jax.training.losses import CHUNK_ROWS
+from ip_jax.training.sharding import param_shardings
 
 SCORES = 4  # times that a layer's scores lie in memory together while its backward pass runs: scores, probabilities and their gradients
 SCORES_MOVED = 11  # times that XLA:TPU writes or reads them in a pass without a gradient: so much has Qwen3-4B's, compiled for v5e:4x4
@@ -41,9 +42,9 @@ def update_cost(sizes: Sizes, step: Step, begun: Initial) -> Cost:
     passes = 3 if again else 2
     remat = 2 * layer_matrix_params(config, but="down") * step.work.tokens if again else 0  # nothing needs down's result again
     cut, tensor = _cut(sizes), mesh.shape["tensor"]
-    staying = _staying_experts(sizes, begun.weights)
-    weights = (per_device(begun.weights) - staying) * cut
-    traffic = step.micro_batches * (passes * (weights + staying) + 2 * activations(sizes, step)) + 3 * per_device(begun.state)
+    staying = _staying_experts(sizes)
+    weights = (_bytes_named("", sizes) - staying) * cut
+    traffic = step.micro_batches * (passes * _moved(sizes) * (weights + staying) + 2 * activations(sizes, step)) + 3 * per_device(begun.state)
     traffic += scores_traffic(sizes, step, SCORES_MOVED_BACK)
     hidden = config.n_layers * config.d_model * step.work.tokens * _item(sizes.model.activations)
     summed, sent = 2 * passes * hidden / cut, hidden * (cut - 1) / cut if staying else 0
@@ -70,15 +71,21 @@ def _item(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
-def _staying_experts(sizes: Sizes, weights) -> float:
+def _staying_experts(sizes: Sizes) -> float:
     """Bytes of the experts on a device that is never sent any of them (`models.moe.mixture`): none where run and data do not divide their number."""
     n_experts = sizes.config.n_experts
-    return _bytes_named("expert", weights) if n_experts and n_experts % _cut(sizes) == 0 else 0.0
+    return _bytes_named("expert", sizes) if n_experts and n_experts % _cut(sizes) == 0 else 0.0
 
 
-def _bytes_named(part: str, weights) -> float:
-    """Bytes on a device of the weights whose path has `part` in it."""
+def _bytes_named(part: str, sizes: Sizes) -> float:
+    """Bytes on a device of the weights whose path has `part` in it, as products take them: a quantised base is made dense before it is gathered."""
+    weights = abstract_params(sizes.config, sizes.model.weights, param_shardings(sizes.mesh, sizes.config))
     return per_device([leaf for path, leaf in jax.tree.leaves_with_path(weights) if part in jax.tree_util.keystr(path)])
+
+
+def _moved(sizes: Sizes) -> int:
+    """Times that a weight moves to be used: that of a quantised base is written dense and read."""
+    return 2 if sizes.model.quantised else 1
 
 
 def activations(sizes: Sizes, step: Step) -> float:
@@ -125,17 +132,17 @@ def _position_bytes(sizes: Sizes, work: Sampling) -> float:
     return 2 * _item(work.options.dtype) * config.n_layers * heads * config.head_dim
 
 
-def decode_cost(sizes: Sizes, work: Sampling, weights, adapters) -> Cost:
+def decode_cost(sizes: Sizes, work: Sampling, adapters) -> Cost:
     """Cost of decoding one token for every row, by formula: all weights and caches are read once; collectives as in `_sampling_collectives`."""
     shape, config = work.plan.shape, sizes.config
     rows = shape.runs * shape.groups * shape.copies * shape.rows
     products = 2 * rows * (layer_matrix_params(config) + lora_params(sizes) + config.vocab_size * config.d_model)
-    used = _weights_in_use(sizes, weights)
+    used = _weights_in_use(sizes)
     found = _sampling_collectives(sizes, work, used, rows)
-    return Cost(products / sizes.mesh.size, used.total + per_device(adapters) + caches(sizes, work), found)
+    return Cost(products / sizes.mesh.size, _moved(sizes) * used.total + per_device(adapters) + caches(sizes, work), found)
 
 
-def prefill_cost(sizes: Sizes, work: Sampling, weights) -> Cost:
+def prefill_cost(sizes: Sizes, work: Sampling) -> Cost:
     """Cost of one prefill of the longest prompts, by formula; collectives as in `_sampling_collectives`, and the keys and values of all prompts,
     which are gathered to be put where they belong.
     """
@@ -144,10 +151,10 @@ def prefill_cost(sizes: Sizes, work: Sampling, weights) -> Cost:
     prompts = plan.shape.runs * plan.prefill_prompts * plan.shape.copies
     attention = 2 * length**2 * config.n_heads * config.head_dim * config.n_layers * prompts
     products = 2 * (layer_matrix_params(config) + lora_params(sizes)) * prompts * length + attention
-    used = _weights_in_use(sizes, weights)
+    used = _weights_in_use(sizes)
     placed = _position_bytes(sizes, work) * prompts / sizes.mesh.shape["run"] * length
     found = _sampling_collectives(sizes, work, used, prompts * length, placed)
-    return Cost(products / sizes.mesh.size, used.total, found)
+    return Cost(products / sizes.mesh.size, _moved(sizes) * used.total, found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +173,9 @@ class _WeightsInUse:
         return self.gathered + self.staying + self.vocabulary
 
 
-def _weights_in_use(sizes: Sizes, weights) -> _WeightsInUse:
-    staying, vocabulary = _staying_experts(sizes, weights), sizes.config.vocab_size * sizes.config.d_model
-    return _WeightsInUse((_bytes_named("layers", weights) - staying) * _cut(sizes), staying, _item(sizes.model.weights) * vocabulary)
+def _weights_in_use(sizes: Sizes) -> _WeightsInUse:
+    staying, vocabulary = _staying_experts(sizes), sizes.config.vocab_size * sizes.config.d_model
+    return _WeightsInUse((_bytes_named("layers", sizes) - staying) * _cut(sizes), staying, _item(sizes.model.weights) * vocabulary)
 
 
 def _sampling_collectives(sizes: Sizes, work: Sampling, used: _WeightsInUse, tokens: int, placed: float = 0.0) -> dict[str, Collective]:
@@ -186,25 +193,25 @@ def _sampling_collectives(sizes: Sizes, work: Sampling, used: _WeightsInUse, tok
     })  # fmt: skip
 
 
-def sampling_activations(sizes: Sizes, work: Sampling, weights) -> float:
-    """Bytes on a device of what the sampler makes on its way, by formula: one layer and the vocabulary's matrix where they are gathered, and either
+def sampling_activations(sizes: Sizes, work: Sampling) -> float:
+    """Bytes on a device of what the sampler makes on its way, by formula: one layer and the vocabulary's matrix where they are gathered (or made dense), and either
     a prefill's own arrays of a layer or all rows' logits, in float32 and twice as much to choose from them. Where there is room, XLA gathers more ahead.
     """
-    plan, config, used = work.plan, sizes.config, _weights_in_use(sizes, weights)
-    gathered = (used.gathered / config.n_layers if _cut(sizes) > 1 else 0) + (used.vocabulary if sizes.mesh.size > 1 else 0)
+    plan, config, used = work.plan, sizes.config, _weights_in_use(sizes)
+    gathered = (used.gathered / config.n_layers if _cut(sizes) > 1 or sizes.model.quantised else 0) + (used.vocabulary if sizes.mesh.size > 1 else 0)
     prompts = Step(StepWork(0, 0, 0), 1, plan.prefill_prompts * plan.shape.copies, plan.prefill_lengths[-1])
     rows = plan.shape.runs * plan.shape.groups * plan.shape.copies * plan.shape.rows
     logits = 3 * 4 * rows * config.vocab_size / _cut(sizes)
     return gathered + max(score_activations(dataclasses.replace(sizes, runs=plan.shape.runs), prompts), logits)
 
 
-def score_cost(sizes: Sizes, step: Step, weights) -> Cost:
+def score_cost(sizes: Sizes, step: Step) -> Cost:
     """Cost of a pass without a gradient over all rows of a step, by formula: its products, the weights and its own arrays for each micro-batch."""
     config, mesh = sizes.config, sizes.mesh
     cut = _cut(sizes)
-    gathered = step.micro_batches * per_device(weights) * cut
+    gathered = step.micro_batches * _bytes_named("", sizes) * cut
     found = {"all-gather": Collective(config.n_layers * step.micro_batches, gathered * (cut - 1) / cut)} if cut > 1 else {}
-    traffic = gathered + step.micro_batches * score_activations(sizes, step) + scores_traffic(sizes, step, SCORES_MOVED)
+    traffic = _moved(sizes) * gathered + step.micro_batches * score_activations(sizes, step) + scores_traffic(sizes, step, SCORES_MOVED)
     return Cost(forward_flops(sizes, step.work) / mesh.size, traffic, found)
 
 

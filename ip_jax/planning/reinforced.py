@@ -55,7 +55,8 @@ class Planner:
 
 def plan(workload: RlWorkload, topology: Topology, console: Console) -> Planned:
     """Everything that the tables show. Where there is no compiler for the devices, every number comes from formulas."""
-    planner, stages = Planner(topology, console), []
+    planner = Planner(topology, console)
+    stages = [Stage(name, UPDATES, (), kinds, None) for name, kinds in estimate.loading_memory(workload.config, workload.model, workload.mesh).items()]
     for program in workload.programs:
         of = "" if len(workload.programs) == 1 else f" of {', '.join(program.arms)}"
         begun = programs.initial(program)
@@ -88,14 +89,14 @@ def _scores(planner: Planner, program: Program, begun: programs.Begun, of: str) 
     stages, resident = [], estimate.resident(begun.policy)
     for name, rows in program.scored().items():
         who, where = name.split("_")
-        title, frozen = f"{who} at {where} prompt{of}", begun.models()[who][2]
+        title = f"{who} at {where} prompt{of}"
         sizes = program.sizes if who == "policy" else dataclasses.replace(program.sizes, lora=None)
         found = planner.compiled(f"the {title}", lambda name=name: compile_lowered(lambda: programs.lower_score(program, name)))
         step = step_of(sizes, rows)
         held = {"weights": resident["weights"], "rows": per_device(programs.on_mesh(program, rows))}
         held |= {"adapters": resident["adapters"]} if who == "policy" else {}
         memory = resident | estimate.running_memory(held, formulas.score_activations(sizes, step), _if_compiled(found))
-        cost = functools.partial(formulas.score_cost, sizes, step, frozen)
+        cost = functools.partial(formulas.score_cost, sizes, step)
         phase = estimate.phase(title, program.kind.rl.iterations * program.count, found, cost, planner.topology)
         stages.append(_stage(title, UPDATES, [phase], memory, [found], _smaller_rows(program, rows)))
     return stages
@@ -106,7 +107,7 @@ def _sampling(planner: Planner, model: tuple[Sizes, tuple, dict], names: tuple[s
     (sizes, decoder, held), (name, part), work = model, names, sampling.largest(calls)
     sampled = planner.compiled(f"prefill and decoding, {name}", lambda: sampling.compile_sampler(lower_sampling(decoder, sizes.mesh, work)))
     programs_of = (sampled.prefill, sampled.decode) if sampled else (None, None)
-    formula = sampling.costs(sizes, work, decoder[2], decoder[1])
+    formula = sampling.costs(sizes, work, decoder[1])
     phases = [
         estimate.phase(f"{name}: {what}", times, found, cost, planner.topology)
         for what, times, found, cost in zip(("prefill", "decoding a token"), sampling.calls(calls, count), programs_of, formula, strict=True)

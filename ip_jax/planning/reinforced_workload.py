@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ip_jax.models import hub
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import check_targets
-from ip_jax.planning.workload import HfFields, Questions, Sampling, Sizes, check_unquantised, round_up
+from ip_jax.planning.workload import HfFields, Questions, Sampling, Sizes, round_up
 from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.rl import rollout as rollouts
 from ip_jax.rl.algorithm import Algorithm, passes_needed
@@ -124,7 +124,6 @@ class RlWorkload:
 def declared(shapes: RlShapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -> RlWorkload:
     """The workload of declared sizes. `config` is that of `shapes.hf` or of another model. Raises as `measured`."""
     rl, evaluation = shapes.rl, shapes.evaluation
-    check_unquantised(shapes.model)
     check_targets(config, rl.lora)
     _check(shapes)
     runs = min(shapes.runs, rl.runs_per_program)
@@ -168,10 +167,9 @@ def _check(shapes: RlShapes) -> None:
 def measured(experiment: Reinforced, mesh: Mesh | AbstractMesh) -> RlWorkload:
     """The workload of an experiment whose tokenizer is at hand: its prompts rendered, as a run renders them.
 
-    Raises as `settings.reinforced.prepare` does for what can be checked without weights, and ValueError for a quantised base.
+    Raises as `settings.reinforced.prepare` does for what can be checked without weights.
     """
     model = experiment.model
-    check_unquantised(model)
     config, tokenizer = hub.load_config(model.name, model.revision), load_tokenizer(model)
     plan.check(experiment)
     check_targets(config, experiment.rl.lora)

@@ -38,10 +38,11 @@ def print_plan(planned: Planned, console: Console) -> None:
 
 def print_candidates(found: list[Candidate], topology: Topology, console: Console) -> None:
     """One line a candidate, the best first."""
-    how = "the training step is compiled, sampling by formula" if any(candidate.is_compiled for candidate in found) else "by formula"
+    how = "the training step is compiled, all else by formula" if any(candidate.is_compiled for candidate in found) else "by formula"
+    stages = list(found[0].memory)
     table = Table(
-        *"run data tensor remat micro-batch training sampling fits".split(), "step, s", "tokens/s", "MFU",
-        title=f"candidates on {topology.name}, {how}; training and sampling are GiB on each device, seconds are estimates",
+        *"run data tensor remat micro-batch".split(), *(f"{stage}, GiB" for stage in stages), "fits", "step, s", "tokens/s", "MFU",
+        title=f"candidates on {topology.name}, {how}; seconds are estimates",
     )  # fmt: skip
     for c in found:
         seconds, tokens = c.seconds(topology), estimate.rows_in_use(c.workload, c.shape) * estimate.step_tokens(c.workload, c.shape)
@@ -49,7 +50,7 @@ def print_candidates(found: list[Candidate], topology: Topology, console: Consol
         fits = "yes" if c.needed <= topology.chip.memory - estimate.RESERVED else "no"
         table.add_row(
             *map(str, c.sizes), c.workload.sft.remat, f"{c.shape.micro_batches} x {c.shape.micro_rows} x {c.shape.length}",
-            gib(c.training), gib(c.sampling) if c.sampling else "", fits, f"{seconds:.3g}", f"{tokens / seconds:.0f}", f"{mfu:.0%}",
+            *(gib(c.memory[stage]) for stage in stages), fits, f"{seconds:.3g}", f"{tokens / seconds:.0f}", f"{mfu:.0%}",
         )  # fmt: skip
     console.print(table)
 

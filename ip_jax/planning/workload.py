@@ -17,6 +17,7 @@ from ip_jax.data.pipeline import BatchReader, batch_reader, renderer
 from ip_jax.models import hub
 from ip_jax.models.families import DecoderConfig, from_hf_config, param_shapes
 from ip_jax.models.lora import LoraConfig
+from ip_jax.models.quantised import quantised_shapes
 from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.sampling import plan as sampling_plan
 from ip_jax.sampling.plan import Request, SamplerOptions
@@ -25,7 +26,7 @@ from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.base_model import load_tokenizer
 from ip_jax.settings.experiment import EvalConfig, ModelConfig, SftConfig
 from ip_jax.settings.supervised_plan import Supervised
-from ip_jax.training.sharding import MeshConfig, mesh_for
+from ip_jax.training.sharding import MeshConfig, base_shardings, mesh_for, param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +144,9 @@ class Workload:
 def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -> Workload:
     """The workload of declared sizes on a mesh, every row full. `config` is that of `shapes.hf` or of another model.
 
-    Raises ValueError for combinations that no program has, and for a quantised base.
+    Raises ValueError for combinations that no program has.
     """
     sft = shapes.sft
-    check_unquantised(shapes.model)
     plan.check_training(sft, shapes.model, (), config)
     runs = 1 if sft.train == "full" else shapes.runs
     mesh = mesh_for(mesh, runs)
@@ -169,16 +169,15 @@ def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -
 def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     """The workload of an experiment whose tokenizer is at hand: its real packing plan and its real prompts, rendered.
 
-    Raises as `prepare` does for what can be checked without weights, and ValueError for a quantised base.
+    Raises as `prepare` does for what can be checked without weights.
     """
     model, sft = experiment.model, experiment.sft
-    check_unquantised(model)
     config, tokenizer = hub.load_config(model.name, model.revision), load_tokenizer(model)
     plan.check_training(sft, model, experiment.arms, config)
     plan.check_evaluations(experiment, tokenizer)
     render = renderer(tokenizer)
     sources, _ = plan.training_sources(experiment, render)
-    pretrained = hub.Pretrained(model.name, config, abstract_params(config, model.weights), tokenizer, "")
+    pretrained = hub.Pretrained(model.name, config, abstract_base(config, model, mesh), tokenizer, "")
     runs = max(1, min(len(sources), plan.runs_that_fit(sft, pretrained, mesh)))
     mesh = mesh_for(mesh, runs)
     active = sft.schedule.last_active_step(sft.steps)
@@ -198,10 +197,10 @@ def _rows_in_use(reader: BatchReader) -> dict[PackedShape, float]:
     return {shape: statistics.fmean(counts) for shape, counts in found.items()}
 
 
-def check_unquantised(model: ModelConfig) -> None:
-    """Raises ValueError for a quantised base."""
-    if model.quantised:
-        raise ValueError(f"plan does not cover a quantised base (model.quantised = {model.quantised!r}): with None it plans for more memory than the run needs")
+def abstract_base(config: DecoderConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict:
+    """The base on the mesh as `settings.base_model.load_base` leaves it, as jax.ShapeDtypeStruct. Raises as `quantise`."""
+    params = abstract_params(config, model.weights, param_shardings(mesh, config))
+    return quantised_shapes(params, model.quantised, functools.partial(base_shardings, mesh)) if model.quantised else params
 
 
 def abstract_params(config: DecoderConfig, dtype: str, sharding=None) -> dict:
