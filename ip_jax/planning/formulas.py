@@ -36,7 +36,7 @@ def update_cost(sizes: Sizes, step: Step, begun: Initial) -> Cost:
     """Cost of a step on one device by formula: the model's FLOPs, and where products are made again (remat) 2 more for each token and
     weight but those of down; of the traffic the weights, in each micro-batch and pass, and what is kept of the activations, written and
     read; of the collectives each layer's gathering over (run, data), with full training the scattering of its gradients, and over tensor
-    the sums of activations behind attention and MLP. To experts that stay where they lie all tokens are sent, and their outputs back.
+    the sums of float32 activations behind attention and MLP. To experts that stay where they lie all tokens are sent, and their outputs back.
     """
     config, mesh, again = sizes.config, sizes.mesh, sizes.remat in ("attention", "full")
     passes = 3 if again else 2
@@ -46,8 +46,9 @@ def update_cost(sizes: Sizes, step: Step, begun: Initial) -> Cost:
     weights = (_bytes_named("", sizes) - staying) * cut
     traffic = step.micro_batches * (passes * _moved(sizes) * (weights + staying) + 2 * activations(sizes, step)) + 3 * per_device(begun.state)
     traffic += scores_traffic(sizes, step, SCORES_MOVED_BACK)
-    hidden = config.n_layers * config.d_model * step.work.tokens * _item(sizes.model.activations)
-    summed, sent = 2 * passes * hidden / cut, hidden * (cut - 1) / cut if staying else 0
+    hidden = config.n_layers * config.d_model * step.work.tokens
+    summed = 2 * passes * 4 * hidden / cut
+    sent = hidden * _item(sizes.model.activations) * (cut - 1) / cut if staying else 0
     gradients = per_device(begun.state.trained) * cut if sizes.lora is None else 0
     layers = config.n_layers * step.micro_batches
     collectives = _collectives({

@@ -210,6 +210,13 @@ def test_a_plan_that_the_compiler_refused_does_not_fit_and_says_what_to_change()
 MIXTURE = dataclasses.replace(CONFIG, family="mixtral", n_layers=2, n_experts=8, experts_per_token=2)
 
 
+def sampling_on(mesh, dtype: str) -> Sampling:
+    """32 tokens behind each of 16 prompts of 40, for two runs."""
+    queue = [sampler.Request(np.arange(i, i + 40), i, max_new_tokens=32) for i in range(16)]
+    options = sampler.SamplerOptions((0,), slots=16, dtype=dtype, mesh=mesh)
+    return Sampling([queue] * 2, make_plan([queue] * 2, options), options, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config, sizes, quantised", [
     (dataclasses.replace(CONFIG, n_layers=2), (1, 8, 1), None), (dataclasses.replace(CONFIG, n_layers=2), (2, 2, 2), None), (MIXTURE, (1, 4, 2), None),
@@ -223,9 +230,7 @@ def test_the_sampler_sends_what_formulas_say(config, sizes, quantised):
     model = ModelConfig("x", weights="float32", activations="float32", quantised=quantised)
     lora = LoraConfig(rank=4, targets=("q", "k", "v", "o"))
     planned = dataclasses.replace(work(mesh, config, lora=lora), model=model)
-    queue = [sampler.Request(np.arange(i, i + 40), i, max_new_tokens=32) for i in range(16)]
-    options = sampler.SamplerOptions((0,), slots=16, mesh=mesh)
-    sampled = Sampling([queue] * 2, make_plan([queue] * 2, options), options, 1)
+    sampled = sampling_on(mesh, "float32")
     lowered, adapters = programs.lower_sampler(planned, sampled), programs.initial(planned).state.trained
     caches = [getattr(lowered.slots, name) for name in ("prompt_k", "prompt_v", "own_k", "own_v")]
     assert formulas.caches(planned.sizes, sampled) == programs.per_device(caches)
