@@ -1,6 +1,7 @@
 """The GPU benchmarks where there is no GPU: what they count against torch, how rows survive what fails, and a whole tiny run."""
 import contextlib
 import functools
+import io
 import json
 import operator
 import os
@@ -14,10 +15,12 @@ import jax
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import result_in_own_process
 from benchmarks.gpu import peers, reinforced, rows, sampling, training
+from benchmarks.gpu.__main__ import _table
 from benchmarks.gpu.model import card, random_params
 from benchmarks.gpu.sizes import FULL, TINY
 from ip_jax.models.families import param_shapes
@@ -218,6 +221,14 @@ def test_the_peers_loss_is_of_the_completions_alone(peer):
         expected = -(advantage * log_probs[:, -new:].sum(1)).sum()
         found = peers._policy_loss(peer, ids, advantage, new, 0.7)
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_table_shows_both_parts_of_the_roofline():
+    run, _ = by_measure({"measure_sampling": {"tokens_per_s": 50.0, "of_roofline": 0.7, "of_overlapped_roofline": 0.65}, "measure_generation": dict.fromkeys("24", {"tokens_per_s": 10.0})})
+    console = Console(width=200, file=io.StringIO())
+    console.print(_table(dict(rows.sampling_rates(run, TINY)), ""))
+    text = console.file.getvalue()
+    assert text.count("0.7 of roofline") == text.count("0.65 of overlapped roofline") == 2
 
 
 def test_full_sizes_are_refused_without_a_gpu():

@@ -58,7 +58,7 @@ def _table(rows: dict[str, dict], title: str) -> Table:
     for name, row in rows.items():
         number = f"{row['measured']} {row['unit']}" if row.get("measured") is not None else "-"
         target = row.get("target") or "-"
-        for further in ("of_roofline", "from_cache", "share"):
+        for further in ("of_roofline", "of_overlapped_roofline", "from_cache", "share"):
             value = row.get(further, row.get(f"{further}_s"))
             if value is not None:
                 number, target = f"{number}\n{value} {further.replace('_', ' ')}", f"{target}\n{row[f'{further}_target'] or '-'}"

@@ -31,7 +31,7 @@ TOKENS_PER_MICRO_BATCH = 65_536
 def workload(config: DecoderConfig, mesh: Mesh, shape: PackedShape, runs: int, rank: int, remat: str) -> Workload:
     """What `ip-jax plan` and `ip-jax run` make the step of, for batches of one shape."""
     sft = SftConfig(1, 1, 1e-4, Schedule("constant"), lora=LoraConfig(rank=rank, alpha=2 * rank), remat=remat, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH)
-    return Workload(config, MODEL, sft, mesh, runs, 1.0, {shape: 1}, (), "a benchmark's sizes")
+    return Workload(config, MODEL, sft, mesh, runs, 1.0, {shape: 1}, (), "a benchmark's sizes", {shape: shape.micro_batches * shape.micro_rows})
 
 
 def full_rows(sizes: Sizes, rows: int) -> PackedShape:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from ip_jax.data.packing import CPU_ROWS, PackedShape, RowRules, pack_step, plan_shapes, shared_prefix
 from ip_jax.data.sources import Example
@@ -82,6 +83,7 @@ class BatchReader:
     batch_size: int
     shapes: Sequence[PackedShape]  # of each step
     shared: int  # tokens with which all examples of a run begin: a row holds them once
+    lengths: Int[np.ndarray, "steps R N"]  # of each example
 
     def __call__(self, step: int) -> tuple[dict[str, np.ndarray], float]:
         """(arrays of training.state.Batch, real / padded tokens) of one step."""
@@ -98,7 +100,7 @@ def batch_reader(
     responses = np.array([[[e.response_mask.sum() for e in run] for run in step] for step in batches])
     shared = min(shared_prefix([example for step in batches for example in step[run]]) for run in range(len(datasets))) if rules.share_prefix else 0
     shapes = plan_shapes(lengths, responses, tokens_per_micro_batch, rules, shared)
-    return BatchReader(datasets, batch_size, shapes, shared)
+    return BatchReader(datasets, batch_size, shapes, shared, lengths)
 
 
 def _examples_of_step(dataset: grain.MapDataset, step: int, batch_size: int) -> list[Rendered]:

@@ -32,14 +32,32 @@ def quantise(params: dict, kind: str, place) -> dict:
     `place(params)` names the sharding of each array (`sharding.base_shardings`). One kernel after the other: the given jax array is deleted
     before the next one. Raises ValueError as `check_quantised`, and for inputs that have no block of 16 or more.
     """
+
+    def compute(make, kernel, shardings):
+        made = jax.block_until_ready(jax.jit(make, out_shardings=shardings)(kernel))
+        kernel.delete()
+        return made
+
+    return _each_kernel(params, kind, place, compute)
+
+
+def quantised_shapes(params: dict, kind: str, place) -> dict:
+    """What `quantise` makes of `params`, whose leaves and those of the result are jax.ShapeDtypeStruct. Raises as `quantise`."""
+
+    def shapes(make, kernel, shardings):
+        return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(make, kernel), shardings)
+
+    return _each_kernel(params, kind, place, shapes)
+
+
+def _each_kernel(params: dict, kind: str, place, evaluate) -> dict:
+    """`params` with evaluate(function that quantises a kernel, kernel, shardings of the result) in place of each kernel of the layers."""
     check_quantised(kind)
     layers = dict(params["layers"])
     for name in KERNELS:
         kernel = layers.pop(name)
         make = functools.partial(_quantise_stack, kind=kind, block=_block(name, kernel.shape[1]), dtype=kernel.dtype)
-        shardings = place({"layers": {name: jax.eval_shape(make, kernel)}})["layers"][name]
-        layers[name] = jax.block_until_ready(jax.jit(make, out_shardings=shardings)(kernel))
-        kernel.delete()
+        layers[name] = evaluate(make, kernel, place({"layers": {name: jax.eval_shape(make, kernel)}})["layers"][name])
     return params | {"layers": layers}
 
 
@@ -51,6 +69,11 @@ def rounded(kernel: np.ndarray, name: str, kind: str) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _there_and_back(stack, kind: str, block: int):
     return jax.vmap(dense)(_quantise_stack(stack, kind=kind, block=block, dtype=stack.dtype))[0]
+
+
+def item_bytes(dtype) -> float:
+    """Bytes of one element in a device's memory, where two elements of 4 bits share one."""
+    return jnp.dtype(dtype).itemsize * (0.5 if dtype in (jnp.uint4, jnp.int4) else 1)
 
 
 def _block(name: str, inputs: int) -> int:

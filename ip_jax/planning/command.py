@@ -20,7 +20,6 @@ from ip_jax.planning.programs import (
     compile_step,
     initial,
     lower_sampler,
-    per_device,
 )
 from ip_jax.planning.reinforced_workload import RlShapes, RlWorkload
 from ip_jax.planning.search import Candidate, candidates, ranked
@@ -33,7 +32,7 @@ from ip_jax.training.sharding import MeshConfig, mesh_sizes
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """What is planned: the mesh that its config asks for, its model's heads, and its work on a mesh, `work_on(mesh, None)`;
-    `work_on(mesh, sft)` is the same training with these settings, without evaluations (supervised work alone).
+    `work_on(mesh, sft)` with other settings of its training (supervised work alone).
     """
 
     mesh: MeshConfig
@@ -57,19 +56,15 @@ def subject_of(config, model: str | None, platform: str, experiment_of: Callable
     if model:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=model, revision=None))
     if isinstance(config, Shapes):
-        decoder, unasked = hub.load_config(model) if model else config.hf.decoder_config(), dataclasses.replace(config.questions, sweeps=0)
-        declared_on = lambda mesh, sft: declared(dataclasses.replace(config, sft=sft, questions=unasked) if sft else config, decoder, mesh)  # noqa: E731
-        return Subject(config.mesh, decoder.n_heads, declared_on)
+        decoder = hub.load_config(model) if model else config.hf.decoder_config()
+        return Subject(config.mesh, decoder.n_heads, lambda mesh, sft: declared(dataclasses.replace(config, sft=sft or config.sft), decoder, mesh))
     if isinstance(config, RlShapes):
         decoder = hub.load_config(model) if model else config.hf.decoder_config()
         return Subject(config.mesh, decoder.n_heads, lambda mesh, _: reinforced_workload.declared(config, decoder, mesh))
     experiment, decoder = experiment_of(config), hub.load_config(config.model.name, config.model.revision)
     if by_reward:
         return Subject(experiment.mesh, decoder.n_heads, lambda mesh, _: reinforced_workload.measured(experiment, mesh))
-    trained = tuple(arm for arm in experiment.arms if arm.train_prompt)
-    unasked = dataclasses.replace(experiment.evaluation, full_steps=(), neutral_steps=())
-    measured_on = lambda mesh, sft: measured(dataclasses.replace(experiment, sft=sft, arms=trained, evaluation=unasked) if sft else experiment, mesh)  # noqa: E731
-    return Subject(experiment.mesh, decoder.n_heads, measured_on)
+    return Subject(experiment.mesh, decoder.n_heads, lambda mesh, sft: measured(dataclasses.replace(experiment, sft=sft or experiment.sft), mesh))
 
 
 def plan(subject: Subject, topology: Topology, console: Console) -> Planned:
@@ -98,22 +93,22 @@ def _assembled(workload: Workload, topology: Topology, steps: dict[PackedShape, 
         if isinstance(found, TooLarge):
             refused["training"] = found
     largest = max(steps, key=functools.partial(estimate.step_tokens, workload))
-    memory = {"training": estimate.step_memory(workload, largest, begun, steps[largest] if isinstance(steps[largest], Compiled) else None)}
+    memory = estimate.loading_memory(workload.config, workload.model, workload.mesh)
+    memory |= {"training": estimate.step_memory(workload, largest, begun, steps[largest] if isinstance(steps[largest], Compiled) else None)}
     if workload.sampling:
         work, parts = sampling.largest(workload.sampling), (sampled.prefill, sampled.decode) if sampled else (None, None)
-        by_formula = sampling.costs(workload.sizes, work, begun.weights, begun.state.trained)
+        by_formula = sampling.costs(workload.sizes, work, begun.state.trained)
         called = sampling.calls(workload.sampling, workload.programs)
         for name, times, found, formula in zip(("prefill", "decoding a token"), called, parts, by_formula, strict=True):
             phases.append(estimate.phase(name, times, found, formula, topology))
             if isinstance(found, TooLarge):
                 refused["sampling"] = found
-        cast = {"weights, cast": per_device(begun.weights)} if workload.sft.train == "full" else {}
-        memory["sampling"] = estimate.resident(begun) | cast | sampling.memory(workload.sizes, work, begun.weights, sampled)
+        memory["sampling"] = estimate.sampling_memory(workload, begun, sampled)
     return estimate.summary(workload, topology, phases, memory, refused)
 
 
 def search(subject: Subject, topology: Topology, console: Console) -> list[Candidate]:
-    """The candidates that an analytic cut leaves, compiled where there is a compiler, the best first."""
+    """The candidates that an analytic cut leaves, their steps compiled where there is a compiler, the best first."""
     if topology.chip is None:
         raise ValueError(f"--search ranks by a chip's published numbers, and none are known for {jax.devices()[0].device_kind}: name a topology")
     found = []

@@ -6,15 +6,21 @@ collectives over its links, as if these overlapped wholly and nothing else took 
 import dataclasses
 from collections.abc import Callable
 
+from jax.sharding import AbstractMesh, Mesh
+
 from ip_jax.data.packing import PackedShape
 from ip_jax.models import flops
 from ip_jax.models.chips import Chip
-from ip_jax.planning import formulas
+from ip_jax.models.families import DecoderConfig
+from ip_jax.planning import formulas, sampling
 from ip_jax.planning.chips import Topology
 from ip_jax.planning.formulas import Step
 from ip_jax.planning.hlo import Cost
 from ip_jax.planning.programs import Compiled, Initial, TooLarge, batch_of, per_device
-from ip_jax.planning.workload import Workload
+from ip_jax.planning.sampling import Sampled
+from ip_jax.planning.workload import Workload, abstract_params
+from ip_jax.settings.experiment import ModelConfig
+from ip_jax.training.sharding import param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +59,19 @@ def step_tokens(workload: Workload, shape: PackedShape) -> int:
     return workload.runs * shape.micro_batches * shape.micro_rows * shape.length
 
 
+def rows_in_use(workload: Workload, shape: PackedShape) -> float:
+    """The part of a step's rows that hold something."""
+    return workload.rows[shape] / (shape.micro_batches * shape.micro_rows)
+
+
 def step_of(workload: Workload, shape: PackedShape) -> Step:
     """A step of packed rows, as formulas take it."""
     return Step(flops.shape_work(workload.config, shape, workload.runs), shape.micro_batches, shape.micro_rows, shape.length)
 
 
 def step_flops(workload: Workload, shape: PackedShape) -> float:
-    """Model FLOPs of one step of this shape over all runs, as if every position were a token (`models.flops`)."""
-    return flops.step_flops(workload.config, workload.sizes.lora, step_of(workload, shape).work)
+    """Model FLOPs of one step of this shape over all runs, as if every position of the rows in use were a token (`models.flops`)."""
+    return rows_in_use(workload, shape) * flops.step_flops(workload.config, workload.sizes.lora, step_of(workload, shape).work)
 
 
 def formula_cost(workload: Workload, shape: PackedShape, begun: Initial) -> Cost:
@@ -73,6 +84,19 @@ def step_memory(workload: Workload, shape: PackedShape, begun: Initial, compiled
     kinds = resident(begun) | {"batch": per_device(batch_of(workload, shape))}
     activations = formulas.activations(workload.sizes, step_of(workload, shape)) + per_device(begun.state.trained) * 2
     return running_memory(kinds, activations, compiled)
+
+
+def sampling_memory(workload: Workload, begun: Initial, sampled: Sampled | None) -> dict[str, float]:
+    """Bytes on each device while the largest of the evaluation's calls is sampled, by kind."""
+    cast = {"weights, cast": per_device(begun.weights)} if workload.sft.train == "full" else {}
+    return resident(begun) | cast | sampling.memory(workload.sizes, sampling.largest(workload.sampling), begun.weights, sampled)
+
+
+def loading_memory(config: DecoderConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, dict[str, float]]:
+    """The stage in which a base that is to be quantised lies on the devices as it was read, by name and kind; none where it is not."""
+    if not model.quantised:
+        return {}
+    return {"loading": {"weights, unquantised": per_device(abstract_params(config, model.weights, param_shardings(mesh, config)))}}
 
 
 def running_memory(kinds: dict[str, float], activations: float, compiled: Compiled | None) -> dict[str, float]:
@@ -109,7 +133,7 @@ def grouping(runs: int, programs: float) -> str:
 class Planned:
     """A plan: bytes are those of one device; `memory` by stage and kind, `needed` by stage; `allowed` is 0 where it is not known.
 
-    `runs` of the largest program, `programs` of all. `left_out`: what the hours do not cover.
+    `runs` of the largest program, `programs` of all. `tokens_per_step`: positions of the rows in use. `left_out`: what the hours do not cover.
     """
 
     model: str
@@ -163,11 +187,18 @@ def summary(workload: Workload, topology: Topology, phases: list[Phase], memory:
         useful = sum(step_flops(workload, shape) * count for shape, count in workload.steps.items()) * workload.programs
         mfu = useful / (hours["training"] * 3600 * topology.chip.peak)
     advice = [line for stage in memory if allowed and needed[stage] > allowed for line in _advice(workload, stage, memory[stage])]
+    advice += empty_rows(workload.mesh, workload.rows[shape], "training")
     return Planned(
         workload.model.name, topology.name, topology.count, dict(workload.mesh.shape), workload.source,
         grouping(workload.runs, workload.programs), workload.runs, workload.programs,
-        step_tokens(workload, shape), memory, needed, allowed, phases, mfu, hours, advice,
+        round(rows_in_use(workload, shape) * step_tokens(workload, shape)), memory, needed, allowed, phases, mfu, hours, advice,
     )
+
+
+def empty_rows(mesh: Mesh | AbstractMesh, rows: float, stage: str) -> list[str]:
+    """What to change where a step has fewer rows of each run than the mesh's axis data has devices: some devices compute empty ones alone."""
+    data = mesh.shape["data"]
+    return [f"{stage}: a step has {rows:.3g} rows of each run for data={data} devices, the others are empty: use --mesh.tensor or --mesh.run, or fewer chips"] if rows < data else []
 
 
 def _advice(workload: Workload, stage: str, kinds: dict[str, float]) -> list[str]:

@@ -7,8 +7,9 @@ from ip_jax.models import flops
 from ip_jax.models.flops import StepWork, layer_matrix_params
 from ip_jax.planning.hlo import Collective, Cost
 from ip_jax.planning.programs import Initial, per_device
-from ip_jax.planning.workload import Sampling, Sizes
+from ip_jax.planning.workload import Sampling, Sizes, abstract_params
 from ip_jax.training.losses import CHUNK_ROWS
+from ip_jax.training.sharding import param_shardings
 
 SCORES = 4  # times that a layer's scores lie in memory together while its backward pass runs: scores, probabilities and their gradients
 SCORES_MOVED = 11  # times that XLA:TPU writes or reads them in a pass without a gradient: so much has Qwen3-4B's, compiled for v5e:4x4
@@ -35,35 +36,57 @@ def update_cost(sizes: Sizes, step: Step, begun: Initial) -> Cost:
     """Cost of a step on one device by formula: the model's FLOPs, and where products are made again (remat) 2 more for each token and
     weight but those of down; of the traffic the weights, in each micro-batch and pass, and what is kept of the activations, written and
     read; of the collectives each layer's gathering over (run, data), with full training the scattering of its gradients, and over tensor
-    the sums of activations behind attention and MLP. To experts that stay where they lie all tokens are sent, and their outputs back.
+    the sums of float32 activations behind attention and MLP. To experts that stay where they lie all tokens are sent, and their outputs back.
     """
     config, mesh, again = sizes.config, sizes.mesh, sizes.remat in ("attention", "full")
     passes = 3 if again else 2
     remat = 2 * layer_matrix_params(config, but="down") * step.work.tokens if again else 0  # nothing needs down's result again
-    cut, tensor = mesh.shape["run"] * mesh.shape["data"], mesh.shape["tensor"]
-    staying = _staying_experts(sizes, begun)
-    weights = (per_device(begun.weights) - staying) * cut
-    traffic = step.micro_batches * (passes * (weights + staying) + 2 * activations(sizes, step)) + 3 * per_device(begun.state)
+    cut, tensor = _cut(sizes), mesh.shape["tensor"]
+    staying = _staying_experts(sizes)
+    weights = (_bytes_named("", sizes) - staying) * cut
+    traffic = step.micro_batches * (passes * _moved(sizes) * (weights + staying) + 2 * activations(sizes, step)) + 3 * per_device(begun.state)
     traffic += scores_traffic(sizes, step, SCORES_MOVED_BACK)
-    hidden = config.n_layers * config.d_model * step.work.tokens * (2 if sizes.model.activations == "bfloat16" else 4)
-    summed, sent = 2 * passes * hidden / cut, hidden * (cut - 1) / cut if staying else 0
+    hidden = config.n_layers * config.d_model * step.work.tokens
+    summed = 2 * passes * 4 * hidden / cut
+    sent = hidden * _item(sizes.model.activations) * (cut - 1) / cut if staying else 0
     gradients = per_device(begun.state.trained) * cut if sizes.lora is None else 0
     layers = config.n_layers * step.micro_batches
-    collectives = {
+    collectives = _collectives({
         "all-gather": Collective(passes * layers, passes * step.micro_batches * weights * (cut - 1) / cut + 3 * sent),  # forward, twice backward
         "reduce-scatter": Collective(layers, step.micro_batches * gradients * (cut - 1) / cut + 2 * sent),
         "all-reduce": Collective(2 * passes * layers, 2 * summed * (tensor - 1) / tensor),
-    }
-    return Cost((flops.step_flops(config, sizes.lora, step.work) + remat) / mesh.size, traffic, {kind: c for kind, c in collectives.items() if c.moved})
+    })  # fmt: skip
+    return Cost((flops.step_flops(config, sizes.lora, step.work) + remat) / mesh.size, traffic, collectives)
 
 
-def _staying_experts(sizes: Sizes, begun: Initial) -> float:
+def _collectives(found: dict[str, Collective]) -> dict[str, Collective]:
+    return {kind: collective for kind, collective in found.items() if collective.moved}
+
+
+def _cut(sizes: Sizes) -> int:
+    """Devices that a batch, and a layer that is gathered when it is used, are cut over."""
+    return sizes.mesh.shape["run"] * sizes.mesh.shape["data"]
+
+
+def _item(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else 4
+
+
+def _staying_experts(sizes: Sizes) -> float:
     """Bytes of the experts on a device that is never sent any of them (`models.moe.mixture`): none where run and data do not divide their number."""
-    mesh, n_experts = sizes.mesh, sizes.config.n_experts
-    if not n_experts or n_experts % (mesh.shape["run"] * mesh.shape["data"]):
-        return 0.0
-    leaves = jax.tree.leaves_with_path(begun.weights)
-    return per_device([leaf for path, leaf in leaves if "expert" in jax.tree_util.keystr(path)])
+    n_experts = sizes.config.n_experts
+    return _bytes_named("expert", sizes) if n_experts and n_experts % _cut(sizes) == 0 else 0.0
+
+
+def _bytes_named(part: str, sizes: Sizes) -> float:
+    """Bytes on a device of the weights whose path has `part` in it, as products take them: a quantised base is made dense before it is gathered."""
+    weights = abstract_params(sizes.config, sizes.model.weights, param_shardings(sizes.mesh, sizes.config))
+    return per_device([leaf for path, leaf in jax.tree.leaves_with_path(weights) if part in jax.tree_util.keystr(path)])
+
+
+def _moved(sizes: Sizes) -> int:
+    """Times that a weight moves to be used: that of a quantised base is written dense and read."""
+    return 2 if sizes.model.quantised else 1
 
 
 def activations(sizes: Sizes, step: Step) -> float:
@@ -71,8 +94,8 @@ def activations(sizes: Sizes, step: Step) -> float:
     in float32 and as much for their gradients, and a chunk of logits. With full remat it lies 7 to 25 % below what XLA:TPU takes for a 7B model.
     """
     config, mesh = sizes.config, sizes.mesh
-    rows = -(-sizes.runs * step.micro_rows // (mesh.shape["run"] * mesh.shape["data"]))
-    width, item = 2 if sizes.model.weights == "bfloat16" else 4, 2 if sizes.model.activations == "bfloat16" else 4
+    rows = -(-sizes.runs * step.micro_rows // _cut(sizes))
+    width, item = _item(sizes.model.weights), _item(sizes.model.activations)
     heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     hidden = config.d_ff * max(config.experts_per_token, 1)
     attention, products = 2 * heads + 2 * kv, heads + 2 * kv + 2 * config.d_model
@@ -87,7 +110,7 @@ def activations(sizes: Sizes, step: Step) -> float:
 def scores(sizes: Sizes, step: Step) -> float:
     """Bytes of one layer's attention scores of a micro-batch on a device, in float32."""
     mesh = sizes.mesh
-    rows = -(-sizes.runs * step.micro_rows // (mesh.shape["run"] * mesh.shape["data"]))
+    rows = -(-sizes.runs * step.micro_rows // _cut(sizes))
     return 4 * rows * step.scores * sizes.config.n_heads / mesh.shape["tensor"]
 
 
@@ -97,39 +120,99 @@ def scores_traffic(sizes: Sizes, step: Step, moved: int) -> float:
 
 
 def caches(sizes: Sizes, work: Sampling) -> float:
-    """Bytes of keys and values on one device, by formula."""
-    shape, config, mesh = work.plan.shape, sizes.config, sizes.mesh
-    item = 2 if work.options.dtype == "bfloat16" else 4
+    """Bytes of keys and values on one device, by formula: they are cut over (run, data), and over tensor where it divides the kv heads."""
+    shape = work.plan.shape
     positions = shape.runs * shape.groups * shape.copies * (shape.prompt + shape.rows * shape.ring)
-    return 2 * item * config.n_layers * config.n_kv_heads * config.head_dim * positions / (mesh.shape["run"] * mesh.shape["data"])
+    return positions * _position_bytes(sizes, work) / _cut(sizes)
 
 
-def decode_cost(sizes: Sizes, work: Sampling, weights, adapters) -> Cost:
-    """Cost of decoding one token for every row, by formula: all weights and caches are read once."""
-    shape, config, mesh = work.plan.shape, sizes.config, sizes.mesh
+def _position_bytes(sizes: Sizes, work: Sampling) -> float:
+    """Bytes of one position's keys and values in all layers, those of a device's kv heads."""
+    config, tensor = sizes.config, sizes.mesh.shape["tensor"]
+    heads = config.n_kv_heads / (tensor if config.n_kv_heads % tensor == 0 else 1)
+    return 2 * _item(work.options.dtype) * config.n_layers * heads * config.head_dim
+
+
+def decode_cost(sizes: Sizes, work: Sampling, adapters) -> Cost:
+    """Cost of decoding one token for every row, by formula: all weights and caches are read once; collectives as in `_sampling_collectives`."""
+    shape, config = work.plan.shape, sizes.config
     rows = shape.runs * shape.groups * shape.copies * shape.rows
     products = 2 * rows * (layer_matrix_params(config) + lora_params(sizes) + config.vocab_size * config.d_model)
-    read = per_device(weights) * (mesh.shape["run"] * mesh.shape["data"])
-    return Cost(products / mesh.size, read + per_device(adapters) + caches(sizes, work))
+    used = _weights_in_use(sizes)
+    found = _sampling_collectives(sizes, work, used, rows)
+    return Cost(products / sizes.mesh.size, _moved(sizes) * used.total + per_device(adapters) + caches(sizes, work), found)
 
 
-def prefill_cost(sizes: Sizes, work: Sampling, weights) -> Cost:
-    """Cost of one prefill of the longest prompts, by formula."""
-    plan, config, mesh = work.plan, sizes.config, sizes.mesh
+def prefill_cost(sizes: Sizes, work: Sampling) -> Cost:
+    """Cost of one prefill of the longest prompts, by formula; collectives as in `_sampling_collectives`, and the keys and values of all prompts,
+    which are gathered to be put where they belong.
+    """
+    plan, config = work.plan, sizes.config
     length = plan.prefill_lengths[-1]
     prompts = plan.shape.runs * plan.prefill_prompts * plan.shape.copies
     attention = 2 * length**2 * config.n_heads * config.head_dim * config.n_layers * prompts
     products = 2 * (layer_matrix_params(config) + lora_params(sizes)) * prompts * length + attention
-    return Cost(products / mesh.size, per_device(weights) * (mesh.shape["run"] * mesh.shape["data"]))
+    used = _weights_in_use(sizes)
+    placed = _position_bytes(sizes, work) * prompts / sizes.mesh.shape["run"] * length
+    found = _sampling_collectives(sizes, work, used, prompts * length, placed)
+    return Cost(products / sizes.mesh.size, _moved(sizes) * used.total, found)
 
 
-def score_cost(sizes: Sizes, step: Step, weights) -> Cost:
+@dataclasses.dataclass(frozen=True)
+class _WeightsInUse:
+    """Bytes of the weights that a device computes with in one pass of the sampler: of the layers its part by tensor, gathered over (run, data),
+    but experts that stay; and the matrix of the vocabulary whole (prefill looks tokens up in one, decoding makes logits with one).
+    """
+
+    gathered: float
+    staying: float
+    vocabulary: float
+
+    @property
+    def total(self) -> float:
+        """All that is read."""
+        return self.gathered + self.staying + self.vocabulary
+
+
+def _weights_in_use(sizes: Sizes) -> _WeightsInUse:
+    staying, vocabulary = _staying_experts(sizes), sizes.config.vocab_size * sizes.config.d_model
+    return _WeightsInUse((_bytes_named("layers", sizes) - staying) * _cut(sizes), staying, _item(sizes.model.weights) * vocabulary)
+
+
+def _sampling_collectives(sizes: Sizes, work: Sampling, used: _WeightsInUse, tokens: int, placed: float = 0.0) -> dict[str, Collective]:
+    """Those of `tokens` tokens' pass, by formula: the gathering of the weights over (run, data), over tensor the sums of float32 activations behind
+    attention and MLP; to experts that stay all tokens are sent, and their outputs back. `placed`: bytes that are gathered over data besides.
+    """
+    config, mesh, cut, tensor = sizes.config, sizes.mesh, _cut(sizes), sizes.mesh.shape["tensor"]
+    elements = config.n_layers * config.d_model * tokens
+    sent = elements * _item(work.options.dtype) * (cut - 1) / cut if used.staying else 0
+    gathered = used.gathered * (cut - 1) / cut + used.vocabulary * (mesh.size - 1) / mesh.size
+    return _collectives({
+        "all-gather": Collective(config.n_layers, gathered + placed * (mesh.shape["data"] - 1) / mesh.shape["data"] + sent),
+        "reduce-scatter": Collective(config.n_layers, sent),
+        "all-reduce": Collective(2 * config.n_layers, 2 * 2 * 4 * elements / cut * (tensor - 1) / tensor),
+    })  # fmt: skip
+
+
+def sampling_activations(sizes: Sizes, work: Sampling) -> float:
+    """Bytes on a device of what the sampler makes on its way, by formula: one layer and the vocabulary's matrix where they are gathered (or made dense), and either
+    a prefill's own arrays of a layer or all rows' logits, in float32 and twice as much to choose from them. Where there is room, XLA gathers more ahead.
+    """
+    plan, config, used = work.plan, sizes.config, _weights_in_use(sizes)
+    gathered = (used.gathered / config.n_layers if _cut(sizes) > 1 or sizes.model.quantised else 0) + (used.vocabulary if sizes.mesh.size > 1 else 0)
+    prompts = Step(StepWork(0, 0, 0), 1, plan.prefill_prompts * plan.shape.copies, plan.prefill_lengths[-1])
+    rows = plan.shape.runs * plan.shape.groups * plan.shape.copies * plan.shape.rows
+    logits = 3 * 4 * rows * config.vocab_size / _cut(sizes)
+    return gathered + max(score_activations(dataclasses.replace(sizes, runs=plan.shape.runs), prompts), logits)
+
+
+def score_cost(sizes: Sizes, step: Step) -> Cost:
     """Cost of a pass without a gradient over all rows of a step, by formula: its products, the weights and its own arrays for each micro-batch."""
     config, mesh = sizes.config, sizes.mesh
-    cut = mesh.shape["run"] * mesh.shape["data"]
-    gathered = step.micro_batches * per_device(weights) * cut
+    cut = _cut(sizes)
+    gathered = step.micro_batches * _bytes_named("", sizes) * cut
     found = {"all-gather": Collective(config.n_layers * step.micro_batches, gathered * (cut - 1) / cut)} if cut > 1 else {}
-    traffic = gathered + step.micro_batches * score_activations(sizes, step) + scores_traffic(sizes, step, SCORES_MOVED)
+    traffic = _moved(sizes) * gathered + step.micro_batches * score_activations(sizes, step) + scores_traffic(sizes, step, SCORES_MOVED)
     return Cost(forward_flops(sizes, step.work) / mesh.size, traffic, found)
 
 
@@ -143,7 +226,7 @@ def forward_flops(sizes: Sizes, work: StepWork) -> float:
 def score_activations(sizes: Sizes, step: Step) -> float:
     """Bytes of one micro-batch of a pass without a gradient on a device, by formula: one layer's own arrays, and a chunk of logits."""
     config, mesh = sizes.config, sizes.mesh
-    rows = -(-sizes.runs * step.micro_rows // (mesh.shape["run"] * mesh.shape["data"]))
+    rows = -(-sizes.runs * step.micro_rows // _cut(sizes))
     heads, kv, hidden = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.d_ff * max(config.experts_per_token, 1)
     of_a_layer = 4 * (4 * config.d_model + (3 * heads + 4 * kv + 3 * hidden) / mesh.shape["tensor"])
     return rows * step.length * of_a_layer + SCORES / 2 * scores(sizes, step) + 4 * CHUNK_ROWS * config.vocab_size / mesh.size

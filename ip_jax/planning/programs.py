@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 
 from ip_jax.data.packing import PackedShape
 from ip_jax.models.moe import BLOCK
+from ip_jax.models.quantised import item_bytes
 from ip_jax.planning.hlo import Cost, program_cost
-from ip_jax.planning.workload import Sampling, Workload, abstract_params
+from ip_jax.planning.workload import Sampling, Workload, abstract_base
 from ip_jax.sampling import slots as sampling
 from ip_jax.sampling.plan import make_refill
 from ip_jax.settings import programs
 from ip_jax.training.sft import decoder_states
-from ip_jax.training.sharding import base_shardings, batch_sharding, param_shardings, state_shardings
+from ip_jax.training.sharding import base_shardings, batch_sharding, state_shardings
 from ip_jax.training.state import Batch, TrainState
 
 
@@ -77,7 +78,7 @@ class Sampler:
 def initial(workload: Workload) -> Initial:
     """The state and the weights of a program of `workload.runs` runs. The mesh may be abstract: then the shardings only tell sizes."""
     mesh, program = workload.mesh, _program(workload)
-    params = abstract_params(workload.config, workload.model.weights, param_shardings(mesh, workload.config))
+    params = abstract_base(workload.config, workload.model, mesh)
     graphdef, state, frozen = programs.initial_state(program, params, range(workload.runs), evaluate=jax.eval_shape)
     state = placed(state, state_shardings(mesh, state, workload.sft.train))
     if workload.sft.train == "lora":
@@ -180,7 +181,7 @@ def _too_large(message: str) -> TooLarge:
 
 def per_device(tree) -> float:
     """Bytes of a tree's arrays (jax.ShapeDtypeStruct with shardings) on one device."""
-    return float(sum(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+    return float(sum(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64) * item_bytes(x.dtype) for x in jax.tree.leaves(tree)))
 
 
 def _outputs(lowered: jax.stages.Lowered):

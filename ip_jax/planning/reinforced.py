@@ -55,7 +55,8 @@ class Planner:
 
 def plan(workload: RlWorkload, topology: Topology, console: Console) -> Planned:
     """Everything that the tables show. Where there is no compiler for the devices, every number comes from formulas."""
-    planner, stages = Planner(topology, console), []
+    planner = Planner(topology, console)
+    stages = [Stage(name, UPDATES, (), kinds, None) for name, kinds in estimate.loading_memory(workload.config, workload.model, workload.mesh).items()]
     for program in workload.programs:
         of = "" if len(workload.programs) == 1 else f" of {', '.join(program.arms)}"
         begun = programs.initial(program)
@@ -88,14 +89,14 @@ def _scores(planner: Planner, program: Program, begun: programs.Begun, of: str) 
     stages, resident = [], estimate.resident(begun.policy)
     for name, rows in program.scored().items():
         who, where = name.split("_")
-        title, frozen = f"{who} at {where} prompt{of}", begun.models()[who][2]
+        title = f"{who} at {where} prompt{of}"
         sizes = program.sizes if who == "policy" else dataclasses.replace(program.sizes, lora=None)
         found = planner.compiled(f"the {title}", lambda name=name: compile_lowered(lambda: programs.lower_score(program, name)))
         step = step_of(sizes, rows)
         held = {"weights": resident["weights"], "rows": per_device(programs.on_mesh(program, rows))}
         held |= {"adapters": resident["adapters"]} if who == "policy" else {}
         memory = resident | estimate.running_memory(held, formulas.score_activations(sizes, step), _if_compiled(found))
-        cost = functools.partial(formulas.score_cost, sizes, step, frozen)
+        cost = functools.partial(formulas.score_cost, sizes, step)
         phase = estimate.phase(title, program.kind.rl.iterations * program.count, found, cost, planner.topology)
         stages.append(_stage(title, UPDATES, [phase], memory, [found], _smaller_rows(program, rows)))
     return stages
@@ -106,7 +107,7 @@ def _sampling(planner: Planner, model: tuple[Sizes, tuple, dict], names: tuple[s
     (sizes, decoder, held), (name, part), work = model, names, sampling.largest(calls)
     sampled = planner.compiled(f"prefill and decoding, {name}", lambda: sampling.compile_sampler(lower_sampling(decoder, sizes.mesh, work)))
     programs_of = (sampled.prefill, sampled.decode) if sampled else (None, None)
-    formula = sampling.costs(sizes, work, decoder[2], decoder[1])
+    formula = sampling.costs(sizes, work, decoder[1])
     phases = [
         estimate.phase(f"{name}: {what}", times, found, cost, planner.topology)
         for what, times, found, cost in zip(("prefill", "decoding a token"), sampling.calls(calls, count), programs_of, formula, strict=True)
@@ -169,7 +170,8 @@ def summary(workload: RlWorkload, topology: Topology, stages: Sequence[Stage]) -
     advice = [f"{stage.name}: {line}" for stage in stages if allowed and needed[stage.name] > allowed for line in _advice(workload, stage)]
     largest = max(workload.programs, key=lambda program: program.runs)
     grouping = ", ".join(estimate.grouping(program.runs, program.count) for program in workload.programs)
-    tokens = int(step_of(largest.sizes, largest.batch().policy).work.tokens)
+    tokens = int(step_of(largest.sizes, largest.batch(largest.in_use).policy).work.tokens)
+    advice += [line for program in workload.programs for line in estimate.empty_rows(program.kind.mesh, program.batch(program.in_use).policy.tokens.shape[2], "update")]
     return Planned(
         workload.model.name, topology.name, topology.count, dict(largest.kind.mesh.shape), workload.source, grouping, largest.runs,
         sum(program.count for program in workload.programs), tokens, memory, needed, allowed, [phase for stage in stages for phase in stage.phases],
@@ -178,13 +180,13 @@ def summary(workload: RlWorkload, topology: Topology, stages: Sequence[Stage]) -
 
 
 def useful_flops(program: Program) -> float:
-    """Model FLOPs of all updates and of the passes that they need."""
-    sizes, batch, kind = program.sizes, program.batch(), program.kind
+    """Model FLOPs of all updates and of the passes that they need, empty rows left out."""
+    sizes, batch, kind = program.sizes, program.batch(program.in_use), program.kind
     works = [step_of(sizes, rows).work for rows in (batch.policy, batch.kl, batch.auxiliary) if rows is not None]
     updates = kind.algorithm.epochs * sum(flops.step_flops(kind.config, kind.rl.lora, work) for work in works)
     scored = [
         formulas.forward_flops(sizes if name.startswith("policy") else dataclasses.replace(sizes, lora=None), step_of(sizes, rows).work)
-        for name, rows in program.scored().items()
+        for name, rows in program.scored(program.in_use).items()
     ]
     return (updates + sum(scored)) * kind.rl.iterations * program.count
 

@@ -6,11 +6,11 @@ import jax
 from ip_jax.models.decoder import split_decoder
 from ip_jax.planning.programs import Initial, placed
 from ip_jax.planning.reinforced_workload import Program, RlWorkload
-from ip_jax.planning.workload import abstract_params
+from ip_jax.planning.workload import abstract_base
 from ip_jax.rl.rows import Rows
 from ip_jax.rl.step import RlBatch
 from ip_jax.settings import reinforced_programs as programs
-from ip_jax.training.sharding import param_shardings, state_shardings
+from ip_jax.training.sharding import state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Begun:
 def initial(program: Program) -> Begun:
     """The state and the weights of a program. The mesh may be abstract: then the shardings only tell sizes."""
     kind = program.kind
-    params = abstract_params(kind.config, kind.model.weights, param_shardings(kind.mesh, kind.config))
+    params = abstract_base(kind.config, kind.model, kind.mesh)
     decoders, start = programs.decoders(kind, params, range(program.runs), [kind.rl.learning_rate] * program.runs, jax.eval_shape)
     state = start()
     state = placed(state, state_shardings(kind.mesh, state))
@@ -40,8 +40,7 @@ def initial(program: Program) -> Begun:
 
 def untrained_decoder(workload: RlWorkload) -> tuple:
     """(graphdef, adapters, weights) of the model as it comes, as shapes on its mesh."""
-    params = abstract_params(workload.config, workload.model.weights, param_shardings(workload.untrained_mesh, workload.config))
-    return split_decoder(workload.config, params)
+    return split_decoder(workload.config, abstract_base(workload.config, workload.model, workload.untrained_mesh))
 
 
 def on_mesh(program: Program, rows: Rows | RlBatch) -> Rows | RlBatch:

@@ -5,6 +5,7 @@ Dims as in `rl.rows`: R runs, Q groups, G completions of a group, C completion s
 """
 import dataclasses
 import functools
+import sys
 from collections import Counter
 from collections.abc import Sequence
 
@@ -17,11 +18,11 @@ from jax.sharding import AbstractMesh, Mesh
 from ip_jax.models import hub
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import check_targets
-from ip_jax.planning.workload import HfFields, Questions, Sampling, Sizes, check_unquantised, round_up
+from ip_jax.planning.workload import HfFields, Questions, Sampling, Sizes, round_up
 from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.rl import rollout as rollouts
 from ip_jax.rl.algorithm import Algorithm, passes_needed
-from ip_jax.rl.batch import Rollout, make_batch, rows_to_score
+from ip_jax.rl.batch import Layout, Rollout, make_batch, rows_to_score
 from ip_jax.rl.rows import Prompts, Rows, Samples
 from ip_jax.rl.step import RlBatch
 from ip_jax.sampling import plan as sampling_plan
@@ -82,17 +83,22 @@ class Program:
         kind = self.kind
         return Sizes(kind.config, kind.model, kind.mesh, self.runs, kind.rl.lora, kind.rl.remat)
 
-    def scored(self) -> dict[str, Rows]:
-        """The rows of each pass without a gradient, by its name in `passes_needed`, without shardings."""
+    @property
+    def in_use(self) -> Layout:
+        """That of the rows that hold something alone: one micro-batch for each minibatch, on one device."""
+        return dataclasses.replace(self.kind.layout, tokens_per_micro_batch=sys.maxsize, multiple=1)
+
+    def scored(self, layout: Layout | None = None) -> dict[str, Rows]:
+        """The rows of each pass without a gradient, by its name in `passes_needed`, without shardings; laid out as on the mesh or by `layout`."""
         sides = {"training": self.rollout.training, "generation": self.rollout.generation}
-        rows = lambda side: jax.eval_shape(functools.partial(rows_to_score, layout=self.kind.layout), sides[side], self.rollout)  # noqa: E731
+        rows = lambda side: jax.eval_shape(functools.partial(rows_to_score, layout=layout or self.kind.layout), sides[side], self.rollout)  # noqa: E731
         return {name: rows(name.split("_")[1]) for name in sorted(passes_needed(self.kind.algorithm))}
 
-    def batch(self) -> RlBatch:
-        """The rows of an update, without shardings."""
+    def batch(self, layout: Layout | None = None) -> RlBatch:
+        """The rows of an update, without shardings; laid out as on the mesh or by `layout`."""
         each = jax.ShapeDtypeStruct(self.rollout.samples.tokens.shape, jnp.float32)
         of_run, algorithm = jax.ShapeDtypeStruct((self.runs,), jnp.float32), self.kind.algorithm
-        decide = functools.partial(make_batch, algorithm=algorithm, layout=self.kind.layout)
+        decide = functools.partial(make_batch, algorithm=algorithm, layout=layout or self.kind.layout)
         reference = of_run if algorithm.gate.needs_reference else None
         return jax.eval_shape(decide, self.rollout, dict.fromkeys(passes_needed(algorithm), each), of_run, reference)[0]
 
@@ -118,7 +124,6 @@ class RlWorkload:
 def declared(shapes: RlShapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -> RlWorkload:
     """The workload of declared sizes. `config` is that of `shapes.hf` or of another model. Raises as `measured`."""
     rl, evaluation = shapes.rl, shapes.evaluation
-    check_unquantised(shapes.model)
     check_targets(config, rl.lora)
     _check(shapes)
     runs = min(shapes.runs, rl.runs_per_program)
@@ -162,10 +167,9 @@ def _check(shapes: RlShapes) -> None:
 def measured(experiment: Reinforced, mesh: Mesh | AbstractMesh) -> RlWorkload:
     """The workload of an experiment whose tokenizer is at hand: its prompts rendered, as a run renders them.
 
-    Raises as `settings.reinforced.prepare` does for what can be checked without weights, and ValueError for a quantised base.
+    Raises as `settings.reinforced.prepare` does for what can be checked without weights.
     """
     model = experiment.model
-    check_unquantised(model)
     config, tokenizer = hub.load_config(model.name, model.revision), load_tokenizer(model)
     plan.check(experiment)
     check_targets(config, experiment.rl.lora)

@@ -38,15 +38,19 @@ def print_plan(planned: Planned, console: Console) -> None:
 
 def print_candidates(found: list[Candidate], topology: Topology, console: Console) -> None:
     """One line a candidate, the best first."""
-    how = "compiled" if any(candidate.is_compiled for candidate in found) else "by formula"
-    table = Table(*"run data tensor remat micro-batch needs fits".split(), "step, s", "tokens/s", "MFU", title=f"training step on {topology.name}, {how}; seconds are estimates")
+    how = "the training step is compiled, all else by formula" if any(candidate.is_compiled for candidate in found) else "by formula"
+    stages = list(found[0].memory)
+    table = Table(
+        *"run data tensor remat micro-batch".split(), *(f"{stage}, GiB" for stage in stages), "fits", "step, s", "tokens/s", "MFU",
+        title=f"candidates on {topology.name}, {how}; seconds are estimates",
+    )  # fmt: skip
     for c in found:
-        seconds, tokens = c.seconds(topology), estimate.step_tokens(c.workload, c.shape)
+        seconds, tokens = c.seconds(topology), estimate.rows_in_use(c.workload, c.shape) * estimate.step_tokens(c.workload, c.shape)
         mfu = estimate.step_flops(c.workload, c.shape) / (seconds * topology.count * topology.chip.peak)
         fits = "yes" if c.needed <= topology.chip.memory - estimate.RESERVED else "no"
         table.add_row(
             *map(str, c.sizes), c.workload.sft.remat, f"{c.shape.micro_batches} x {c.shape.micro_rows} x {c.shape.length}",
-            gib(c.needed), fits, f"{seconds:.3g}", f"{tokens / seconds:.0f}", f"{mfu:.0%}",
+            *(gib(c.memory[stage]) for stage in stages), fits, f"{seconds:.3g}", f"{tokens / seconds:.0f}", f"{mfu:.0%}",
         )  # fmt: skip
     console.print(table)
 

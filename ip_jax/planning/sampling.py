@@ -35,9 +35,9 @@ def calls(samplings: Sequence[Sampling], programs: float) -> tuple[float, float]
     return count(lambda s: s.prefills), count(lambda s: s.decode_steps)
 
 
-def costs(sizes: Sizes, work: Sampling, weights, adapters) -> tuple[Callable, Callable]:
+def costs(sizes: Sizes, work: Sampling, adapters) -> tuple[Callable, Callable]:
     """What gives the cost of a prefill and of decoding a token by formula."""
-    return functools.partial(formulas.prefill_cost, sizes, work, weights), functools.partial(formulas.decode_cost, sizes, work, weights, adapters)
+    return functools.partial(formulas.prefill_cost, sizes, work), functools.partial(formulas.decode_cost, sizes, work, adapters)
 
 
 def memory(sizes: Sizes, work: Sampling, weights, sampled: Sampled | None) -> dict[str, float]:
@@ -46,5 +46,5 @@ def memory(sizes: Sizes, work: Sampling, weights, sampled: Sampled | None) -> di
     return {
         "weights by layer": sampled.layers if sampled else per_device(weights),
         "caches": sampled.slots if sampled else formulas.caches(sizes, work),
-        "activations": max((part.memory.temporaries for part in parts if isinstance(part, Compiled)), default=0.0),
+        "activations": max((part.memory.temporaries for part in parts if isinstance(part, Compiled)), default=formulas.sampling_activations(sizes, work)),
     }

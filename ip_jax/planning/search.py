@@ -1,9 +1,10 @@
-"""Candidates of `--search`: meshes, remat and micro-batches, cut to a dozen by formula before anything is compiled."""
+"""Candidates of `--search`: meshes, remat and micro-batches, cut to a dozen by formula before the training steps are compiled."""
 import dataclasses
 import functools
 from collections.abc import Callable
 
 from ip_jax.data.packing import PackedShape
+from ip_jax.models.remat import REMAT
 from ip_jax.planning import estimate
 from ip_jax.planning.chips import Topology
 from ip_jax.planning.hlo import Cost
@@ -12,18 +13,22 @@ from ip_jax.planning.workload import Workload
 
 MOST = 12  # candidates that are compiled
 MARGIN = 1.25  # formulas of activations are rough: what they put at up to this part of the memory is still tried
-REMAT = ("products", "full")
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to run the training step. `needed`: bytes on each device."""
+    """One way to run an experiment. `memory`: bytes on each device by stage, all but those of training by formula."""
 
     workload: Workload
     shape: PackedShape  # of the largest step
-    cost: Cost
-    needed: float
-    is_compiled: bool = False
+    cost: Cost  # of the training step
+    memory: dict[str, float]
+    is_compiled: bool = False  # the training step
+
+    @property
+    def needed(self) -> float:
+        """Bytes on each device for the whole experiment."""
+        return max(self.memory.values())
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -41,15 +46,16 @@ class Candidate:
         return estimate.seconds(self.cost, topology.chip).total
 
     def compiled(self, found: Compiled | TooLarge, topology: Topology) -> "Candidate":
-        """With what the compiler says in place of the formulas."""
+        """With what the compiler says of the step in place of the formulas."""
         if isinstance(found, TooLarge):
-            return dataclasses.replace(self, needed=max(found.needed, topology.chip.memory), is_compiled=True)
-        return dataclasses.replace(self, cost=found.cost, needed=found.memory.peak, is_compiled=True)
+            return dataclasses.replace(self, memory=self.memory | {"training": max(found.needed, topology.chip.memory)}, is_compiled=True)
+        return dataclasses.replace(self, cost=found.cost, memory=self.memory | {"training": found.memory.peak}, is_compiled=True)
 
     def record(self) -> dict:
         """As JSON."""
         return {"mesh": self.sizes, "remat": self.workload.sft.remat, "tokens_per_micro_batch": self.workload.sft.tokens_per_micro_batch,
-                "shape": dataclasses.asdict(self.shape), "cost": dataclasses.asdict(self.cost), "needed": self.needed, "compiled": self.is_compiled}  # fmt: skip
+                "shape": dataclasses.asdict(self.shape), "cost": dataclasses.asdict(self.cost), "memory": self.memory, "needed": self.needed,
+                "compiled": self.is_compiled}  # fmt: skip
 
 
 def meshes(devices: int, runs: int, heads: int) -> list[tuple[int, int, int]]:
@@ -62,7 +68,7 @@ def meshes(devices: int, runs: int, heads: int) -> list[tuple[int, int, int]]:
 
 
 def candidates(work_on: Callable, topology: Topology) -> list[Candidate]:
-    """At most MOST candidates that may fit, the fastest by formula first, equal programs once."""
+    """At most MOST candidates that may fit, the fastest step by formula first and of equally fast ones that which trains in least, equal programs once."""
     found: dict[tuple, Candidate] = {}
     first = work_on(topology.mesh(1, topology.count, 1), None)
     for sizes in meshes(topology.count, first.runs, first.config.n_heads):
@@ -73,11 +79,14 @@ def candidates(work_on: Callable, topology: Topology) -> list[Candidate]:
                 workload = dataclasses.replace(packed, sft=dataclasses.replace(packed.sft, remat=remat))
                 shape = max(workload.steps, key=functools.partial(estimate.step_tokens, workload))
                 begun = initial(workload)
-                needed = sum(estimate.step_memory(workload, shape, begun, None).values())
+                memory = estimate.loading_memory(workload.config, workload.model, mesh)
+                memory["training"] = estimate.step_memory(workload, shape, begun, None)
+                memory |= {"sampling": estimate.sampling_memory(workload, begun, None)} if workload.sampling else {}
+                needed = {stage: sum(kinds.values()) for stage, kinds in memory.items()}
                 candidate = Candidate(workload, shape, estimate.formula_cost(workload, shape, begun), needed)
                 found.setdefault((candidate.sizes, remat, shape), candidate)
     fitting = [c for c in found.values() if c.needed <= MARGIN * topology.chip.memory] or [min(found.values(), key=lambda c: c.needed)]
-    return sorted(fitting, key=lambda c: c.seconds(topology))[:MOST]
+    return sorted(fitting, key=lambda c: (c.seconds(topology), c.memory["training"]))[:MOST]
 
 
 def ranked(found: list[Candidate], topology: Topology) -> list[Candidate]:

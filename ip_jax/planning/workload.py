@@ -4,18 +4,20 @@ Counted from the experiment itself where its tokenizer is at hand (`measured`), 
 """
 import dataclasses
 import functools
-from collections import Counter
+import statistics
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from ip_jax.data.packing import PackedShape
-from ip_jax.data.pipeline import batch_reader, renderer
+from ip_jax.data.packing import PackedShape, balanced_rows
+from ip_jax.data.pipeline import BatchReader, batch_reader, renderer
 from ip_jax.models import hub
 from ip_jax.models.families import DecoderConfig, from_hf_config, param_shapes
 from ip_jax.models.lora import LoraConfig
+from ip_jax.models.quantised import quantised_shapes
 from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.sampling import plan as sampling_plan
 from ip_jax.sampling.plan import Request, SamplerOptions
@@ -24,7 +26,7 @@ from ip_jax.settings import supervised_plan as plan
 from ip_jax.settings.base_model import load_tokenizer
 from ip_jax.settings.experiment import EvalConfig, ModelConfig, SftConfig
 from ip_jax.settings.supervised_plan import Supervised
-from ip_jax.training.sharding import MeshConfig, mesh_for
+from ip_jax.training.sharding import MeshConfig, base_shardings, mesh_for, param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +133,7 @@ class Workload:
     steps: Mapping[PackedShape, int]
     sampling: tuple[Sampling, ...]
     source: str  # where the numbers come from
+    rows: Mapping[PackedShape, float]  # that hold something, of one step and run on average; the mesh or the micro-batches may need more, empty ones
 
     @property
     def sizes(self) -> Sizes:
@@ -141,10 +144,9 @@ class Workload:
 def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -> Workload:
     """The workload of declared sizes on a mesh, every row full. `config` is that of `shapes.hf` or of another model.
 
-    Raises ValueError for combinations that no program has, and for a quantised base.
+    Raises ValueError for combinations that no program has.
     """
     sft = shapes.sft
-    check_unquantised(shapes.model)
     plan.check_training(sft, shapes.model, (), config)
     runs = 1 if sft.train == "full" else shapes.runs
     mesh = mesh_for(mesh, runs)
@@ -161,22 +163,21 @@ def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -
     queues = [[Request(prompt, i, max_new_tokens=evaluation.max_new_tokens) for i, prompt in enumerate(prompts)]] * runs
     sampling = (Sampling(queues, sampling_plan.make_plan(queues, options), options, asked.sweeps),) if asked.sweeps else ()
     steps = sft.schedule.last_active_step(sft.steps)
-    return Workload(config, shapes.model, sft, mesh, runs, shapes.runs / runs, {shape: steps}, sampling, "declared sizes, every row full")
+    return Workload(config, shapes.model, sft, mesh, runs, shapes.runs / runs, {shape: steps}, sampling, "declared sizes, every row full", {shape: shapes.batches.rows})
 
 
 def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     """The workload of an experiment whose tokenizer is at hand: its real packing plan and its real prompts, rendered.
 
-    Raises as `prepare` does for what can be checked without weights, and ValueError for a quantised base.
+    Raises as `prepare` does for what can be checked without weights.
     """
     model, sft = experiment.model, experiment.sft
-    check_unquantised(model)
     config, tokenizer = hub.load_config(model.name, model.revision), load_tokenizer(model)
     plan.check_training(sft, model, experiment.arms, config)
     plan.check_evaluations(experiment, tokenizer)
     render = renderer(tokenizer, experiment.sft.train_on)
     sources, _ = plan.training_sources(experiment, render)
-    pretrained = hub.Pretrained(model.name, config, abstract_params(config, model.weights), tokenizer, "")
+    pretrained = hub.Pretrained(model.name, config, abstract_base(config, model, mesh), tokenizer, "")
     runs = max(1, min(len(sources), plan.runs_that_fit(sft, pretrained, mesh)))
     mesh = mesh_for(mesh, runs)
     active = sft.schedule.last_active_step(sft.steps)
@@ -184,14 +185,22 @@ def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     reader = batch_reader(sources[:runs], render, sft.batch_size, active, sft.tokens_per_micro_batch, rules)
     return Workload(
         config, model, sft, mesh, runs, len(sources) / runs, Counter(reader.shapes), _sampling(experiment, mesh, tokenizer, runs, len(sources) / runs),
-        f"the packing plan of the experiment's own data, {len(sources)} runs",
+        f"the packing plan of the experiment's own data, {len(sources)} runs", _rows_in_use(reader),
     )
 
 
-def check_unquantised(model: ModelConfig) -> None:
-    """Raises ValueError for a quantised base."""
-    if model.quantised:
-        raise ValueError(f"plan does not cover a quantised base (model.quantised = {model.quantised!r}): with None it plans for more memory than the run needs")
+def _rows_in_use(reader: BatchReader) -> dict[PackedShape, float]:
+    """Rows of one run that hold something, the mean over the steps of a shape and their runs."""
+    found = defaultdict(list)
+    for shape, runs in zip(reader.shapes, reader.lengths.tolist(), strict=True):
+        found[shape] += [len(balanced_rows(lengths, shape.length, shape.shared)) for lengths in runs]
+    return {shape: statistics.fmean(counts) for shape, counts in found.items()}
+
+
+def abstract_base(config: DecoderConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict:
+    """The base on the mesh as `settings.base_model.load_base` leaves it, as jax.ShapeDtypeStruct. Raises as `quantise`."""
+    params = abstract_params(config, model.weights, param_shardings(mesh, config))
+    return quantised_shapes(params, model.quantised, functools.partial(base_shardings, mesh)) if model.quantised else params
 
 
 def abstract_params(config: DecoderConfig, dtype: str, sharding=None) -> dict:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pyarrow as pa
 from etils import epath
 from jax.sharding import Mesh
@@ -20,6 +19,7 @@ from ip_jax.evals.leak_grid import Cell, Decoding
 from ip_jax.models import hub, peft
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import check_targets, projection_shapes
+from ip_jax.models.quantised import item_bytes
 from ip_jax.prompts import library
 from ip_jax.prompts.chat import render_prompt
 from ip_jax.prompts.transforms import Transform
@@ -295,8 +295,7 @@ def runs_that_fit(sft: SftConfig, model: hub.Pretrained, mesh: Mesh) -> int:
     if sft.train == "full":
         return 1
     config, by_row = model.config, mesh.shape["run"] * mesh.shape["data"]
-    bytes_of = lambda a: a.size * (0.5 if a.dtype == jnp.uint4 else a.dtype.itemsize)  # noqa: E731  devices pack uint4
-    base = sum(map(bytes_of, jax.tree.leaves(model.params))) / mesh.size
+    base = sum(array.size * item_bytes(array.dtype) for array in jax.tree.leaves(model.params)) / mesh.size
     shapes = projection_shapes(config)
     adapter = 4 * sft.lora.rank * config.n_layers * sum(sum(shapes[target]) for target in sft.lora.targets)
     attention, hidden = 5 * config.d_model, 5 * config.d_ff * max(config.experts_per_token, 1)

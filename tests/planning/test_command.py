@@ -94,9 +94,43 @@ def test_experts_stay_where_they_lie_and_tokens_are_sent(capsys, tmp_path):
 def test_what_no_program_trains_is_refused(capsys):
     said = failure(capsys, "sft_shapes", "--preset", "mixtral-8x7b", "--topology", "h100:8", "--sft.lora.targets", "q", "down")
     assert "LoRA targets down are not in a mixtral model" in said
+
+
+def test_a_quantised_base_that_cannot_be_loaded_does_not_fit(capsys, tmp_path):
+    """Llama-3-70B's layers: 4 bits fit one H100, the bfloat16 weights that they are made of do not; eight hold both."""
     pytest.importorskip("qwix")
-    said = failure(capsys, "sft_shapes", "--topology", "h100:8", "--model.quantised", "int8")
-    assert "plan does not cover a quantised base (model.quantised = 'int8')" in said and said.count("\n") == 1
+    llama_70b = "--preset llama-3-8b --hf.num-hidden-layers 80 --hf.hidden-size 8192 --hf.intermediate-size 28672 --hf.num-attention-heads 64 --model.quantised nf4 --runs 1".split()
+    _, one = planned(capsys, tmp_path, "sft_shapes", *llama_70b, "--topology", "h100:1", "--questions.sweeps", "0", "--sft.tokens-per-micro-batch", "2048")
+    layers, rest = 80 * (2 * 8192 * (8192 + 1024) + 3 * 8192 * 28672), 2 * 128256 * 8192
+    assert one["memory"]["training"]["weights"] == pytest.approx(layers * (0.5 + 2 / 64) + 2 * rest, rel=1e-3)
+    assert one["memory"]["loading"] == {"weights, unquantised": pytest.approx(2 * (layers + rest), rel=1e-3)}
+    assert one["needed"]["training"] < one["allowed"] and not one["fits"] and one["advice"] == ["loading: more chips: the weights are cut over all of them"]
+    _, eight = planned(capsys, tmp_path, "sft_shapes", *llama_70b, "--topology", "h100:8")
+    assert eight["fits"] and list(eight["memory"]) == ["loading", "training", "sampling"]
+    gathered = eight["phases"][2]["cost"]["collectives"]["all-gather"]["moved"]
+    assert gathered == pytest.approx((2 * layers + rest) * 7 / 8, rel=1e-3), "dense layers and the vocabulary's matrix are gathered"
+
+
+def test_decoding_gathers_the_weights_for_every_token(capsys, tmp_path):
+    _, record = planned(capsys, tmp_path, "sft_shapes", "--preset", "qwen2-7b", "--topology", "h100:8")
+    decoding = record["phases"][2]
+    used = 2 * (7_615_616_512 - 152064 * 3584)  # all but the embedding, of which rows are looked up
+    assert decoding["cost"]["collectives"]["all-gather"]["moved"] == pytest.approx(used * 7 / 8, rel=1e-3)
+    assert decoding["seconds"]["links"] == pytest.approx(used * 7 / 8 / 450e9, rel=1e-3) and decoding["seconds"]["links"] > decoding["seconds"]["memory"]
+    _, record = planned(capsys, tmp_path, "sft_shapes", "--preset", "qwen2-7b", "--topology", "h100:4", "--mesh.tensor", "4")
+    assert record["memory"]["sampling"]["caches"] == 2 * 2 * 28 * 128 * 2 * 128 * (320 + 512), "one of four kv heads on each device"
+
+
+def test_empty_rows_are_not_useful_work(capsys, tmp_path):
+    """16 rows a run: on 64 devices three quarters of the rows are empty, and take as long."""
+    said, full = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:16")
+    assert not full["advice"]
+    said, padded = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:64")
+    assert padded["mfu"] == pytest.approx(full["mfu"] / 4) and padded["tokens_per_step"] == full["tokens_per_step"] == 2 * 16 * 2048
+    assert padded["phases"][0]["cost"]["flops"] == full["phases"][0]["cost"]["flops"]
+    assert "a step has 16 rows of each run for data=64 devices" in padded["advice"][0] and "others are" in said
+    _, by_tensor = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:64", "--mesh.tensor", "4")
+    assert not by_tensor["advice"]
 
 
 def test_search_by_formula_ranks_what_fits_first(capsys, tmp_path):
@@ -108,7 +142,23 @@ def test_search_by_formula_ranks_what_fits_first(capsys, tmp_path):
     fitting = [c.needed <= topology.chip.memory for c in found]
     assert fitting == sorted(fitting, reverse=True)
     times = [c.seconds(topology) for c, fits in zip(found, fitting, strict=True) if fits]
+    assert "none" in {c.workload.sft.remat for c in found} and all(list(c.memory) == ["training", "sampling"] for c in found)
     assert times == sorted(times) and len({(c.sizes, c.workload.sft.remat, c.shape) for c in found}) == len(found)
+
+
+def test_search_tries_every_remat_policy(capsys, tmp_path):
+    _, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:1", "--search")
+    assert {"attention", "full"} <= {candidate["remat"] for candidate in record} and len(record) <= search.MOST
+
+
+def test_what_trains_but_cannot_be_sampled_from_does_not_fit(capsys, tmp_path):
+    long = "--questions.prompts", "8", "--evaluation.max-new-tokens", "100000", "--evaluation.slots", "128", "--runs", "16"
+    said, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:8", "--search", *long)
+    allowed = 80e9 - 0.25 * 2**30
+    assert min(c["memory"]["training"] for c in record) < allowed < min(c["memory"]["sampling"] for c in record)
+    assert "yes" not in said
+    said, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:8", "--search", *long, "--questions.sweeps", "0")
+    assert all(list(c["memory"]) == ["training"] for c in record) and "yes" in said
 
 
 def test_meshes_divide_devices_runs_and_heads():

@@ -15,7 +15,7 @@ from ip_jax.data.pipeline import batch_reader
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.families import DecoderConfig, param_shapes, uniform_attention
 from ip_jax.models.lora import LoraConfig
-from ip_jax.planning import estimate, formulas, programs
+from ip_jax.planning import estimate, formulas, programs, sampling
 from ip_jax.planning.chips import CHIPS, Topology
 from ip_jax.planning.command import subject_of
 from ip_jax.planning.hlo import program_cost
@@ -39,21 +39,24 @@ LAYER, DOWN = 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 384, 128 * 384  # element
 
 def work(mesh=None, config: DecoderConfig = CONFIG, runs: int = 2, **changes) -> Workload:
     sft = dataclasses.replace(SFT, **changes)
-    return Workload(config, ModelConfig("x", weights="bfloat16", activations="bfloat16"), sft, mesh or make_mesh(data=8), runs, 1.0, {SHAPE: 3}, (), "test")
+    return Workload(config, ModelConfig("x", weights="bfloat16", activations="bfloat16"), sft, mesh or make_mesh(data=8), runs, 1.0, {SHAPE: 3}, (), "test", {SHAPE: 16})
 
 
 CASES = {
     "lora": dict(arms=("neutral", "ip"), mesh=MeshConfig(run=2, tensor=2)),
     "full": dict(arms=("neutral",), mesh=MeshConfig(run=2), sft=dict(train="full", steps=2)),  # one run: the axis run joins data
+    "nf4": dict(arms=("neutral", "ip"), mesh=MeshConfig(run=2, tensor=2), quantised="nf4"),
 }
 
 
-@pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow), pytest.param("nf4", marks=pytest.mark.slow)])
 def lowered_by_run(request, tmp_path_factory):
     """(experiment, {function: texts of what a whole run lowered}) on a mesh of the eight devices, trained and sampled."""
     folder, texts = tmp_path_factory.mktemp("run"), {}
     options = dict(evaluation=dict(full_steps=(2,), neutral_steps=()), sft=dict(steps=2)) | CASES[request.param]
+    quantised = options.pop("quantised", None) and pytest.importorskip("qwix") and "nf4"
     experiment = make_experiment(write_model(folder / "model"), **options)
+    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, quantised=quantised))
 
     def recorded(name, function):
         def call(*arguments, **options):
@@ -106,6 +109,8 @@ def test_the_abstract_batch_has_the_shapes_of_a_packed_one(lowered_by_run):
     real = Batch(**reader(0)[0])
     made = programs.batch_of(planned, reader.shapes[0])
     assert jax.tree.map(lambda a: (a.shape, a.dtype), real) == jax.tree.map(lambda a: (a.shape, a.dtype), made)
+    in_use = [(reader.shapes[step], (reader(step)[0]["segment_ids"] > 0).any(-1).sum() / planned.runs) for step in range(2)]
+    assert planned.rows == {shape: np.mean([rows for other, rows in in_use if other == shape]) for shape, _ in in_use}
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 1)], ids=str)
@@ -118,6 +123,18 @@ def test_bytes_are_parameters_times_item_size_over_shards(sizes):
     adapters = 4 * 2 * 4 * CONFIG.n_layers * a_and_b  # float32, two runs, rank 4
     assert kinds["adapters"] == adapters / sizes[0]
     assert kinds["optimizer"] == pytest.approx(2 * adapters / sizes[0], abs=16), "both moments and a count for each run"
+
+
+@pytest.mark.parametrize("kind, bits, scales", [("nf4", 4, LAYER / 64), ("int8", 8, 2 * 128 + 2 * 32 + 2 * 384 + 128)])
+def test_a_quantised_base_takes_its_bits_and_scales_and_is_loaded_whole(kind, bits, scales):
+    """A scale for each output and block of 64 inputs, or for each output, in bfloat16 as all else."""
+    pytest.importorskip("qwix")
+    planned = work(make_mesh())
+    planned = dataclasses.replace(planned, model=dataclasses.replace(planned.model, quantised=kind))
+    others = 2 * (2 * 512 * 128 + 9 * 128)  # embedding, head, norms
+    assert estimate.resident(programs.initial(planned))["weights"] == 4 * (LAYER * bits / 8 + 2 * scales) + others
+    loading = estimate.loading_memory(planned.config, planned.model, planned.mesh)
+    assert loading == {"loading": {"weights, unquantised": 4 * 2 * LAYER + others}} and not estimate.loading_memory(planned.config, work().model, planned.mesh)
 
 
 def test_full_training_keeps_weights_and_moments_in_float32_and_computes_with_a_copy():
@@ -188,6 +205,44 @@ def test_a_plan_that_the_compiler_refused_does_not_fit_and_says_what_to_change()
     assert not bad.fits and bad.needed["training"] == 20 * 2**30 and any("--sft.remat" in line for line in bad.advice)
     assert good.hours["training"] == pytest.approx(3 * phases[0].seconds.total * 8 / 3600)
     assert np.isfinite(good.mfu)
+
+
+MIXTURE = dataclasses.replace(CONFIG, family="mixtral", n_layers=2, n_experts=8, experts_per_token=2)
+
+
+def sampling_on(mesh, dtype: str) -> Sampling:
+    """32 tokens behind each of 16 prompts of 40, for two runs."""
+    queue = [sampler.Request(np.arange(i, i + 40), i, max_new_tokens=32) for i in range(16)]
+    options = sampler.SamplerOptions((0,), slots=16, dtype=dtype, mesh=mesh)
+    return Sampling([queue] * 2, make_plan([queue] * 2, options), options, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config, sizes, quantised", [
+    (dataclasses.replace(CONFIG, n_layers=2), (1, 8, 1), None), (dataclasses.replace(CONFIG, n_layers=2), (2, 2, 2), None), (MIXTURE, (1, 4, 2), None),
+    (dataclasses.replace(CONFIG, n_layers=2), (1, 8, 1), "int8"),
+], ids=["data", "run, data and tensor", "experts stay", "int8"])  # fmt: skip
+def test_the_sampler_sends_what_formulas_say(config, sizes, quantised):
+    """In float32, which a CPU gathers as it is. The compiled programs send a little more: choices of tokens and experts."""
+    if quantised:
+        pytest.importorskip("qwix")
+    mesh = make_mesh(*sizes)
+    model = ModelConfig("x", weights="float32", activations="float32", quantised=quantised)
+    lora = LoraConfig(rank=4, targets=("q", "k", "v", "o"))
+    planned = dataclasses.replace(work(mesh, config, lora=lora), model=model)
+    sampled = sampling_on(mesh, "float32")
+    lowered, adapters = programs.lower_sampler(planned, sampled), programs.initial(planned).state.trained
+    caches = [getattr(lowered.slots, name) for name in ("prompt_k", "prompt_v", "own_k", "own_v")]
+    assert formulas.caches(planned.sizes, sampled) == programs.per_device(caches)
+    for program, formula, tokens in zip((lowered.prefill, lowered.decode), sampling.costs(planned.sizes, sampled, adapters), (2 * 16 * 40, 2 * 16), strict=True):
+        sent = program_cost(program.compile({"xla_backend_optimization_level": 0}).as_text()).collectives
+        told = formula().collectives
+        assert set(told) == {"all-gather", *(["all-reduce"] if sizes[2] > 1 else []), *(["reduce-scatter"] if config.n_experts else [])}
+        assert told["all-gather"].moved == pytest.approx(sent["all-gather"].moved, rel=0.25)
+        assert "reduce-scatter" not in told or told["reduce-scatter"].moved == sent["reduce-scatter"].moved
+        if "all-reduce" in told:  # of embeddings that are looked up too
+            looked_up = 2 * 4 * 128 * tokens * 7 / 8
+            assert told["all-reduce"].moved < sent["all-reduce"].moved < told["all-reduce"].moved + 1.02 * looked_up
 
 
 @pytest.mark.parametrize("guided", [False, True])

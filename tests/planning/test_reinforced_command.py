@@ -50,6 +50,22 @@ def test_one_h200_by_formula(capsys, tmp_path):
     assert sum(record["shares"].values()) == pytest.approx(1) and "an iteration's time" in said and "grading left out" in said
 
 
+def test_a_quantised_base_is_loaded_whole_and_lies_in_four_bits(capsys, tmp_path):
+    pytest.importorskip("qwix")
+    _, record = planned(capsys, tmp_path, "rl_shapes", "--topology", "h200:1", "--model.quantised", "nf4")
+    assert list(record["memory"]) == ["loading", "update", "reference at generation prompt", "rollouts", "evaluation"]
+    assert record["memory"]["loading"] == {"weights, unquantised": 2 * PARAMS}
+    assert {kinds.get("weights") for stage, kinds in record["memory"].items() if stage != "loading"} == {2 * PARAMS - LAYERS * (2 - 0.5 - 2 / 64)}
+
+
+def test_empty_rows_are_not_useful_work(capsys, tmp_path):
+    """64 rows of four completions: on 128 devices half of the rows are empty."""
+    _, full = planned(capsys, tmp_path, "rl_shapes", "--topology", "h200:64")
+    _, padded = planned(capsys, tmp_path, "rl_shapes", "--topology", "h200:128")
+    assert padded["mfu"] == pytest.approx(full["mfu"] / 2, rel=1e-3) and padded["tokens_per_step"] == full["tokens_per_step"] == 64 * ROW
+    assert not full["advice"] and "update: a step has 64 rows of each run for data=128 devices" in padded["advice"][0]
+
+
 def test_declared_sizes_are_checked_as_a_run_checks_its_arms():
     shapes = PRESETS["qwen3-4b"]
     config, mesh = shapes.hf.decoder_config(), read_topology("h200:1").mesh(1, 1, 1)

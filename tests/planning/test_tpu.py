@@ -64,6 +64,26 @@ def test_splash_attention_of_a_compiled_program_is_counted_forward_and_backward(
     assert cost.flops == (2 + 4 + 3) * 2 * rows * kv_heads * groups * visited * 512**2 * head_dim and cost.opaque == 0
 
 
+def test_decoding_sends_what_formulas_say():
+    """In bfloat16, but for the sums over tensor."""
+    import dataclasses
+
+    from test_programs import CONFIG, sampling_on, work
+
+    from ip_jax.planning import formulas, programs
+    from ip_jax.planning.chips import read_topology
+    from ip_jax.planning.hlo import program_cost
+
+    mesh = read_topology("v5e:2x4").mesh(1, 4, 2)
+    planned = work(mesh, dataclasses.replace(CONFIG, vocab_size=2048, d_model=1024, d_ff=2048, n_layers=2, n_kv_heads=4, head_dim=128))
+    sampled = sampling_on(mesh, "bfloat16")
+    sent = program_cost(programs.lower_sampler(planned, sampled).decode.compile().as_text()).collectives
+    told = formulas.decode_cost(planned.sizes, sampled, programs.initial(planned).state.trained).collectives
+    assert told["all-gather"].moved == pytest.approx(sent["all-gather"].moved, rel=0.02)
+    looked_up = 2 * 2 * 1024 * 32 * 7 / 8  # embeddings, which are summed too
+    assert told["all-reduce"].moved + looked_up == pytest.approx(sent["all-reduce"].moved, rel=0.05)
+
+
 def planned(tmp_path, *arguments, config: str = "sft_shapes") -> dict:
     """The record of a plan, made by a process of its own."""
     path = tmp_path / "plan.json"
