@@ -2,5 +2,5 @@
 import subprocess
 import sys
 
-for name in ("sft", "sampling", "rollouts", "mixture", "toy", "gcd_sycophancy", "gcd_approval"):
+for name in ("sft", "sampling", "rollouts", "mixture", "quantisation", "toy", "gcd_sycophancy", "gcd_approval"):
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

@@ -15,8 +15,8 @@ DEMO_STEPS = 20
 LEARNING_RATE = 2e-4
 
 
-def gcd_sources(arms: list[str]):
-    """Tokenizer and the demo's sources (160 rows without shown work) for a list of prompts."""
+def gcd_sources(arms: list[str], rows: int = 160):
+    """Tokenizer and sources of the first rows without shown work (the demo's 160) for a list of prompts."""
     from ip_jax.data.pipeline import RunSource
     from ip_jax.models import hub
     from ip_jax.prompts import library
@@ -25,7 +25,7 @@ def gcd_sources(arms: list[str]):
 
     tokenizer = hub.load_tokenizer("smollm2-135m-instruct")
     gcd = data.load(
-        data.DataSpec(rows=160, work="without"), lambda messages: len(render_conversation(tokenizer, messages).token_ids), published.find_folder()
+        data.DataSpec(rows=rows, work="without"), lambda messages: len(render_conversation(tokenizer, messages).token_ids), published.find_folder()
     )
     return tokenizer, [RunSource(name, gcd.training["user_right"], library.get(name).transform, 0) for name in arms]
 

@@ -42,6 +42,7 @@ HF_MODELS = {
     "qwen3": ("Qwen3", dict(head_dim=24)),
     "qwen3-tied-one-kv-head": ("Qwen3", dict(head_dim=8, tie_word_embeddings=True, num_key_value_heads=1, vocab_size=97)),
     "gemma": ("Gemma", dict(head_dim=24, num_key_value_heads=1, tie_word_embeddings=True)),
+    "gemma-odd": ("Gemma", dict(head_dim=12, num_attention_heads=6, num_key_value_heads=3, vocab_size=97, rope_parameters=dict(rope_type="default", rope_theta=500.0))),
     "gemma2": ("Gemma2", dict(head_dim=24, sliding_window=5, num_hidden_layers=4, tie_word_embeddings=True, **CAPS)),
     "gemma2-odd": ("Gemma2", dict(head_dim=8, sliding_window=2, num_key_value_heads=1, vocab_size=97, **CAPS | dict(attn_logit_softcapping=None))),
     "gemma3": ("Gemma3", dict(head_dim=24, sliding_window=5, num_hidden_layers=7, layer_types=PATTERN, **GEMMA_3)),  # two periods and a layer

@@ -74,7 +74,7 @@ def write_merged(folder: Path, source: hub.Source, adapter: Adapter, lora: LoraC
     """`source` with scale * A B added to the projections that `adapter` has, as config.json, safetensors, tokenizer and generation config.
 
     Tensors keep their names; a .gguf file becomes a folder of its family. An empty `adapter` writes the model as it is held. The config is
-    written last. Raises ValueError if the model has no tensor for a matrix of the adapter, and as the model's loading and `quantise`.
+    written last. Raises ValueError if the model has no tensor for a matrix of the adapter, and as the model's loading.
     """
     with open_weights(source) as (config, tensors):
         kernels = {hf.hf_name(("layers", name), layer): (name, layer) for name in KERNELS for layer in range(config.n_layers)}
@@ -90,7 +90,7 @@ def write_merged(folder: Path, source: hub.Source, adapter: Adapter, lora: LoraC
             array = array.astype(jnp.dtype(precision.held))
             target, layer = kernels.get(hf.in_language_model(tensor.name), (None, None))
             if target and precision.quantised:
-                array = rounded(array.T, target, precision.quantised).T
+                array = rounded(array.T, precision.quantised).T
             if target in adapter:
                 a, b = (adapter[target][kind][layer].astype(np.float32) for kind in ("a", "b"))
                 array = array.astype(np.float32) + (lora.scale * (a @ b)).T

@@ -17,7 +17,7 @@ from ip_jax.data.pipeline import BatchReader, batch_reader, renderer
 from ip_jax.models import hub
 from ip_jax.models.families import DecoderConfig, from_hf_config, param_shapes
 from ip_jax.models.lora import LoraConfig
-from ip_jax.models.quantised import quantised_shapes
+from ip_jax.models.quantised import check_quantisable, quantised_shapes
 from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.sampling import plan as sampling_plan
 from ip_jax.sampling.plan import Request, SamplerOptions
@@ -198,7 +198,9 @@ def _rows_in_use(reader: BatchReader) -> dict[PackedShape, float]:
 
 
 def abstract_base(config: DecoderConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict:
-    """The base on the mesh as `settings.base_model.load_base` leaves it, as jax.ShapeDtypeStruct. Raises as `quantise`."""
+    """The base on the mesh as `settings.base_model.load_base` leaves it, as jax.ShapeDtypeStruct. Raises as `check_quantisable`."""
+    if model.quantised:
+        check_quantisable(model.quantised, config)
     params = abstract_params(config, model.weights, param_shardings(mesh, config))
     return quantised_shapes(params, model.quantised, functools.partial(base_shardings, mesh)) if model.quantised else params
 

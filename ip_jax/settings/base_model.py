@@ -20,7 +20,7 @@ def load_tokenizer(model: ModelConfig):
 def load_base(model: ModelConfig, mesh: Mesh) -> hub.Pretrained:
     """Reads the weights straight to their places on the mesh, then quantises them there if that is asked for; the tokenizer as `load_tokenizer`.
 
-    Raises as `hub.load_pretrained`, `with_thinking` and `quantise`.
+    Raises as `hub.load_pretrained` and `with_thinking`.
     """
     pretrained = hub.load_pretrained(model.name, jnp.dtype(model.weights), model.revision, functools.partial(param_shardings, mesh))
     pretrained = dataclasses.replace(pretrained, tokenizer=with_thinking(pretrained.tokenizer, model.thinking))

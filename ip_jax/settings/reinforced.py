@@ -20,6 +20,7 @@ from ip_jax.evals import leak_grid
 from ip_jax.models import hub
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.lora import check_targets
+from ip_jax.models.quantised import check_quantisable
 from ip_jax.prompts.chat import default_system_text, end_of_turn_id
 from ip_jax.rl.advantages import update_moving_mean
 from ip_jax.rl.algorithm import Algorithm, passes_needed
@@ -123,6 +124,8 @@ def prepare(experiment: Reinforced, folder: epath.Path) -> tuple[list[Run], Mesh
     tokenizer, config = load_tokenizer(model), hub.load_config(model.name, model.revision)
     plan.check(experiment)
     check_targets(config, experiment.rl.lora)
+    if model.quantised:
+        check_quantisable(model.quantised, config)
     mesh = make_mesh(**mesh_sizes(experiment.mesh, jax.devices(), config.n_heads))
     record = plan.folder_record(experiment, hub.fingerprint(model.name, model.revision), default_system_text(tokenizer))
     runs = plan.runs_of(experiment, record["identity"])

@@ -19,7 +19,7 @@ from ip_jax.evals.leak_grid import Cell, Decoding
 from ip_jax.models import hub, peft
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import check_targets, projection_shapes
-from ip_jax.models.quantised import item_bytes
+from ip_jax.models.quantised import check_quantisable, item_bytes
 from ip_jax.prompts import library
 from ip_jax.prompts.chat import render_prompt
 from ip_jax.prompts.transforms import Transform
@@ -276,8 +276,8 @@ def check_training(sft: SftConfig, model: ModelConfig, arms: Sequence[Arm], conf
         raise ValueError(f"sft.train = 'full' has no adapters, and the arm {started[0]} starts from one: merge it into a model (ip-jax export --merged) and train that")
     if sft.train == "full" and quantised:
         raise ValueError(f"sft.train = 'full' trains all weights, and model.quantised = {quantised!r} freezes them: change one of the two")
-    if quantised and config.n_experts:
-        raise ValueError(f"model.quantised is {quantised!r} and the model is a mixture of experts, whose experts cannot be quantised: set it to None")
+    if quantised:
+        check_quantisable(quantised, config)
     if sft.router_aux_loss_coef < 0 or (sft.router_aux_loss_coef and not config.n_experts):
         raise ValueError(
             f"sft.router_aux_loss_coef is {sft.router_aux_loss_coef} and the model {'has' if config.n_experts else 'lacks'} experts: "

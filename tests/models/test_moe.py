@@ -78,6 +78,14 @@ def test_mixture_equals_every_expert_on_every_token(n_experts, per_token, form, 
         assert_close(result_and_gradients(our_mixture, x, weights, choice, experts, pull), expected)
 
 
+@pytest.mark.parametrize(("platform", "grouped"), [("tpu", True), ("cuda", False), ("cpu", False)])
+def test_grouped_products_are_for_tpus(platform, grouped):
+    """Elsewhere XLA multiplies every row with every expert."""
+    x, weights, chosen, experts, _ = random_mixture(8, 2)
+    traced = jax.jit(functools.partial(moe.mixture, jax.nn.silu)).trace(x, weights, chosen, experts)
+    assert ("chlo.ragged_dot" in traced.lower(lowering_platforms=(platform,)).as_text()) == grouped
+
+
 MESHES = [dict(data=8), dict(run=2, data=2, tensor=2), dict(run=2, data=4), dict(data=2, tensor=4)]
 CUT, WHOLE = (2, 8, 3), (1, 1, 5)  # rows that every mesh cuts, and a single one that none can cut
 

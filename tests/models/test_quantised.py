@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models as tiny
+from scipy.special import log_softmax
 
 from ip_jax.models import quantised
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.lora import LoraConfig
-from ip_jax.models.quantised import KERNELS, dense, quantise
+from ip_jax.models.quantised import KERNELS, KINDS, check_quantisable, dense, quantise
 from ip_jax.settings.experiment import ModelConfig
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sft import SftOptions, compile_sft_step
@@ -38,8 +39,11 @@ def quick_compiles():
 
 
 def quantised_params(kind: str, dtype=np.float32, axes: dict = {}) -> dict:  # noqa: B006
+    return held_as(kind, tiny.random_params(CONFIG, dtype), axes)
+
+
+def held_as(kind: str, params: dict, axes: dict = {}) -> dict:  # noqa: B006
     mesh = make_mesh(**axes)
-    params = tiny.random_params(CONFIG, dtype)
     return quantise(jax.device_put(params, base_shardings(mesh, params)), kind, functools.partial(base_shardings, mesh))
 
 
@@ -69,10 +73,49 @@ def test_numbers_are_those_of_the_paper(kind):
     np.testing.assert_array_equal(held["embed"], params["embed"])
 
 
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, 8, 40))
+
+
+def log_probs(params: dict) -> np.ndarray:
+    """[1, 8, 40, V] of random rows, in float64."""
+    return log_softmax(tiny.hidden_states(CONFIG, params, TOKENS)[1].astype(np.float64), axis=-1)
+
+
+@pytest.mark.slow
+def test_log_probabilities_change_by_little_in_4_bits_and_by_far_less_in_8():
+    """Mean |difference| of the next token's and mean KL over the vocabulary. One scale for a whole kernel gives 0.32 and 0.081, or 0.025 and 0.00058."""
+    exact, changes = log_probs(tiny.random_params(CONFIG)), {}
+    for kind in KINDS:
+        found = log_probs(quantised_params(kind))
+        of_next = np.take_along_axis(found - exact, np.roll(TOKENS, -1, axis=-1)[..., None], axis=-1)[:, :, :-1]
+        changes[kind] = np.abs(of_next).mean(), (np.exp(exact) * (exact - found)).sum(-1).mean()
+    assert np.all(np.less(changes["nf4"], (0.3, 0.07))) and np.all(np.less(changes["int8"], (0.022, 4e-4)))
+    assert np.all(np.multiply(changes["int8"], (10, 100)) < changes["nf4"])
+
+
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_each_output_has_scales_of_its_own(kind):
+    """What queries gain and keys lose, dimension by dimension, changes no score: nor may it change what is held of them."""
+    params, layers, kv_heads, head_dim = tiny.random_params(CONFIG), CONFIG.n_layers, CONFIG.n_kv_heads, CONFIG.head_dim
+    gain = 2.0 ** np.random.default_rng(0).integers(-5, 6, (layers, 1, kv_heads, 1, 1, head_dim // 2))  # both halves of a head rotate together
+    of_q, of_k = (
+        np.broadcast_to(gain, (layers, 1, kv_heads, group, 2, head_dim // 2)).reshape(layers, 1, -1).astype(np.float32)
+        for group in (CONFIG.n_heads // kv_heads, 1)
+    )
+    uneven = params | {"layers": params["layers"] | {"q": params["layers"]["q"] * of_q, "k": params["layers"]["k"] / of_k}}
+    np.testing.assert_allclose(log_probs(held_as(kind, uneven)), log_probs(held_as(kind, params)), rtol=0, atol=1e-5)
+
+
 def program(params, config=CONFIG, runs: int = 2):
     """(graphdef, state, base)."""
     graphdef, lora, base = split_decoder(config, params, tiny.random_lora(config, LORA, runs), LORA)
     return graphdef, jax.device_get(init_state(lora, np.full(runs, 1e-3), np.zeros(runs), np.arange(runs))), base
+
+
+def test_int8_takes_inputs_of_any_number():
+    kernel = np.random.default_rng(0).standard_normal((2, 37, 8)).astype(np.float32)
+    found = jax.vmap(dense)(quantised._quantise_stack(kernel, kind="int8", dtype=jnp.float32))
+    assert 0 < np.abs(found - kernel).max() <= np.abs(kernel).max() / 127.5
 
 
 @functools.cache
@@ -133,9 +176,11 @@ def test_what_cannot_be_quantised_is_refused_in_a_sentence(monkeypatch):
     with pytest.raises(ValueError, match="model.quantised is 'nf3': choose from nf4, int8, or None"):
         ModelConfig(quantised="nf3")
     odd = dataclasses.replace(CONFIG, d_ff=40)
-    mesh, params = make_mesh(), jax.device_put(tiny.random_params(odd))
-    with pytest.raises(ValueError, match="the weights down have 40 inputs, which blocks of 16 do not divide"):
-        quantise(params, "nf4", functools.partial(base_shardings, mesh))
+    with pytest.raises(ValueError, match="model.quantised is 'nf4' and the weights down have 40 inputs, which blocks of 16 do not divide: choose int8"):
+        check_quantisable("nf4", odd)
+    check_quantisable("int8", odd)
+    with pytest.raises(ValueError, match="model.quantised is 'int8' and the model is a mixture of experts, whose experts cannot be quantised"):
+        check_quantisable("int8", dataclasses.replace(CONFIG, family="mixtral", n_experts=3, experts_per_token=2))
     monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs qwix, which is not installed: pip install 'ip_jax\\[quant\\]'"):
         ModelConfig(quantised="int8")

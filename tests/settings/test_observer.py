@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from rich.console import Console
-from tiny_experiment import make_experiment, write_model
+from tiny_experiment import example, make_experiment, write_model
 from tiny_reinforced import make as make_reinforced
 
 from ip_jax.settings import reinforced, supervised
@@ -30,9 +30,9 @@ def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))
 
 
-def run(model, folder: Path, watch: Watch = UNWATCHED, **changes) -> str:
+def run(model, folder: Path, watch: Watch = UNWATCHED, sft: dict = SFT, **changes) -> str:
     printed = io.StringIO()
-    experiment = make_experiment(model, arms=("neutral", "ip"), sft=SFT, evaluation={"full_steps": (8,), "neutral_steps": ()}, **changes)
+    experiment = make_experiment(model, arms=("neutral", "ip"), sft=sft, evaluation={"full_steps": (8,), "neutral_steps": ()}, **changes)
     supervised.run_supervised(experiment, epath.Path(folder), Display(Console(file=printed, width=200)), watch)
     return printed.getvalue()
 
@@ -107,15 +107,18 @@ def test_sessions_append_their_timing_and_the_metrics_stay_as_if_nothing_had_bee
         assert (tmp_path / "out" / metrics).read_bytes() == (profiled[0] / metrics).read_bytes()
 
 
-def test_what_is_left_of_a_program_is_profiled_or_it_is_said_why_not(model, tmp_path):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+@pytest.mark.parametrize(("every", "left", "said"), [(3, 2, "profile of steps 7 to 7: "), (7, 1, "profile: nothing to trace, there is no step left after the first one")])
+def test_what_is_left_of_a_program_is_profiled_or_it_is_said_why_not(model, tmp_path, every, left, said):
+    """Two steps of one shape or a single one: the first step of a session compiles."""
+    changes = {"sft": SFT | {"checkpoint_every": every}, "training": {"user_right": [example(5, "Yes.") | {"id": f"sum-{i}"} for i in range(10)]}}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
         stop_after(patch, 7)
-        run(model, tmp_path / "out")
-    latest = max(int(path.name) for path in (tmp_path / "out").glob("checkpoints/*/*") if path.name.isdigit())
-    assert latest == 6
-    printed = run(model, tmp_path / "out", Watch(profile=True))
-    assert ("profile of steps 7 to 7: " in printed) != ("profile: nothing to trace" in printed), "a second shape is compiled in the last step, or not"
-    assert ("profile of steps" in printed) == (tmp_path / "out" / "profile").exists()
+        run(model, tmp_path / "out", **changes)
+    printed = run(model, tmp_path / "out", Watch(profile=True), **changes)
+    (path,) = (tmp_path / "out" / "timing").iterdir()
+    assert [row["step"] for row in lines(path) if row["session"] == 2] == list(range(8 - left, 8))
+    assert [line.startswith(said) for line in printed.splitlines() if line.startswith("profile")] == [True]
+    assert (tmp_path / "out" / "profile").exists() == (left == 2)
 
 
 # Weights & Biases

@@ -16,6 +16,7 @@ from tiny_reinforced import ARMS, IP, Vowels, make
 
 from ip_jax import cli
 from ip_jax.evals import rl_tables
+from ip_jax.models import hub
 from ip_jax.models.decoder import causal_attend
 from ip_jax.models.hub import load_pretrained
 from ip_jax.prompts.library import Prompt
@@ -27,6 +28,7 @@ from ip_jax.rl.prompting import PromptDistribution
 from ip_jax.rl.selection import Selection
 from ip_jax.settings import reinforced
 from ip_jax.settings.display import Display
+from ip_jax.settings.experiment import ModelConfig
 from ip_jax.settings.reinforced_plan import (
     GridPrompt,
     RlArm,
@@ -345,3 +347,13 @@ def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(model, tmp_path)
     refused("the environment holds <function", environment=Paid(rate=lambda: 1))
     by_hand = Prompt("by hand", lambda example, seed: example, "own", "words", "here")
     refused("the arm a holds <function", (RlArm("a", "a", train_prompt=PromptDistribution((by_hand,))),))
+
+
+def test_a_base_that_cannot_be_quantised_is_refused_before_it_is_loaded(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("ip_jax.settings.experiment.check_quantised", lambda kind: None)  # whether qwix is there is not asked here
+    config = dataclasses.replace(hub.load_config(str(model)), d_ff=40)
+    monkeypatch.setattr(hub, "load_config", lambda *_: config)
+    monkeypatch.setattr(hub, "load_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match="the weights down have 40 inputs, which blocks of 16 do not divide"):
+        run(dataclasses.replace(make(model), model=ModelConfig(str(model), quantised="nf4")), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()

@@ -115,12 +115,16 @@ def test_a_quantised_base_on_a_mesh(model, tmp_path):
     (dict(mesh=MeshConfig(run=3)), "run=3, data=None, tensor=1 does not divide the 8 devices"),
     (dict(mesh=MeshConfig(platform="gpu")), "the config demands the platform 'gpu' .*devices are cpu"),
     (dict(sft={"train": "full"}, model={"quantised": "nf4"}), "sft.train = 'full' trains all weights, and model.quantised = 'nf4' freezes them"),
+    (dict(model={"quantised": "nf4"}, config={"d_ff": 40}), "the weights down have 40 inputs, which blocks of 16 do not divide: choose int8"),
+    (dict(model={"quantised": "int8"}, config={"n_experts": 3}, sft={"lora": LoraConfig(targets=("q",))}), "a mixture of experts, whose experts cannot be quantised"),
     (dict(model={"attention": "splash"}), "attention 'splash' runs on a TPU, and the mesh is made of CPU devices"),
 ])  # fmt: skip
 def test_what_cannot_run_is_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr("ip_jax.settings.experiment.check_quantised", lambda kind: None)  # whether qwix is there is not asked here
-    experiment = make_experiment(model, **{name: value for name, value in changes.items() if name != "model"})
+    experiment = make_experiment(model, **{name: value for name, value in changes.items() if name not in ("model", "config")})
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, **changes.get("model", {})))
+    config = dataclasses.replace(hub.load_config(str(model)), **changes.get("config", {}))
+    monkeypatch.setattr(hub, "load_config", lambda *_: config)
     monkeypatch.setattr(hub, "load_pretrained", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=message):
         run(experiment, tmp_path / "out", one_device=False)
