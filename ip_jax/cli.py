@@ -207,6 +207,8 @@ def _figure(arguments: list[str], console: Console) -> None:
     parser.add_argument("--judge", choices=("strict", "published"), help="of experiments with two judges; strict by default")
     options = parser.parse_args(arguments)
     folder, record = _results(options.folder)
+    if record["experiment"] not in _experiment_names():
+        raise ValueError(f"{options.folder} holds the experiment {record['experiment']!r}, whose figure is not known here: {_nearest(record['experiment'], _experiment_names())}")
     importlib.import_module(f"experiments.{record['experiment']}").draw(folder, console, options.judge)
 
 
@@ -264,8 +266,8 @@ def _results(name: str) -> tuple[epath.Path, dict]:
     if not (folder / "config.json").exists():
         raise ValueError(f"{name} is no results folder: it has no config.json")
     record = read_record(folder / "config.json")
-    if record.get("experiment") not in _experiment_names():
-        raise ValueError(f"{name} is no results folder: its config.json names no experiment of this program")
+    if not {"experiment", "config"} <= record.keys():
+        raise ValueError(f"{name} is no results folder: its config.json names no experiment")
     return folder, record
 
 

@@ -235,6 +235,11 @@ def test_a_folder_that_holds_no_results_is_refused(capsys, tmp_path, command, te
     assert said.startswith("ip-jax: ") and message in said and "\n" not in said
 
 
+def test_a_figure_of_an_unknown_experiment_is_refused(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"experiment": "estimator", "config": {}}')
+    assert "holds the experiment 'estimator', whose figure is not known here: did you mean estimators" in failure(capsys, "figure", str(tmp_path))
+
+
 def test_the_toy_has_nothing_to_talk_to(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"experiment": "estimators", "config": {"rl": {}}}')
     for command in (["chat"], ["export", "--to", "x"]):
@@ -247,7 +252,7 @@ def test_the_toy_has_nothing_to_talk_to(capsys, tmp_path):
     (["--seeds", "0", "0"], "seeds is (0, 0): it needs at least one, none twice, each at least 0"), (["--seeds", "-1"], "seeds is (-1,): it needs"),
     (["--seeds"], "seeds is (): it needs"), (["--arms"], "arms is empty"),
     (["--sft.checkpoint-every", "0"], "sft.checkpoint_every is 0: it must be at least 1"), (["--sft.steps", "0"], "sft.steps is 0"),
-    (["--sft.batch-size", "0"], "sft.batch_size is 0"), (["--sft.learning-rate", "nan"], "sft.learning_rate is nan: it must be a number above 0"),
+    (["--sft.batch-size", "0"], "sft.batch_size is 0"), (["--sft.learning-rate", "nan"], "sft.learning_rate is nan: it must be a number of at least 0"),
     (["--sft.train-on", "first"], "sft.train_on is 'first': choose from last, all"),
     (["--evaluation.temperature", "-1"], "the first must be at least 0"), (["--evaluation.top-p", "0"], "the second above 0 and at most 1"),
     (["--evaluation.max-new-tokens-solving", "0"], "evaluation.max_new_tokens_solving is 0"),

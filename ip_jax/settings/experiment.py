@@ -119,8 +119,8 @@ class SftConfig:
         for field in ("steps", "batch_size", "max_length", "tokens_per_micro_batch", "checkpoint_every"):
             if getattr(self, field) < 1:
                 raise ValueError(f"sft.{field} is {getattr(self, field)}: it must be at least 1")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"sft.learning_rate is {self.learning_rate}: it must be a number above 0")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"sft.learning_rate is {self.learning_rate}: it must be a number of at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
