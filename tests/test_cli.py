@@ -142,7 +142,7 @@ def test_redraw_follows_the_judge_of_the_config(monkeypatch, config, tmp_path):
     monkeypatch.setattr(gcd_sycophancy, "write_report", lambda folder, console, judge: drawn.append(judge))
     for chosen in ([], ["--judge", "published"]):
         cli.main(["run", config, "--redraw", "--out", str(tmp_path), *chosen])
-    (tmp_path / "config.json").write_text(json.dumps({"experiment": "gcd_sycophancy"}))
+    (tmp_path / "config.json").write_text(json.dumps({"experiment": "gcd_sycophancy", "config": {}}))
     for chosen in ([], ["--judge", "published"]):
         cli.main(["figure", str(tmp_path), *chosen])
     assert drawn == ["strict", "published"] * 2
