@@ -18,7 +18,7 @@ from ip_jax.data.pipeline import RunSource, batch_reader, renderer
 from ip_jax.models import hub
 from ip_jax.models.decoder import causal_attend, split_decoder
 from ip_jax.models.lora import LoraConfig, init_lora
-from ip_jax.models.quantised import KERNELS, quantise
+from ip_jax.models.quantised import KERNELS, item_bytes, quantise
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sft import SftOptions, compile_sft_step
 from ip_jax.training.sharding import base_shardings, make_mesh
@@ -43,7 +43,7 @@ def base_of(kind: str) -> hub.Pretrained:
 
 def size(params) -> int:
     """Bytes, two 4-bit values in one."""
-    return int(sum(a.size * (0.5 if a.dtype == jnp.uint4 else a.dtype.itemsize) for a in jax.tree.leaves(params)))
+    return int(sum(a.size * item_bytes(a.dtype) for a in jax.tree.leaves(params)))
 
 
 def rows_of(source: RunSource, render) -> tuple[np.ndarray, np.ndarray]:
@@ -104,6 +104,7 @@ def losses(program, source: RunSource, render) -> list[float]:
 
 
 def main() -> None:
+    """Writes benchmarks/results/quantisation_smollm2.json."""
     tokenizer, (source,) = gcd_sources(["neutral"], MEASURED + STEPS * EXAMPLES)
     render = renderer(tokenizer)
     measured, trained_on = (RunSource(source.name, part, source.transform, 0) for part in (source.examples[:MEASURED], source.examples[MEASURED:]))
