@@ -86,7 +86,7 @@ def test_a_folder_with_other_things_is_refused(folder):
 def test_a_foreign_config_json_is_refused(folder, text):
     folder.mkdir()
     (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="config.json is not a record of this program: choose another results folder with --out$"):
+    with pytest.raises(ValueError, match="config.json is not a record of this program: choose another results folder$"):
         claim_folder(folder, record(rate=1), {})
     assert (folder / "config.json").read_text() == text
 
