@@ -7,7 +7,10 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -31,6 +34,13 @@ def alternating(ours: Callable[[], None], peer: Callable[[], None], repeats: int
         "ours_s": [round(a, 3) for a, _ in pairs], "peer_s": [round(b, 3) for _, b in pairs],
         "ratio": round(statistics.median(b / a for a, b in pairs), 3),
     }
+
+
+def command(config: str, folder: pathlib.Path, environment: dict[str, str]) -> dict:
+    """Minutes and peak memory of `ip-jax run` of a config's first preset into `folder`, in a process of its own, as a user runs it."""
+    arguments = [sys.executable, "-m", "ip_jax.cli", "run", config, "--out", str(folder)]
+    took = seconds(lambda: subprocess.run(arguments, check=True, env=os.environ | environment))
+    return {"minutes": round(took / 60, 2), "peak_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2)}
 
 
 @contextlib.contextmanager

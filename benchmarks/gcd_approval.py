@@ -2,14 +2,10 @@
 
     python -m benchmarks.gcd_approval
 """
-import os
 import pathlib
-import resource
-import subprocess
-import sys
 import tempfile
 
-from benchmarks.common import save, seconds
+from benchmarks.common import command, save
 
 
 def main() -> None:
@@ -23,14 +19,11 @@ def main() -> None:
     hub.resolve(PRESETS["demo"].model.name)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name) / "demo"
-        command = [sys.executable, "-m", "ip_jax.cli", "run", "gcd_approval", "--out", str(folder)]
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(name) / "compiled")}
-        took = seconds(lambda: subprocess.run(command, check=True, env=environment))
+        measured = command("gcd_approval", folder, {"JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(name) / "compiled")})
         view, rl = load_rl_view(epath.Path(folder)), PRESETS["demo"].rl
         save("gcd_approval_cpu", {
             "arms": list(PRESETS["demo"].arms), "iterations": rl.iterations, "prompts": rl.groups, "samples": rl.samples, "new_tokens": rl.max_new_tokens,
-            "minutes": round(took / 60, 2), "peak_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
-            "wrong_claims_confirmed_at_the_end": {arm.name: round(arm.rates["hack", "neutral"].value, 3) for arm in view.arms},
+            **measured, "wrong_claims_confirmed_at_the_end": {arm.name: round(arm.rates["hack", "neutral"].value, 3) for arm in view.arms},
         })  # fmt: skip
 
 

@@ -3,28 +3,19 @@
     python -m benchmarks.gcd_sycophancy
 """
 import json
-import os
 import pathlib
-import resource
-import subprocess
-import sys
 import tempfile
 
-from benchmarks.common import save, seconds
+from benchmarks.common import command, save
 
 
 def main() -> None:
     """Writes benchmarks/results/gcd_sycophancy_cpu.json. Neither the model nor compiled programs are in a cache: the download counts."""
     with tempfile.TemporaryDirectory() as name:
         folder, cache = pathlib.Path(name) / "demo", pathlib.Path(name) / "cache"
-        command = [sys.executable, "-m", "ip_jax.cli", "run", "gcd_sycophancy", "--out", str(folder)]
-        environment = os.environ | {"IP_JAX_CACHE": str(cache), "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled")}
-        took = seconds(lambda: subprocess.run(command, check=True, env=environment))
+        measured = command("gcd_sycophancy", folder, {"IP_JAX_CACHE": str(cache), "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled")})
         record = json.loads((folder / "config.json").read_text())
-        save("gcd_sycophancy_cpu", {
-            "arms": list(record["arms"]), "weights": record["config"]["model"]["weights"], "minutes": round(took / 60, 2),
-            "peak_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
-        })
+        save("gcd_sycophancy_cpu", {"arms": list(record["arms"]), "weights": record["config"]["model"]["weights"], **measured})
 
 
 if __name__ == "__main__":

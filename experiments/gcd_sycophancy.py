@@ -57,10 +57,6 @@ def _check(config: GcdSycophancy, arms: Sequence[Arm]) -> None:
     """Refuses names and lists that nothing could be made of, before any data is read."""
     if config.judge not in JUDGES:
         raise ValueError(f"judge is {config.judge!r}: choose from {', '.join(JUDGES)}")
-    if not arms:
-        raise ValueError("arms is empty: name at least one")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise ValueError(f"seeds is {config.seeds}: it needs at least one, none twice, each at least 0")
     missing = sorted(set(config.eval_sets) - set(data.EVAL_SETS))
     if missing:
         raise ValueError(f"no evaluation set is called {missing[0]!r}: choose from {', '.join(data.EVAL_SETS)}")

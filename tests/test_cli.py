@@ -249,8 +249,8 @@ def test_the_toy_has_nothing_to_talk_to(capsys, tmp_path):
 @pytest.mark.parametrize("fields, message", [
     (["--judge", "foo"], "judge is 'foo': choose from strict, published"),
     (["--eval-sets", "task"], "the figure shows the set generated, so it has to be among them"),
-    (["--seeds", "0", "0"], "seeds is (0, 0): it needs at least one, none twice, each at least 0"), (["--seeds", "-1"], "seeds is (-1,): it needs"),
-    (["--seeds"], "seeds is (): it needs"), (["--arms"], "arms is empty"),
+    (["--seeds", "0", "0"], "seeds is (0, 0): it must name at least one, and none twice"), (["--seeds", "-1"], "seeds is (-1,): each must be at least 0"),
+    (["--seeds"], "seeds is (): it must name"), (["--arms"], "arms is (): it must name"),
     (["--sft.checkpoint-every", "0"], "sft.checkpoint_every is 0: it must be at least 1"), (["--sft.steps", "0"], "sft.steps is 0"),
     (["--sft.batch-size", "0"], "sft.batch_size is 0"), (["--sft.learning-rate", "nan"], "sft.learning_rate is nan: it must be a number of at least 0"),
     (["--sft.train-on", "first"], "sft.train_on is 'first': choose from last, all"),
@@ -262,6 +262,11 @@ def test_the_toy_has_nothing_to_talk_to(capsys, tmp_path):
 def test_a_value_without_meaning_is_refused(capsys, tmp_path, fields, message):
     said = failure(capsys, "run", "gcd_sycophancy", "--out", str(tmp_path / "out"), *fields)
     assert message in " ".join(said.split()) and "Traceback" not in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fields, message", [(["--seeds", "0", "0"], "seeds is (0, 0)"), (["--seeds", "-1"], "seeds is (-1,)"), (["--arms"], "arms is ()")])
+def test_runs_of_reinforcement_learning_are_checked_alike(capsys, tmp_path, fields, message):
+    assert message in failure(capsys, "run", "gcd_approval", "--out", str(tmp_path / "out"), *fields) and not (tmp_path / "out").exists()
 
 
 def test_published_and_generated_data_have_folders_of_their_own(monkeypatch, tmp_path):

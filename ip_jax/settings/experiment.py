@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 
@@ -145,6 +145,15 @@ class EvalConfig:
                 raise ValueError(f"evaluation.{field} is {getattr(self, field)}: it must be at least 1")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError(f"evaluation has temperature {self.temperature} and top_p {self.top_p}: the first must be at least 0, the second above 0 and at most 1")
+
+
+def check_runs(arms: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raises ValueError for no arm or seed, one that is named twice, and a seed below 0."""
+    for field, values in (("arms", arms), ("seeds", seeds)):
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{field} is {values}: it must name at least one, and none twice")
+    if min(seeds) < 0:
+        raise ValueError(f"seeds is {seeds}: each must be at least 0")
 
 
 def choose_arms(names: Iterable[str], known: dict[str, Arm]) -> tuple[Arm, ...]:

@@ -22,7 +22,7 @@ from ip_jax.rl.environment import REWARD, Environment
 from ip_jax.rl.prompting import PromptDistribution, resolve
 from ip_jax.rl.rollout import RolloutOptions, RolloutPlan, RolloutRun, plan_rollouts
 from ip_jax.sampling.sampler import Request
-from ip_jax.settings.experiment import ModelConfig, stable_id
+from ip_jax.settings.experiment import ModelConfig, check_runs, stable_id
 from ip_jax.settings.grading import check_rewards
 from ip_jax.settings.supervised_plan import Run, Sweep, groups_of
 from ip_jax.training.results import digest
@@ -139,6 +139,7 @@ class Reinforced:
     `verdicts` (of an evaluation task and a completion; None for the environment's own) and the environment's own have the names hack and correct
     (bool), and may have hackable, attempt and trait, which are counted; `verdict_types` names those that are kept of an evaluation. `shared`: JSON of
     what else the tasks depend on. `provenance`: of the data, for captions, by default the model's name without its folder and the numbers of tasks.
+    Raises ValueError as `check_runs`.
     """
 
     name: str
@@ -158,6 +159,9 @@ class Reinforced:
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     provenance: str = ""
     mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        check_runs(tuple(arm.name for arm in self.arms), self.seeds)
 
 
 def decisive(rl: RlConfig) -> dict:

@@ -24,7 +24,7 @@ from ip_jax.prompts import library
 from ip_jax.prompts.chat import render_prompt
 from ip_jax.prompts.transforms import Transform
 from ip_jax.sampling.sampler import Request, SamplerOptions
-from ip_jax.settings.experiment import Arm, EvalConfig, ModelConfig, SftConfig, stable_id
+from ip_jax.settings.experiment import Arm, EvalConfig, ModelConfig, SftConfig, check_runs, stable_id
 from ip_jax.training.results import digest, write_json
 from ip_jax.training.sharding import MeshConfig
 
@@ -34,7 +34,7 @@ Sweep = list[Cell | None]  # at most one cell of each run: what is sampled in on
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-    """Everything that a setting hands over. `shared` is the JSON of all that is not a list of arms or seeds."""
+    """Everything that a setting hands over. `shared` is the JSON of all that is not a list of arms or seeds. Raises ValueError as `check_runs`."""
 
     name: str
     preset: str
@@ -50,6 +50,9 @@ class Supervised:
     verdicts: leak_grid.Verdicts
     verdict_types: Mapping[str, pa.DataType]
     mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        check_runs(tuple(arm.name for arm in self.arms), self.seeds)
 
 
 @dataclasses.dataclass(frozen=True)

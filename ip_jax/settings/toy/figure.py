@@ -7,6 +7,7 @@ from etils import epath
 from rich.console import Console
 
 from ip_jax.evals.rules import Reading
+from ip_jax.settings.experiment import check_runs
 from ip_jax.settings.toy.config import ToyConfig
 from ip_jax.settings.toy.experiment import BASE, ToyExperiment, run_toy
 from ip_jax.settings.toy.training import ToyArm, ToyRl
@@ -17,7 +18,7 @@ VERDICTS = (("hack", "takes the loophole"), ("correct", "correct"), ("attempt", 
 
 @dataclasses.dataclass(frozen=True)
 class ToyFigure:
-    """One figure. `arms`: names of the config's ARMS. Raises ValueError for none, one that is named twice, seeds likewise, and programs of no run."""
+    """One figure. `arms`: names of the config's ARMS. Raises ValueError as `check_runs`, and for programs of no run."""
 
     preset: str
     arms: tuple[str, ...]
@@ -27,10 +28,7 @@ class ToyFigure:
     runs_per_program: int = 120
 
     def __post_init__(self):
-        for name in ("arms", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} is {values}: it must name at least one, and none twice")
+        check_runs(self.arms, self.seeds)
         if self.runs_per_program < 1:
             raise ValueError(f"runs_per_program is {self.runs_per_program}: it must be at least 1")
 
