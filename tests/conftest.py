@@ -29,7 +29,7 @@ def smollm2():
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_are_dropped():
-    """Each takes some memory maps, of which Linux allows a process 65,530: behind some hundred tests one that is refused ends the process."""
+    """Each takes some memory maps, of which Linux allows a process 65,530; hundreds of tests in one process come near that."""
     yield
     import jax
 
