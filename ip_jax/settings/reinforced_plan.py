@@ -250,9 +250,7 @@ def rollout_plan(experiment: Reinforced, runs: Sequence[Run], tokenizer) -> Roll
 
 def check(experiment: Reinforced) -> None:
     """Refuses unknown rewards, groups that a baseline cannot use, minibatches that leave rows over, evaluations that are never reached."""
-    rl, names = experiment.rl, [arm.name for arm in experiment.arms]
-    if len(set(names)) < len(names) or not names:
-        raise ValueError(f"the arms are {', '.join(names) or 'none'}: at least one is needed, each with a name of its own")
+    rl = experiment.rl
     unreached = [step for step in experiment.evaluation.steps if not 0 <= step <= rl.iterations]
     if unreached:
         raise ValueError(f"evaluation.steps names {unreached[0]}, and training has 0 to {rl.iterations} iterations (rl.iterations): choose among these")
