@@ -87,10 +87,10 @@ def _run(arguments: list[str], console: Console) -> None:
     own.add_argument("--process", type=int)
     name, module, config, options = _read_config("run", arguments, own)
     experiment = _experiment_of(module, name)
-    folder = epath.Path(options.out) if options.out else default_folder(experiment, config)
     watch = Watch(options.profile, options.wandb)
     if not options.redraw:
-        _join(options, console)
+        _join(options, console)  # before the folder's name, which may ask jax for its devices: processes join before they do
+    folder = epath.Path(options.out) if options.out else default_folder(experiment, config)
     console.print(f"results: {folder}", highlight=False)
     if options.redraw:
         experiment.redraw(config, folder, console)

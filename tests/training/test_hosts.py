@@ -88,9 +88,10 @@ def test_a_coordinator_that_comes_later_is_waited_for(monkeypatch, busy):
     assert joined == [(f"127.0.0.1:{busy}", 2, 1)] and attempts == [("127.0.0.1", busy)] * 3
 
 
-def test_no_cluster_in_the_environment_is_one_sentence():
+@pytest.mark.parametrize("out", [["--out", "nowhere/out"], []], ids=["a folder", "the default folder"])  # its name may not ask jax for devices before
+def test_no_cluster_in_the_environment_is_one_sentence(out):
     """In a process of its own: jax looks around."""
-    code = "from ip_jax.cli import main; main(['run', 'gcd_sycophancy', '--out', 'nowhere/out', '--distributed'])"
+    code = f"from ip_jax.cli import main; main(['run', 'gcd_sycophancy', *{out}, '--distributed'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "ip-jax: jax finds no cluster in the environment (coordinator_address should be defined.): say --coordinator HOST:PORT" in done.stderr
