@@ -203,11 +203,13 @@ def untrained_sweeps(experiment: Supervised, folder: epath.Path) -> list[Sweep]:
 def sweeps_of_step(experiment: Supervised, group: Sequence[Run], step: int) -> list[Sweep]:
     """The cells of runs that decode together: the n-th prompt of every run on one evaluation set is one sweep."""
 
+    sft = experiment.sft
+    seen = min(step, sft.schedule.last_active_step(sft.steps)) * sft.batch_size  # the loop ends with the schedule
+
     def cell(run: Run, eval_set: str, prompts: dict[str, Transform], n: int) -> Cell | None:
         if n >= len(prompts):
             return None
         name, transform = list(prompts.items())[n]
-        seen = min(step, experiment.sft.schedule.last_active_step(experiment.sft.steps)) * experiment.sft.batch_size  # the loop ends with the schedule
         return Cell(run.arm.name, run.seed, step, seen, eval_set, name, name == run.arm.train_prompt, transform)
 
     full = step in experiment.evaluation.full_steps
