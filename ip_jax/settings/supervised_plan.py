@@ -202,7 +202,6 @@ def untrained_sweeps(experiment: Supervised, folder: epath.Path) -> list[Sweep]:
 
 def sweeps_of_step(experiment: Supervised, group: Sequence[Run], step: int) -> list[Sweep]:
     """The cells of runs that decode together: the n-th prompt of every run on one evaluation set is one sweep."""
-
     sft = experiment.sft
     seen = min(step, sft.schedule.last_active_step(sft.steps)) * sft.batch_size  # the loop ends with the schedule
 
