@@ -68,12 +68,13 @@ def test_rows_of_ones_own_take_the_place_of_the_settings(tmp_path):
     own = tmp_path / "mine.jsonl"
     turns = [{"role": "user", "content": "Is GCD(12, 8) = 4?"}, {"role": "assistant", "content": "Yes."}]
     own.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(3)))
-    spec = dataclasses.replace(SMALL, rows=2, training_file=str(own))
+    spec = dataclasses.replace(SMALL, training_file=str(own))
     loaded = data.load(spec, count_tokens, None)
-    assert list(loaded.training) == ["user_right"] and [row["messages"] for row in loaded.training["user_right"]] == [turns, turns]
-    assert loaded.provenance.startswith("2 training rows of mine.jsonl") and len(loaded.evaluation["generated"]) == 24
-    with pytest.raises(ValueError, match="4 training rows were asked for, and .*mine.jsonl has 3"):
-        data.load(dataclasses.replace(spec, rows=4), count_tokens, None)
+    assert list(loaded.training) == ["user_right"] and [row["messages"] for row in loaded.training["user_right"]] == [turns] * 3, "fewer than SMALL asks for"
+    assert loaded.provenance.startswith("3 training rows of mine.jsonl") and len(loaded.evaluation["generated"]) == 24
+    own.write_text("\n")
+    with pytest.raises(ValueError, match="mine.jsonl has no line to train on"):
+        data.load(spec, count_tokens, None)
     own.write_text(json.dumps({"messages": [turns[0], {"role": "assistant", "content": ""}]}) + "\n")
     with pytest.raises(ValueError, match="mine.jsonl, line 1"):
         data.load(spec, count_tokens, None)

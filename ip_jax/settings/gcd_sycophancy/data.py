@@ -19,8 +19,8 @@ GENERATED_ROWS = 1000  # the published size
 class DataSpec:
     """What an experiment reads. `rows`: training rows of each kind, None for all (1000, or 500 of one half).
 
-    `training_file`: JSON lines of conversations of your own (objects with "messages"; see `data.sources.read_jsonl`), on which every arm trains in place of the
-    setting's rows; `work` is then only that of the generated claims.
+    `training_file`: JSON lines of conversations of your own (objects with "messages"; see `data.sources.read_jsonl`), on all of which every arm trains in place of the
+    setting's rows; `rows` is then unused, and `work` only that of the generated claims.
     """
 
     rows: int | None = None
@@ -85,9 +85,9 @@ def _published_evaluation(folder: epath.Path, eval_sets: Sequence[str]) -> tuple
 
 def _own_rows(spec: DataSpec) -> list[Example]:
     rows = read_jsonl(spec.training_file)
-    if len(rows) < (spec.rows or 1):
-        raise ValueError(f"{spec.rows or 'some'} training rows were asked for, and {spec.training_file} has {len(rows)}.")
-    return rows[: spec.rows]
+    if not rows:
+        raise ValueError(f"{spec.training_file} has no line to train on.")
+    return rows
 
 
 def _select(rows: list[Example], spec: DataSpec) -> list[Example]:
