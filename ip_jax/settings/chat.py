@@ -55,5 +55,6 @@ def _line(console: Console) -> str:
     try:
         return console.input("[bold]you[/bold] ").strip()
     except EOFError:
+        console.print()  # what follows begins on a line of its own
         return ""
 
