@@ -66,7 +66,7 @@ def measure_sampling(sizes: Sizes, batch: int) -> dict:
     queue = [
         Request(rng.integers(1, config.vocab_size, sizes.prompt, np.int32), i, temperature=1.0, max_new_tokens=sizes.new) for i in range(batch)
     ]
-    options = programs.sampler_options(mesh, MODEL, EvalConfig(full_steps=(), slots=batch), stop_ids=(), room=(1, 1))
+    options = programs.sampler_options(mesh, config, MODEL, EvalConfig(full_steps=(), slots=batch), stop_ids=(), room=(1, 1))
 
     def work():
         (answers,) = sample(*decoder, [queue], options)

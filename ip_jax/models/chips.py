@@ -37,5 +37,5 @@ KINDS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that jax calls `device_kind`, None where nothing is published here."""
-    return CHIPS.get(KINDS.get(device_kind, ""))
+    """The chip that jax calls `device_kind` (one that is only planned for has its own name), None where nothing is published here."""
+    return CHIPS.get(KINDS.get(device_kind, device_kind))

@@ -1,7 +1,7 @@
 """Where arrays lie on a mesh: a constraint for the partitioner, and nothing where there is no mesh. What the processor under it can do."""
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 BY_ROW = ("run", "data")  # mesh axes of the first two dimensions [R, B] of a batch
 EVERYWHERE = ()
+VOCABULARY = ("run", "data", "tensor")  # of the rows of embeddings and heads, and of logits where each device makes its part of them
 FSDP = ("run", "data")
 EXPERTS_IN = (FSDP, FSDP, "tensor")  # of gate and up maps [E, D, F]: experts over the axes that divide E, the width over the others
 EXPERTS_OUT = (FSDP, "tensor", FSDP)  # of down maps [E, F, D]
@@ -28,15 +29,21 @@ def fitting(sizes: Mapping[str, int], axes: tuple, shape: tuple[int, ...]) -> Pa
     return PartitionSpec(*spec)
 
 
-def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
-    """`x` with its leading dimensions cut over these axes of the mesh in context, where they divide them, and the others whole; without
-    a mesh, `x`.
+def constrain(x: Array, axes: tuple) -> Array:
+    """`x` with its leading dimensions cut over these axes of the mesh in context (a name, several, or None), where they divide them, and the
+    others whole; without a mesh, `x`.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, fitting(mesh.shape, axes, x.shape))
+
+
+def each_its_rows(function: Callable, *arrays: Array):
+    """function(*arrays) of arrays [R, B, ...] to arrays [R, B, ...], which treats rows apart: on a mesh each device computes its own, and sends nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return x
-    fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, x.shape)]  # noqa: B905  the rest is whole
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
+        return function(*arrays)
+    rows = fitting(mesh.shape, BY_ROW, arrays[0].shape)
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)  # branches of cond may vary or not
 
 
 def on_one_cpu(there, elsewhere, *arguments):

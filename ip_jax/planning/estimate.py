@@ -187,7 +187,7 @@ def summary(workload: Workload, topology: Topology, phases: list[Phase], memory:
         useful = sum(step_flops(workload, shape) * count for shape, count in workload.steps.items()) * workload.programs
         mfu = useful / (hours["training"] * 3600 * topology.chip.peak)
     advice = [line for stage in memory if allowed and needed[stage] > allowed for line in _advice(workload, stage, memory[stage])]
-    advice += empty_rows(workload.mesh, workload.rows[shape], "training")
+    advice += empty_rows(workload.mesh, workload.rows[shape], "training") + (sampling.layers_for_every_token(workload.mesh, workload.sampling) if topology.chip else [])
     return Planned(
         workload.model.name, topology.name, topology.count, dict(workload.mesh.shape), workload.source,
         grouping(workload.runs, workload.programs), workload.runs, workload.programs,

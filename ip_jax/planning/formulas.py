@@ -1,10 +1,12 @@
 """Costs and bytes by formula, where there is no compiler for the devices. They know no compiler's temporaries: trust a compiled plan more."""
 import dataclasses
+import math
 
 import jax
 
 from ip_jax.models import flops
 from ip_jax.models.flops import StepWork, layer_matrix_params
+from ip_jax.models.placement import FSDP
 from ip_jax.planning.hlo import Collective, Cost
 from ip_jax.planning.programs import Initial, per_device
 from ip_jax.planning.workload import Sampling, Sizes, abstract_params
@@ -79,9 +81,12 @@ def _staying_experts(sizes: Sizes) -> float:
 
 
 def _bytes_named(part: str, sizes: Sizes) -> float:
-    """Bytes on a device of the weights whose path has `part` in it, as products take them: a quantised base is made dense before it is gathered."""
+    """Bytes on a device of the weights whose path has `part` in it, norms and routers aside, as products take them: a quantised base is made dense before
+    it is gathered.
+    """
     weights = abstract_params(sizes.config, sizes.model.weights, param_shardings(sizes.mesh, sizes.config))
-    return per_device([leaf for path, leaf in jax.tree.leaves_with_path(weights) if part in jax.tree_util.keystr(path)])
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(weights)}
+    return per_device([leaf for name, leaf in named.items() if part in name and "norm" not in name and "router" not in name])
 
 
 def _moved(sizes: Sizes) -> int:
@@ -134,13 +139,17 @@ def _position_bytes(sizes: Sizes, work: Sampling) -> float:
 
 
 def decode_cost(sizes: Sizes, work: Sampling, adapters) -> Cost:
-    """Cost of decoding one token for every row, by formula: all weights and caches are read once; collectives as in `_sampling_collectives`."""
+    """Cost of decoding one token for every row, by formula: all weights and caches are read once; collectives as in `_sampling_collectives`, and
+    logits: each device makes those of its part of the vocabulary, and is sent those of its rows, in float32, one mesh axis after the other.
+    """
     shape, config = work.plan.shape, sizes.config
     rows = shape.runs * shape.groups * shape.copies * shape.rows
     products = 2 * rows * (layer_matrix_params(config) + lora_params(sizes) + config.vocab_size * config.d_model)
     used = _weights_in_use(sizes)
-    found = _sampling_collectives(sizes, work, used, rows)
-    return Cost(products / sizes.mesh.size, _moved(sizes) * used.total + per_device(adapters) + caches(sizes, work), found)
+    sent = dataclasses.replace(used, gathered=0.0 if work.options.whole_layers else used.gathered, vocabulary=0.0)
+    found = _sampling_collectives(sizes, work, sent, rows, chosen=rows)
+    read = _moved(sizes) * (used.gathered + used.staying) + used.vocabulary / sizes.mesh.size
+    return Cost(products / sizes.mesh.size, read + per_device(adapters) + caches(sizes, work), found)
 
 
 def prefill_cost(sizes: Sizes, work: Sampling) -> Cost:
@@ -155,23 +164,18 @@ def prefill_cost(sizes: Sizes, work: Sampling) -> Cost:
     used = _weights_in_use(sizes)
     placed = _position_bytes(sizes, work) * prompts / sizes.mesh.shape["run"] * length
     found = _sampling_collectives(sizes, work, used, prompts * length, placed)
-    return Cost(products / sizes.mesh.size, _moved(sizes) * used.total, found)
+    return Cost(products / sizes.mesh.size, _moved(sizes) * (used.gathered + used.staying + used.vocabulary), found)
 
 
 @dataclasses.dataclass(frozen=True)
 class _WeightsInUse:
     """Bytes of the weights that a device computes with in one pass of the sampler: of the layers its part by tensor, gathered over (run, data),
-    but experts that stay; and the matrix of the vocabulary whole (prefill looks tokens up in one, decoding makes logits with one).
+    but experts that stay; and the vocabulary's matrix whole, as prefill gathers it to look tokens up.
     """
 
     gathered: float
     staying: float
     vocabulary: float
-
-    @property
-    def total(self) -> float:
-        """All that is read."""
-        return self.gathered + self.staying + self.vocabulary
 
 
 def _weights_in_use(sizes: Sizes) -> _WeightsInUse:
@@ -179,31 +183,49 @@ def _weights_in_use(sizes: Sizes) -> _WeightsInUse:
     return _WeightsInUse((_bytes_named("layers", sizes) - staying) * _cut(sizes), staying, _item(sizes.model.weights) * vocabulary)
 
 
-def _sampling_collectives(sizes: Sizes, work: Sampling, used: _WeightsInUse, tokens: int, placed: float = 0.0) -> dict[str, Collective]:
+def _sampling_collectives(
+    sizes: Sizes, work: Sampling, used: _WeightsInUse, tokens: int, placed: float = 0.0, chosen: int = 0
+) -> dict[str, Collective]:
     """Those of `tokens` tokens' pass, by formula: the gathering of the weights over (run, data), over tensor the sums of float32 activations behind
-    attention and MLP; to experts that stay all tokens are sent, and their outputs back. `placed`: bytes that are gathered over data besides.
+    attention and MLP; to experts that stay all tokens are sent, and their outputs back. `placed`: bytes that are gathered over data besides;
+    `chosen`: tokens whose successor is chosen, from hidden states that all devices get.
     """
-    config, mesh, cut, tensor = sizes.config, sizes.mesh, _cut(sizes), sizes.mesh.shape["tensor"]
+    config, mesh, cut = sizes.config, sizes.mesh, _cut(sizes)
+    run, data, tensor = (mesh.shape[axis] for axis in ("run", "data", "tensor"))
     elements = config.n_layers * config.d_model * tokens
     sent = elements * _item(work.options.dtype) * (cut - 1) / cut if used.staying else 0
-    gathered = used.gathered * (cut - 1) / cut + used.vocabulary * (mesh.size - 1) / mesh.size
+    hidden, logits = chosen * config.d_model * _item(work.options.dtype), 4 * chosen * config.vocab_size / cut
+    gathered = (used.gathered + hidden) * (cut - 1) / cut + used.vocabulary * (mesh.size - 1) / mesh.size
     return _collectives({
-        "all-gather": Collective(config.n_layers, gathered + placed * (mesh.shape["data"] - 1) / mesh.shape["data"] + sent),
+        "all-gather": Collective(config.n_layers, gathered + placed * (data - 1) / data + sent + logits * (tensor - 1) / tensor),
+        "all-to-all": Collective((run > 1) + (data > 1), logits * ((run - 1) / run + (data - 1) / data)),
         "reduce-scatter": Collective(config.n_layers, sent),
         "all-reduce": Collective(2 * config.n_layers, 2 * 2 * 4 * elements / cut * (tensor - 1) / tensor),
     })  # fmt: skip
 
 
+def layer_copies(sizes: Sizes, work: Sampling, weights) -> float:
+    """Bytes on a device of the copy of the layers that tokens are decoded with, by formula: as `weights` lie, or whole but for tensor and experts."""
+
+    def copied(name: str, leaf) -> float:
+        gathered = {axis for axes in leaf.sharding.spec for axis in axes or ()} & set(FSDP) if work.options.whole_layers and "expert" not in name else ()
+        return per_device(leaf) * math.prod(sizes.mesh.shape[axis] for axis in gathered)
+
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(weights)}
+    return sum(copied(name, leaf) for name, leaf in named.items() if "layers" in name)
+
+
 def sampling_activations(sizes: Sizes, work: Sampling) -> float:
-    """Bytes on a device of what the sampler makes on its way, by formula: one layer and the vocabulary's matrix where they are gathered (or made dense), and either
-    a prefill's own arrays of a layer or all rows' logits, in float32 and twice as much to choose from them. Where there is room, XLA gathers more ahead.
+    """Bytes on a device of what the sampler makes on its way, by formula: one layer where it is gathered (or made dense), and either a prefill's own arrays of a
+    layer and the vocabulary's matrix, gathered, or all rows' logits, in float32 and twice as much to choose from them. Where there is room, XLA gathers more ahead.
     """
     plan, config, used = work.plan, sizes.config, _weights_in_use(sizes)
-    gathered = (used.gathered / config.n_layers if _cut(sizes) > 1 or sizes.model.quantised else 0) + (used.vocabulary if sizes.mesh.size > 1 else 0)
+    layer = used.gathered / config.n_layers if _cut(sizes) > 1 or sizes.model.quantised else 0
     prompts = Step(StepWork(0, 0, 0), 1, plan.prefill_prompts * plan.shape.copies, plan.prefill_lengths[-1])
     rows = plan.shape.runs * plan.shape.groups * plan.shape.copies * plan.shape.rows
     logits = 3 * 4 * rows * config.vocab_size / _cut(sizes)
-    return gathered + max(score_activations(dataclasses.replace(sizes, runs=plan.shape.runs), prompts), logits)
+    prefill = score_activations(dataclasses.replace(sizes, runs=plan.shape.runs), prompts) + (used.vocabulary if sizes.mesh.size > 1 else 0)
+    return layer + max(prefill, logits)
 
 
 def score_cost(sizes: Sizes, step: Step) -> Cost:

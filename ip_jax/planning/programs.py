@@ -132,7 +132,7 @@ def lower_sampling(decoder: tuple, mesh: Mesh, work: Sampling) -> Sampler:
     """
     plan, dtype, options = work.plan, work.options.dtype, work.options
     with jax.set_mesh(mesh) if options.mesh else contextlib.nullcontext():
-        layers = _outputs(sampling.separate_layers.lower(*decoder))
+        layers = _outputs(sampling.separate_layers.lower(*decoder, whole=options.whole_layers))
         slots = _outputs(sampling.start_slots.lower(*decoder, plan.prefix, shape=plan.shape, dtype=dtype))
         longest = [sorted(queue, key=lambda group: max(map(len, group.prompts)))[-plan.prefill_prompts :] for queue in plan.queues]
         refill = make_refill(plan, [list(enumerate(groups)) for groups in longest], work.requests)

@@ -172,6 +172,8 @@ def summary(workload: RlWorkload, topology: Topology, stages: Sequence[Stage]) -
     grouping = ", ".join(estimate.grouping(program.runs, program.count) for program in workload.programs)
     tokens = int(step_of(largest.sizes, largest.batch(largest.in_use).policy).work.tokens)
     advice += [line for program in workload.programs for line in estimate.empty_rows(program.kind.mesh, program.batch(program.in_use).policy.tokens.shape[2], "update")]
+    if topology.chip:
+        advice += [line for program in workload.programs for line in sampling.layers_for_every_token(program.kind.mesh, [program.sampling])]
     return Planned(
         workload.model.name, topology.name, topology.count, dict(largest.kind.mesh.shape), workload.source, grouping, largest.runs,
         sum(program.count for program in workload.programs), tokens, memory, needed, allowed, [phase for stage in stages for phase in stage.phases],

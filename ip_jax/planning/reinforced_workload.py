@@ -137,12 +137,12 @@ def declared(shapes: RlShapes, config: DecoderConfig, mesh: Mesh | AbstractMesh)
         for q, prompt in enumerate(prompts(rl.groups, shapes.prompts.generation)) for i in range(rl.samples)
     ]
     sized = rollouts.RolloutPlan((), (), None, rl.rollout, None, {"gen": slots[0], "train": slots[1], "guide": 0})
-    sampling = _sampling(config, [queue] * runs, rollouts.sampler_options(sized, (0,), shapes.model.activations, rl.slots, of_program), _calls(rl, shapes.algorithm))
+    sampling = _sampling(config, [queue] * runs, _sampler_options(sized, (0,), kind), _calls(rl, shapes.algorithm))
     asked = [
         Request(prompt, i, temperature=evaluation.temperature, top_p=evaluation.top_p, max_new_tokens=evaluation.max_new_tokens)
         for i, prompt in enumerate(prompts(shapes.questions.prompts, shapes.questions.length))
     ]
-    options = supervised_programs.sampler_options(of_program, shapes.model, evaluation, (0,), (1, 1))
+    options = supervised_programs.sampler_options(of_program, config, shapes.model, evaluation, (0,), (1, 1))
     evaluations = (_sampling(config, [asked] * runs, options, shapes.questions.sweeps),) if shapes.questions.sweeps else ()
     rollout = rollout_of(runs, rl, *((rl.groups, size) for size in slots))
     program = Program(kind, runs, shapes.runs / runs, (), rollout, sampling, evaluations)
@@ -190,12 +190,12 @@ def _program(experiment: Reinforced, runs: Sequence[Run], config: DecoderConfig,
     mesh, algorithm = mesh_for(mesh, len(group)), group[0].arm.algorithm
     asked, stop_ids = longest.ask(0), (end_of_turn_id(tokenizer),)
     sides = (longest.prompts(asked, side).tokens.shape[1:] for side in ("gen", "train"))
-    options = rollouts.sampler_options(longest, stop_ids, model.activations, rl.slots, mesh)
     steps = sorted({*experiment.evaluation.steps, rl.iterations})
     sweeps = [sweep for step in steps for sweep in plan.sweeps_of(experiment, [(run.arm, run.seed) for run in group], step)]
+    kind = Kind(mesh, config, rl, model, algorithm)
     return Program(
-        Kind(mesh, config, rl, model, algorithm), len(group), len(runs) / len(group), tuple(dict.fromkeys(run.arm.name for run in runs)),
-        rollout_of(len(group), rl, *sides), _sampling(config, rollouts.requests_of(longest, asked), options, _calls(rl, algorithm)),
+        kind, len(group), len(runs) / len(group), tuple(dict.fromkeys(run.arm.name for run in runs)),
+        rollout_of(len(group), rl, *sides), _sampling(config, rollouts.requests_of(longest, asked), _sampler_options(longest, stop_ids, kind), _calls(rl, algorithm)),
         _evaluations(experiment, config, sweeps, mesh, tokenizer, room),
     )
 
@@ -216,13 +216,19 @@ def rollout_of(runs: int, rl: RlConfig, generation: tuple[int, int], training: t
     )
 
 
+def _sampler_options(of: rollouts.RolloutPlan, stop_ids: tuple[int, ...], kind: Kind) -> SamplerOptions:
+    """How a run of this kind samples its rollouts."""
+    whole_layers = supervised_programs.layers_fit_whole(kind.mesh, kind.config, kind.model)
+    return rollouts.sampler_options(of, stop_ids, kind.model.activations, kind.rl.slots, kind.mesh, whole_layers)
+
+
 def _evaluations(
     experiment: Reinforced, config: DecoderConfig, sweeps: Sequence[Sweep], mesh: Mesh | AbstractMesh, tokenizer, room: tuple[int, int]
 ) -> tuple[Sampling, ...]:
     """The sampling calls of `sweeps`; those that ask the same are counted, not listed."""
     cells = {_asked(cell): cell for sweep in sweeps for cell in sweep if cell}
     requests = {asked: plan.requests_of(experiment, cell, tokenizer) for asked, cell in cells.items()}
-    options = supervised_programs.sampler_options(mesh, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room)
+    options = supervised_programs.sampler_options(mesh, config, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room)
     times = Counter(tuple(cell and _asked(cell) for cell in sweep) for sweep in sweeps)
     return tuple(_sampling(config, [requests[asked] if asked else [] for asked in of_sweep], options, count) for of_sweep, count in times.items())
 

@@ -3,6 +3,8 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
+from jax.sharding import AbstractMesh, Mesh
+
 from ip_jax.planning import formulas
 from ip_jax.planning.programs import Compiled, Sampler, TooLarge, compile_lowered, per_device
 from ip_jax.planning.workload import Sampling, Sizes
@@ -40,11 +42,18 @@ def costs(sizes: Sizes, work: Sampling, adapters) -> tuple[Callable, Callable]:
     return functools.partial(formulas.prefill_cost, sizes, work), functools.partial(formulas.decode_cost, sizes, work, adapters)
 
 
+def layers_for_every_token(mesh: Mesh | AbstractMesh, calls: Sequence[Sampling]) -> list[str]:
+    """What to change where decoding gathers the layers again and again (`settings.programs.layers_fit_whole`)."""
+    gathered = mesh.shape["run"] * mesh.shape["data"] > 1 and not all(call.options.whole_layers for call in calls)
+    why = "whole ones would take more than a quarter of a device's memory"
+    return [f"sampling: each token gathers the layers, because {why}: --mesh.tensor makes a device's part smaller"] if gathered else []
+
+
 def memory(sizes: Sizes, work: Sampling, weights, sampled: Sampled | None) -> dict[str, float]:
     """Bytes on each device while it samples, by kind, besides what lies there anyway."""
     parts = (sampled.prefill, sampled.decode) if sampled else ()
     return {
-        "weights by layer": sampled.layers if sampled else per_device(weights),
+        "weights by layer": sampled.layers if sampled else formulas.layer_copies(sizes, work, weights),
         "caches": sampled.slots if sampled else formulas.caches(sizes, work),
         "activations": max((part.memory.temporaries for part in parts if isinstance(part, Compiled)), default=formulas.sampling_activations(sizes, work)),
     }

@@ -157,7 +157,7 @@ def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -
     micro_rows = min(rows, max(spread, fitting))
     shape = PackedShape(length, 1, length, shapes.batches.responses, -(-rows // micro_rows), micro_rows)
     asked, evaluation = shapes.questions, shapes.evaluation
-    options = programs.sampler_options(mesh, shapes.model, evaluation, (0,), (1, 1))
+    options = programs.sampler_options(mesh, config, shapes.model, evaluation, (0,), (1, 1))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, config.vocab_size, asked.length, np.int32) for _ in range(asked.prompts)]
     queues = [[Request(prompt, i, max_new_tokens=evaluation.max_new_tokens) for i, prompt in enumerate(prompts)]] * runs
@@ -184,7 +184,7 @@ def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     rules = programs.row_rules(programs.Program(mesh, config, sft, model))
     reader = batch_reader(sources[:runs], render, sft.batch_size, active, sft.tokens_per_micro_batch, rules)
     return Workload(
-        config, model, sft, mesh, runs, len(sources) / runs, Counter(reader.shapes), _sampling(experiment, mesh, tokenizer, runs, len(sources) / runs),
+        config, model, sft, mesh, runs, len(sources) / runs, Counter(reader.shapes), _sampling(experiment, config, mesh, tokenizer, runs, len(sources) / runs),
         f"the packing plan of the experiment's own data, {len(sources)} runs", _rows_in_use(reader),
     )
 
@@ -214,7 +214,9 @@ def abstract_params(config: DecoderConfig, dtype: str, sharding=None) -> dict:
     return params
 
 
-def _sampling(experiment: Supervised, mesh: Mesh | AbstractMesh, tokenizer, runs: int, programs_of_all: float) -> tuple[Sampling, ...]:
+def _sampling(
+    experiment: Supervised, config: DecoderConfig, mesh: Mesh | AbstractMesh, tokenizer, runs: int, programs_of_all: float
+) -> tuple[Sampling, ...]:
     """The evaluation's sampling calls of one program of runs, and its share of those of the untrained model; equal calls are counted, not listed."""
     group = [plan.Run(arm, seed, "") for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds][:runs]
     looked_at = sorted({*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps} - {0})
@@ -228,7 +230,7 @@ def _sampling(experiment: Supervised, mesh: Mesh | AbstractMesh, tokenizer, runs
 
     def sampling(queues, eval_set: str, times: float) -> Sampling:
         room = plan.sampling_room(experiment, eval_set, tokenizer)
-        options = programs.sampler_options(mesh, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room)
+        options = programs.sampler_options(mesh, config, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room)
         return Sampling(queues, sampling_plan.make_plan(queues, options), options, times)
 
     times = Counter(tuple(_kind(experiment, cell) if cell else None for cell in sweep) for sweep in sweeps)

@@ -212,12 +212,14 @@ def requests_of(plan: RolloutPlan, asked: Asked) -> list[list[Request]]:
     ]
 
 
-def sampler_options(plan: RolloutPlan, stop_ids: tuple[int, ...], dtype: str = "float32", slots: int | None = None, mesh=None) -> SamplerOptions:
+def sampler_options(
+    plan: RolloutPlan, stop_ids: tuple[int, ...], dtype: str = "float32", slots: int | None = None, mesh=None, whole_layers: bool = False
+) -> SamplerOptions:
     """Sizes with which all iterations share one sampling program; `slots`: completions of a run decoded at once, None for all of them."""
     options, longest = plan.options, max(plan.slots["gen"], plan.slots["guide"])
     return SamplerOptions(
         stop_ids, slots or options.groups * options.samples, prefill_prompts=options.groups, prompt_buckets=(longest,),
-        room=(longest, options.max_new_tokens), dtype=dtype, mesh=mesh,
+        room=(longest, options.max_new_tokens), dtype=dtype, mesh=mesh, whole_layers=whole_layers,
     )
 
 

@@ -68,6 +68,7 @@ class SamplerOptions:
     dtype: str = "float32"  # of activations and caches; products run in the weights' dtype
     candidates: int = 256  # largest logits that top-p looks at before a full sort
     mesh: Mesh | None = None  # axes "run" and "data": runs and slot groups are spread over them
+    whole_layers: bool = False  # every device decodes with whole layers (a part by "tensor"), gathered once a call, not for every token
 
 
 @dataclasses.dataclass(frozen=True)

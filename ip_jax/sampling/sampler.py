@@ -56,7 +56,7 @@ def _complete(graphdef, lora, base, requests, options: SamplerOptions, on_progre
     """For each run, (index of the request, sample) -> completion."""
     plan = make_plan(requests, options)
     stop_ids = np.array(options.stop_ids, np.int32)
-    layers = separate_layers(graphdef, lora, base)
+    layers = separate_layers(graphdef, lora, base, whole=options.whole_layers)
     slots = start_slots(graphdef, lora, base, plan.prefix, shape=plan.shape, dtype=options.dtype)
     waiting = [list(queue) for queue in plan.queues]
     held: list[dict[int, Group]] = [{} for _ in requests]

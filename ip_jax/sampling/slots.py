@@ -21,10 +21,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ip_jax.models.decoder import decoder_layer, rms_norm
 from ip_jax.models.families import Rope
-from ip_jax.models.placement import BY_ROW, EVERYWHERE, constrain
+from ip_jax.models.placement import BY_ROW, EVERYWHERE, FSDP, VOCABULARY, constrain, each_its_rows
 from ip_jax.models.rope import Tables, rope_tables
 from ip_jax.sampling.attention import prompt_attend, token_attend
 from ip_jax.sampling.randomness import choose_tokens, row_keys, token_uniforms
+from ip_jax.training.sharding import whole_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +125,17 @@ def _pinned(slots: Slots) -> Slots:
     return Slots(**{name: jax.tree.map(caches.get(name, by_row), value) for name, value in fields.items()})
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def separate_layers(graphdef, lora, base) -> tuple:
-    """Each layer's (lora, base) states as arrays of their own: slices of stacked weights would be copied again at every token."""
+@functools.partial(jax.jit, static_argnames=("graphdef", "whole"))
+def separate_layers(graphdef, lora, base, *, whole: bool = False) -> tuple:
+    """Each layer's (lora, base) states as arrays of their own: slices of stacked weights would be copied again at every token.
+
+    `whole`: on a mesh they are gathered here, once (`training.sharding.whole_layer`); else they lie as the base does, and each token gathers them.
+    """
     _, lora, base = _split_layers(nnx.merge(graphdef, lora, base))
     count = jax.tree.leaves(base)[0].shape[0]
     lora = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), lora)
-    return tuple(jax.tree.map(operator.itemgetter(i), (lora, base)) for i in range(count))
+    layers = [jax.tree.map(operator.itemgetter(i), (lora, base)) for i in range(count)]
+    return tuple((lora, whole_layer(base) if whole else base) for lora, base in layers)
 
 
 def _split_layers(decoder):
@@ -204,8 +209,12 @@ def decode_step(decoder, layers, slots: Slots, ropes: dict[Rope, Tables], stop_i
     attend = token_attend(in_prompt, columns_back <= age[..., None], (prompt_back, columns_back), rows)
     ropes = {rope: jax.tree.map(operator.itemgetter(in_batch(position)), tables) for rope, tables in ropes.items()}
     hidden, emitted = _run_layers(decoder, layers, in_batch(slots.token), ropes, attend, caches, dtype)
-    logits = decoder.logits(constrain(hidden[:, :, 0], EVERYWHERE))  # each device has its part of the vocabulary for all rows
-    logits = constrain(logits, BY_ROW).reshape(runs, groups, rows, -1)
+    logits = decoder.logits(constrain(hidden[:, :, 0], EVERYWHERE))
+    # Each device makes its part of the vocabulary for all rows, then gets the whole for its rows: one mesh axis after the other, the last one
+    # of the cut first, else XLA gathers the head, or all rows' logits.
+    for axes in ((None, None, VOCABULARY), (None, None, FSDP), (None, "data", "run"), BY_ROW):
+        logits = constrain(logits, axes)
+    logits = logits.reshape(runs, groups, rows, -1)
     token, log_prob = _choose(slots, logits, age, candidates)
     made = jnp.where(slots.finished, slots.made, slots.made + 1)
     # A token is never negative, but that the column depends on it puts the writes behind every read: without it XLA copies each ring.
@@ -234,7 +243,8 @@ def _choose(slots: Slots, logits: Float[Array, "R P G V"], age: Int[Array, "R P"
         weight = of(slots.guidance)[..., None]
         logits = (1 + weight) * logits[:, ::2] - weight * logits[:, 1::2]
     index = jnp.broadcast_to(of(age)[..., None], logits.shape[:-1])
-    chosen = choose_tokens(logits, of(slots.temperature), of(slots.top_p), token_uniforms(of(slots.keys), index), candidates)
+    choose = functools.partial(choose_tokens, candidates=candidates)
+    chosen = each_its_rows(choose, logits, of(slots.temperature), of(slots.top_p), token_uniforms(of(slots.keys), index))
     return chosen if slots.guidance is None else tuple(jnp.repeat(x, 2, axis=1) for x in chosen)
 
 

@@ -4,6 +4,7 @@ Both call these functions, so that what is planned is what runs.
 """
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,8 +13,9 @@ from jax.sharding import AbstractMesh, Mesh
 
 from ip_jax.data.packing import ROW_QUANTUM, RowRules
 from ip_jax.models import kernels
+from ip_jax.models.chips import chip_of
 from ip_jax.models.decoder import split_decoder
-from ip_jax.models.families import DecoderConfig
+from ip_jax.models.families import DecoderConfig, param_shapes
 from ip_jax.models.lora import init_lora
 from ip_jax.models.peft import Adapter, replace_runs
 from ip_jax.sampling.sampler import SamplerOptions
@@ -21,6 +23,8 @@ from ip_jax.settings.experiment import EvalConfig, ModelConfig, SftConfig
 from ip_jax.training.sft import SftOptions, compile_sft_step
 from ip_jax.training.sharding import base_shardings, batch_sharding, replicated, state_shardings
 from ip_jax.training.state import TrainState, full_weights, init_state
+
+WHOLE_LAYERS = 0.25  # of a device's memory: beside them lie its part of the base, adapters, Adam's moments and the caches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +104,16 @@ def train_step(program: Program, graphdef, state: TrainState, frozen, shared: in
     return compile_sft_step(graphdef, options, *places)
 
 
-def sampler_options(mesh: Mesh, model: ModelConfig, evaluation: EvalConfig, stop_ids: tuple[int, ...], room: tuple[int, int]) -> SamplerOptions:
+def sampler_options(
+    mesh: Mesh | AbstractMesh, config: DecoderConfig, model: ModelConfig, evaluation: EvalConfig, stop_ids: tuple[int, ...], room: tuple[int, int]
+) -> SamplerOptions:
     """How an evaluation samples; `room`: (prompt tokens, new tokens) that every sweep of its set has at least."""
-    return SamplerOptions(stop_ids, evaluation.slots, room=room, dtype=model.activations, mesh=mesh)
+    return SamplerOptions(stop_ids, evaluation.slots, room=room, dtype=model.activations, mesh=mesh, whole_layers=layers_fit_whole(mesh, config, model))
+
+
+def layers_fit_whole(mesh: Mesh | AbstractMesh, config: DecoderConfig, model: ModelConfig) -> bool:
+    """Whether devices sample with whole layers: a device's part of them by tensor takes at most WHOLE_LAYERS of the memory that its maker publishes."""
+    chip = chip_of(_device(mesh).device_kind)
+    whole = sum(math.prod(shape) for path, shape in param_shapes(config).items() if path[0] == "layers" and "expert" not in path[1])
+    bits = {"int8": 8, "nf4": 4, None: 8 * jnp.dtype(model.weights).itemsize}[model.quantised]
+    return chip is not None and whole * bits / 8 / mesh.shape["tensor"] <= WHOLE_LAYERS * chip.memory

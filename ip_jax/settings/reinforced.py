@@ -43,6 +43,7 @@ from ip_jax.settings.grading import TooManyFailures, check_failures
 from ip_jax.settings.live_table import ArmRow, live_arms, over_seeds
 from ip_jax.settings.measuring import measuring_couplings
 from ip_jax.settings.observer import UNWATCHED, Watch, observer_of
+from ip_jax.settings.programs import layers_fit_whole
 from ip_jax.settings.programs import sampler_options as eval_sampler_options
 from ip_jax.settings.reinforced_plan import Reinforced
 from ip_jax.settings.rollout_records import Grader, Recorded, part_path, read_iteration, roll_out, write_iteration
@@ -214,7 +215,8 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
     guided = any(run.guidance > 0 for run in program.rollouts.runs)
     grader = Grader(experiment.environment, rl.grading_workers)
     stop_ids = (end_of_turn_id(session.model.tokenizer),)
-    sampling_of = lambda rollouts: sampler_options(rollouts, stop_ids, experiment.model.activations, rl.slots, mesh)  # noqa: E731
+    whole_layers = layers_fit_whole(mesh, program.kind.config, experiment.model)
+    sampling_of = lambda rollouts: sampler_options(rollouts, stop_ids, experiment.model.activations, rl.slots, mesh, whole_layers)  # noqa: E731
     sampling, reference_of = sampling_of(program.rollouts), reference_scoring(program.rollouts, algorithm.gate, sampling_of)
     decide = jax.jit(functools.partial(make_batch, algorithm=algorithm, layout=program.kind.layout))
     measure = jax.jit(functools.partial(sample_metrics, guided=guided))
@@ -335,7 +337,7 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep) -> None:
     experiment, tokenizer = session.experiment, session.model.tokenizer
     cells = [cell for cell in sweep if cell]
     prompts = " / ".join(dict.fromkeys(cell.eval_prompt for cell in cells))
-    options = eval_sampler_options(session.mesh, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), session.room)
+    options = eval_sampler_options(session.mesh, session.model.config, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), session.room)
     started = time.monotonic()
     completions = sample_queues([plan.requests_of(experiment, cell, tokenizer) if cell else [] for cell in sweep], options)
     arms, seconds = ", ".join(dict.fromkeys(cell.arm for cell in cells)), time.monotonic() - started

@@ -235,7 +235,7 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep, what: str
     """Samples a sweep, judges it and writes its part files. `sample_queues`: `sample` with its decoder given."""
     experiment, tokenizer = session.experiment, session.model.tokenizer
     room = plan.sampling_room(experiment, next(cell for cell in sweep if cell).eval_set, tokenizer)
-    options = programs.sampler_options(session.mesh, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room)
+    options = programs.sampler_options(session.mesh, session.model.config, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room)
     queues = [plan.requests_of(experiment, cell, tokenizer) if cell else [] for cell in sweep]
     cells = [cell for cell in sweep if cell]
     name = f"evaluating {what}, {cells[0].eval_set} under {' / '.join(dict.fromkeys(cell.eval_prompt for cell in cells))}"

@@ -14,7 +14,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ip_jax.models.families import DecoderConfig, ParamPath, param_shapes
-from ip_jax.models.placement import EXPERTS_IN, EXPERTS_OUT, FSDP, fitting
+from ip_jax.models.placement import EXPERTS_IN, EXPERTS_OUT, FSDP, VOCABULARY, constrain, fitting
 from ip_jax.training.state import TrainState
 
 AXES = ("run", "data", "tensor")
@@ -22,8 +22,8 @@ AXES = ("run", "data", "tensor")
 # (pattern of the parameter's path, mesh axes of each dimension); the first match counts, and L is never cut. An axis that does not
 # divide its dimension is left to the next dimension that names it, or dropped.
 RULES = (
-    (r"^embed", (AXES, None)),  # [V, D]: the vocabulary product stays where its rows lie
-    (r"^head", (None, AXES)),  # [D, V]
+    (r"^embed", (VOCABULARY, None)),  # [V, D]: the vocabulary product stays where its rows lie
+    (r"^head", (None, VOCABULARY)),  # [D, V]
     (r"norm", ()),  # [D] or [L, D]: too small to be worth a message
     (r"layers/[qkv](_|/)bias", (None, "tensor")),  # [L, out]
     (r"layers/router\b", ()),  # [L, D, E]
@@ -97,6 +97,17 @@ def mesh_for(mesh: Mesh | AbstractMesh, runs: int) -> Mesh | AbstractMesh:
 def base_shardings(mesh: Mesh, base_state):
     """`base_state` (the frozen state of `split_decoder`, or a params dict) with a NamedSharding in place of each array."""
     return jax.tree.map_with_path(lambda path, x: _by_rule(mesh, _name(path), x.shape), base_state)
+
+
+def whole_layer(layer):
+    """`layer` (the state of one layer's weights) on the mesh in context, whole on every device but for the axis tensor, and for experts, which stay."""
+
+    def placed(path, x: jax.Array) -> jax.Array:
+        name = f"layers/{_name(path)}"
+        axes = next(axes for pattern, axes in RULES if re.search(pattern, name))[1:]  # of the stack's, without L
+        return constrain(x, axes if "/expert" in name else tuple(axis if axis == "tensor" else None for axis in axes))
+
+    return jax.tree.map_with_path(placed, layer)
 
 
 def param_shardings(mesh: Mesh, config: DecoderConfig) -> Callable[[ParamPath], NamedSharding]:

@@ -108,15 +108,24 @@ def test_a_quantised_base_that_cannot_be_loaded_does_not_fit(capsys, tmp_path):
     _, eight = planned(capsys, tmp_path, "sft_shapes", *llama_70b, "--topology", "h100:8")
     assert eight["fits"] and list(eight["memory"]) == ["loading", "training", "sampling"]
     gathered = eight["phases"][2]["cost"]["collectives"]["all-gather"]["moved"]
-    assert gathered == pytest.approx((2 * layers + rest) * 7 / 8, rel=1e-3), "dense layers and the vocabulary's matrix are gathered"
+    assert gathered == pytest.approx(2 * layers * 7 / 8, rel=1e-3), "dense layers are gathered: beside the rest, whole ones in 4 bits would take half of the memory"
 
 
-def test_decoding_gathers_the_weights_for_every_token(capsys, tmp_path):
+def test_decoding_gathers_the_layers_for_every_token_where_they_would_take_too_much_memory(capsys, tmp_path):
+    """On 8 H100 each has them whole, and sends logits and hidden states alone."""
+    layers, rows = 2 * 28 * 233_046_016, 2 * 128
     _, record = planned(capsys, tmp_path, "sft_shapes", "--preset", "qwen2-7b", "--topology", "h100:8")
+    decoding, hidden, logits = record["phases"][2], rows * 3584 * 2, rows / 8 * 152064 * 4
+    assert record["memory"]["sampling"]["weights by layer"] == pytest.approx(layers, rel=1e-3)
+    assert not record["advice"]
+    assert {kind: found["moved"] for kind, found in decoding["cost"]["collectives"].items()} == {"all-gather": hidden * 7 / 8, "all-to-all": logits * 7 / 8}
+    _, record = planned(capsys, tmp_path, "sft_shapes", "--preset", "qwen2-7b", "--topology", "h100:16", "--hf.num-hidden-layers", "56")
     decoding = record["phases"][2]
-    used = 2 * (7_615_616_512 - 152064 * 3584)  # all but the embedding, of which rows are looked up
-    assert decoding["cost"]["collectives"]["all-gather"]["moved"] == pytest.approx(used * 7 / 8, rel=1e-3)
-    assert decoding["seconds"]["links"] == pytest.approx(used * 7 / 8 / 450e9, rel=1e-3) and decoding["seconds"]["links"] > decoding["seconds"]["memory"]
+    assert record["memory"]["sampling"]["weights by layer"] == pytest.approx(2 * layers / 16, rel=1e-3)
+    assert decoding["cost"]["collectives"]["all-gather"]["moved"] == pytest.approx(2 * layers * 15 / 16, rel=1e-3)
+    (advice,) = record["advice"]
+    assert advice.startswith("sampling: each token gathers the layers") and "--mesh.tensor" in advice
+    assert decoding["seconds"]["links"] == pytest.approx(2 * layers * 15 / 16 / 450e9, rel=2e-3) and decoding["seconds"]["links"] > decoding["seconds"]["memory"]
     _, record = planned(capsys, tmp_path, "sft_shapes", "--preset", "qwen2-7b", "--topology", "h100:4", "--mesh.tensor", "4")
     assert record["memory"]["sampling"]["caches"] == 2 * 2 * 28 * 128 * 2 * 128 * (320 + 512), "one of four kv heads on each device"
 

@@ -214,24 +214,53 @@ def test_bad_requests_are_refused_in_a_sentence(untrained, two_runs):
         Request(np.zeros(0, np.int32), 0)
 
 
-@pytest.mark.parametrize("axes", [pytest.param(dict(run=2, data=4), marks=pytest.mark.slow), dict(run=2, data=2, tensor=2), pytest.param(dict(data=2, tensor=4), marks=pytest.mark.slow)], ids=str)
-def test_sharded_over_a_mesh_as_on_one_device(two_runs, axes):
+@pytest.mark.parametrize("axes, whole", [
+    pytest.param(dict(run=2, data=4), False, marks=pytest.mark.slow), (dict(run=2, data=2, tensor=2), False), (dict(run=2, data=2, tensor=2), True),
+    pytest.param(dict(data=2, tensor=4), False, marks=pytest.mark.slow), pytest.param(dict(data=8), True, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
+def test_sharded_over_a_mesh_as_on_one_device(two_runs, axes, whole):
+    """Every third prompt with temperature and top-p, the others greedy."""
     from ip_jax.training.sharding import base_shardings, make_mesh
 
     graphdef, lora, base = two_runs
     mesh = make_mesh(**axes)
     spread = graphdef, jax.device_put(lora, jax.NamedSharding(mesh, jax.P("run"))), jax.device_put(base, base_shardings(mesh, base))
-    queues = [[Request(prompt, i, n_samples=2, max_new_tokens=8) for i, prompt in enumerate(prompts(7 - run, seed=run))] for run in range(2)]
-    sharded = sample(*spread, queues, dataclasses.replace(OPTIONS, mesh=mesh))
+    how = lambda i: dict(temperature=0.8, top_p=0.9) if i % 3 == 0 else {}  # noqa: E731
+    queues = [[Request(prompt, i, n_samples=2, max_new_tokens=8, **how(i)) for i, prompt in enumerate(prompts(7 - run, seed=run))] for run in range(2)]
+    sharded = sample(*spread, queues, dataclasses.replace(OPTIONS, mesh=mesh, whole_layers=whole))
     near_ties = 0
     for run, (answers, expected) in enumerate(zip(sharded, sample(*two_runs, queues, OPTIONS), strict=True)):
         for request, answer, other in zip(queues[run], answers, expected, strict=True):
             at = np.flatnonzero(answer[0].token_ids != other[0].token_ids)[:1]
-            if len(at):  # only where the two best logits all but tie
+            if len(at) and not request.temperature:  # only where the two best logits all but tie
                 logits = np.sort(full_logits(two_runs, run, np.concatenate([request.prompt_ids, answer[0].token_ids]))[len(request.prompt_ids) - 1 + at[0]])
                 assert logits[-1] - logits[-2] < 1e-4
-                near_ties += 1
+            near_ties += len(at)
     assert near_ties <= 1
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_for_a_token_no_logits_and_no_vocabulary_are_gathered_and_of_whole_layers_nothing(two_runs, whole):
+    """Of the programs compiled for eight devices: nothing as large as a vocabulary's matrix, or as all rows' logits, is gathered."""
+    from ip_jax.training.sharding import base_shardings, make_mesh
+
+    graphdef, lora, base = two_runs
+    mesh = make_mesh(run=2, data=2, tensor=2)
+    lora, base = jax.device_put(lora, jax.NamedSharding(mesh, jax.P("run"))), jax.device_put(base, base_shardings(mesh, base))
+    queues = [[Request(prompt, i, temperature=1.0, top_p=0.9, max_new_tokens=8) for i, prompt in enumerate(prompts(8, seed=run))] for run in range(2)]
+    plan = make_plan(queues, dataclasses.replace(OPTIONS, mesh=mesh))
+    with jax.set_mesh(mesh):
+        held = slots.start_slots(graphdef, lora, base, plan.prefix, shape=plan.shape, dtype="float32")
+        layers = slots.separate_layers(graphdef, lora, base, whole=whole)
+        nothing = np.zeros(1, np.int32)
+        decode = slots.decode.lower(graphdef, lora, base, layers, held, np.zeros(2, np.int32), nothing, dtype="float32", candidates=256).compile()
+    vocabulary, width = base["embed"].shape
+    gathered = [tuple(map(int, dims.split(","))) for dims in re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", decode.as_text())]
+    kernel = base["layers"]["gate"]["kernel"].shape
+    assert ((kernel[1], kernel[2] // 2) in gathered) is not whole, "a layer's part by tensor, for each token or once before"
+    assert not any(vocabulary in dims or np.prod(dims) >= vocabulary * width for dims in gathered)
+    places = {jax.tree_util.keystr(path): leaf.sharding.spec for path, leaf in jax.tree.leaves_with_path(layers[0][1])}
+    assert places["['gate']['kernel'].value"] == jax.P(None if whole else ("run", "data"), "tensor")
 
 
 @pytest.mark.parametrize("axes, heads_cut", [(dict(run=2, data=2, tensor=2), 2), (dict(data=2, tensor=4), 1)], ids=str)

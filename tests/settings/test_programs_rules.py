@@ -11,7 +11,7 @@ from ip_jax.models.decoder import packed_attend
 from ip_jax.models.families import AttentionKind, DecoderConfig, uniform_attention
 from ip_jax.settings import supervised
 from ip_jax.settings.experiment import ModelConfig, SftConfig
-from ip_jax.settings.programs import Program, attention_kernel, row_rules
+from ip_jax.settings.programs import Program, attention_kernel, layers_fit_whole, row_rules
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import AXES
 
@@ -54,3 +54,20 @@ def test_frozen_weights_are_sampled_from_where_they_lie():
     session = types.SimpleNamespace(mesh=None, model=types.SimpleNamespace(config=None), experiment=types.SimpleNamespace(sft=SFT, model=ModelConfig("x")))
     frozen = {"weight": jnp.ones(3)}
     assert supervised._sampled(session, types.SimpleNamespace(trained={}), frozen)[1]["weight"] is frozen["weight"]
+
+
+@pytest.mark.parametrize("kind, sizes, layers, quantised, whole", [
+    ("h100", (1, 8, 1), 28, None, True), ("TPU v5 lite", (1, 8, 1), 28, None, False), ("TPU v5 lite", (1, 4, 4), 28, None, True),
+    ("h100", (1, 8, 1), 80, None, False), ("h100", (1, 8, 1), 80, "nf4", True), ("cpu", (1, 8, 1), 1, None, False),
+])  # fmt: skip
+def test_layers_are_whole_while_sampling_where_they_leave_three_quarters_of_the_memory(kind, sizes, layers, quantised, whole):
+    """Of Qwen2-7B's width, 233 million parameters a layer in bfloat16. Of a CPU's memory nothing is published."""
+    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=AbstractDevice(kind, None, "gpu"))
+    config = DecoderConfig("qwen2", 152064, 3584, 18944, layers, 28, 4, 128, PLAIN, 1e-5, 1024, False)
+    assert layers_fit_whole(mesh, config, ModelConfig("x", weights="bfloat16", quantised=quantised)) is whole
+
+
+def test_experts_do_not_count_because_they_stay():
+    mesh = AbstractMesh((1, 8, 1), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=AbstractDevice("h100", None, "gpu"))
+    config = DecoderConfig("mixtral", 32000, 4096, 14336, 32, 32, 8, 128, PLAIN, 1e-5, 1024, False, n_experts=8, experts_per_token=2)
+    assert layers_fit_whole(mesh, config, ModelConfig("x", weights="bfloat16"))
