@@ -20,7 +20,7 @@ test-slow: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m slow $(PYTEST)
 
 test-tpu: $(TPU_VENV)/ready
-	$(TPU_VENV)/bin/python -m pytest -m tpu tests/planning tests/models/test_kernels.py $(PYTEST)
+	$(TPU_VENV)/bin/python -m pytest -m tpu tests/planning tests/models/test_kernels.py tests/models/test_prompt_kernels.py $(PYTEST)
 
 bench: $(VENV)/ready-dev
 	$(BIN)/python -m benchmarks.run

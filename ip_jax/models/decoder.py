@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from ip_jax.models.attention import causal_attention, soft_capped, to_rows, to_segments
 from ip_jax.models.families import AttentionKind, DecoderConfig
-from ip_jax.models.kernels import PackedAttention, packing
+from ip_jax.models.kernels import KernelAttention, packing
 from ip_jax.models.lora import TARGETS, LoraConfig
 from ip_jax.models.moe import mixture, route
 from ip_jax.models.placement import BY_ROW, constrain
@@ -265,7 +265,7 @@ def packed_attend(
 
     def attend(q, k, v, _, kind):
         if kernel != "xla":
-            return PackedAttention(kernel, kind.scale, kind.window, kind.softcap)(q, k, v, rows), None
+            return KernelAttention(kernel, kind.scale, kind.window, kind.softcap)(q, k, v, rows), None
         context, _ = causal_attend(*(to_segments(x, rows.segment_index, rows.source, shared) for x in (q, k, v)), None, kind)
         return to_rows(context, rows.segment_index, rows.source, shared), None
 

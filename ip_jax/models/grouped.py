@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ip_jax.models.attention import MASKED, causal_attention, soft_capped
 from ip_jax.models.decoder import Attend
 from ip_jax.models.families import AttentionKind
+from ip_jax.models.kernels import KernelAttention, SharedPrompt
 
 
 def grouped_positions(prompt_length: Int[Array, "R B"], slots: int, samples: int, length: int) -> Int[Array, "R B T"]:
@@ -20,13 +21,18 @@ def grouped_positions(prompt_length: Int[Array, "R B"], slots: int, samples: int
     return jnp.concatenate([prompt, jnp.tile(completion, samples)], axis=-1)
 
 
-def grouped_attend(prompt_length: Int[Array, "R B"], slots: int, samples: int) -> Attend:
-    """Attention for rows of `slots` (X) prompt positions, of which the first `prompt_length` count, and `samples` (S) completions. Emits nothing.
+def grouped_attend(prompt_length: Int[Array, "R B"], slots: int, samples: int, kernel: str = "xla") -> Attend:
+    """Attention for rows of `slots` (X) prompt positions, of which the first `prompt_length` count, and `samples` (S) completions, by one of
+    `models.kernels` or XLA. Emits nothing.
 
     Padding lies behind a prompt and behind a completion, where causality hides it; completions never see the prompt's.
     """
 
     def attend(q, k, v, _, kind: AttentionKind):
+        if kernel != "xla":
+            positions = slots + (q.shape[2] - slots) // samples  # of the longest sequence: a window that holds it hides nothing
+            window = None if kind.window is None or kind.window >= positions else kind.window
+            return KernelAttention(kernel, kind.scale, window, kind.softcap)(q, k, v, SharedPrompt(prompt_length, slots, samples)), None
         parts = [(x[:, :, :slots], _by_completion(x[:, :, slots:], samples)) for x in (q, k, v)]
         (prompt_q, q), (prompt_k, k), (prompt_v, v) = parts
         context = causal_attention(prompt_q, prompt_k, prompt_v, scale=kind.scale, window=kind.window, softcap=kind.softcap)

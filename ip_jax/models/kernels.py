@@ -1,25 +1,29 @@
-"""Attention of packed rows by the kernels of accelerators, behind one switch; XLA's path stands in attention.py.
+"""Attention of packed rows, and of completions behind a prompt that they share, by the kernels of accelerators, behind one switch; XLA's paths
+stand in attention.py and grouped.py.
 
 | kernel | on | what keeps segments apart | cannot |
 |---|---|---|---|
-| splash | TPU | segment ids (jax.experimental.pallas.ops.tpu.splash_attention) | row lengths other than multiples of 128 |
+| splash | TPU | segment ids (jax.experimental.pallas.ops.tpu.splash_attention) | packed rows of other lengths than multiples of 128, windows behind a shared prompt |
 | cudnn | NVIDIA GPU | each segment is a sequence of its own (jax.nn.dot_product_attention) | soft caps, float32 |
-| pallas | GPU | segment ids (jax.experimental.pallas.ops.gpu.attention) | windows, soft caps, heads over 128, rows as splash |
+| pallas | GPU | segment ids (jax.experimental.pallas.ops.gpu.attention) | windows, soft caps, heads over 128, rows as splash, shared prompts |
 
 A kernel is chosen before anything is traced (`choose_attention`), from the mesh's devices: `jax.default_backend()` says cpu while a program is
 compiled for a TPU elsewhere. Kernels see whole rows of single devices: on a mesh they run in `shard_map`, rows over (run, data), heads over tensor.
-Dims: R runs, B rows, T positions of a row, N segments of a row, L positions of a segment, K kv heads, G query heads of one kv head, H head dim.
+Dims: R runs, B rows, T positions of a row, N segments of a row, L positions of a segment, K kv heads, G query heads of one kv head, H head dim;
+of a row with a shared prompt X prompt positions, S completions of C positions, T = X + S * C.
 """
 import dataclasses
 import functools
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ip_jax.models.attention import to_rows, to_segments
+from ip_jax.models.placement import BY_ROW, fitting
 from ip_jax.models.remat import ATTENTION
 
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "pallas": "gpu"}
@@ -43,6 +47,15 @@ def packing(segment_ids: Int[Array, "R B T"], positions: Int[Array, "R B T"], se
     return Packing(segment_ids, segment_index, jnp.where(segment_ids > 0, (segment_ids - 1) * length + positions, segments * length))
 
 
+@flax.struct.dataclass
+class SharedPrompt:
+    """Rows of `slots` (X) prompt positions, of which the first `length` count, and of `samples` (S) completions (`models.grouped`)."""
+
+    length: Int[Array, "R B"]
+    slots: int = flax.struct.field(pytree_node=False)
+    samples: int = flax.struct.field(pytree_node=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
     """What a kernel is asked for: shapes, and how scores are made (see `packed_attention`)."""
@@ -55,6 +68,7 @@ class AttentionCase:
     window: int | None = None
     softcap: float | None = None
     tensor: int = 1  # devices that the heads are cut over
+    shared_prompt: bool = False  # rows are SharedPrompt: then they may have any length
 
 
 def choose_attention(wanted: str, device: jax.Device, case: AttentionCase) -> str:
@@ -82,7 +96,11 @@ def refusal(kernel: str, case: AttentionCase, device: jax.Device | None = None) 
     dtypes = DTYPES[kernel]
     if case.dtype not in dtypes:
         return f"attention {kernel!r} works in {' or '.join(dtypes)}, not in {case.dtype}"
-    if kernel != "cudnn" and case.row_length % ROW_QUANTUM:
+    if case.shared_prompt and kernel == "pallas":
+        return "attention 'pallas' cannot share a prompt among completions: use xla or cudnn"
+    if case.shared_prompt and kernel == "splash" and case.window is not None:
+        return "attention 'splash' has no sliding window over completions that share a prompt: use xla"
+    if kernel != "cudnn" and not case.shared_prompt and case.row_length % ROW_QUANTUM:
         return f"attention {kernel!r} needs row lengths that are multiples of {ROW_QUANTUM}, not {case.row_length}"
     if kernel != "splash" and case.softcap is not None:
         return f"attention {kernel!r} has no soft cap of scores: use xla"
@@ -110,8 +128,9 @@ def _head_axes(kv_heads: int, groups: int, tensor: int) -> tuple[str | None, str
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedAttention:
-    """Causal attention within each segment of packed rows by one kernel: scores s = cap(scale q k), cap(x) = c tanh(x / c) for a soft cap c.
+class KernelAttention:
+    """Causal attention within each segment of packed rows, or of each completion and the prompt before it, by one kernel: scores
+    s = cap(scale q k), cap(x) = c tanh(x / c) for a soft cap c.
 
     `window` w: a position sees itself and the w - 1 before it. `interpret` runs the Pallas kernels' meaning on any device (tests).
     """
@@ -123,35 +142,43 @@ class PackedAttention:
     interpret: bool = False
 
     def __call__(
-        self, q: Float[Array, "R B T K G H"], k: Float[Array, "R B T K H"], v: Float[Array, "R B T K H"], rows: Packing
+        self, q: Float[Array, "R B T K G H"], k: Float[Array, "R B T K H"], v: Float[Array, "R B T K H"], rows: Packing | SharedPrompt
     ) -> Float[Array, "R B T K G H"]:
-        """The context in q's dtype, zero on padding. On the mesh in context, if there is one, R and B lie on run and data.
+        """The context in q's dtype, on padding zero (packed rows) or without meaning (a prompt's). On the mesh in context, if there is one, R and B lie on run and data, where these divide them.
 
         Raises ValueError where the kernel cannot express what is asked for.
         """
         mesh = jax.sharding.get_abstract_mesh()
         tensor = 1 if mesh.empty else mesh.shape["tensor"]
-        case = AttentionCase(q.dtype.name, *q.shape[2:], self.window, self.softcap, tensor)
+        shared = isinstance(rows, SharedPrompt)
+        case = AttentionCase(q.dtype.name, *q.shape[2:], self.window, self.softcap, tensor, shared)
         if reason := refusal(self.kernel, case):
             raise ValueError(reason)
-        attend = functools.partial({"splash": _splash, "cudnn": _cudnn, "pallas": _pallas}[self.kernel], self)
+        packed, behind_prompt = {"splash": _splash, "cudnn": _cudnn, "pallas": _pallas}, {"splash": _splash_behind_prompt, "cudnn": _cudnn_behind_prompt}
+        attend = functools.partial((behind_prompt if shared else packed)[self.kernel], self)
         if not mesh.empty:
             kv_axis, group_axis = _head_axes(case.kv_heads, case.groups, tensor)
-            of_q, of_kv = PartitionSpec("run", "data", None, kv_axis, group_axis), PartitionSpec("run", "data", None, kv_axis)
-            attend = jax.shard_map(
-                attend, in_specs=(of_q, of_kv, of_kv, PartitionSpec("run", "data")), out_specs=of_q, check_vma=False  # pallas_call has no vma
-            )
+            by_row = fitting(mesh.shape, BY_ROW, q.shape)
+            of_q, of_kv = PartitionSpec(*by_row, None, kv_axis, group_axis), PartitionSpec(*by_row, None, kv_axis)
+            attend = jax.shard_map(attend, in_specs=(of_q, of_kv, of_kv, by_row), out_specs=of_q, check_vma=False)  # pallas_call has no vma
         return attend(q, k, v, rows)
 
 
-def _splash(this: PackedAttention, q, k, v, rows: Packing):
+def _splash(this: KernelAttention, q, k, v, rows: Packing):
     """The mask is causal over rows, computed in the kernel; blocks above the diagonal or behind the window are not visited."""
     # Imported here, so that nobody on a CPU waits for Pallas.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    length, heads = q.shape[2], q.shape[3] * q.shape[4]
-    shape = length, length
+    shape = q.shape[2], q.shape[2]
     mask = splash.CausalMask(shape) if this.window is None else splash.LocalMask(shape, (this.window - 1, 0), 0)
+    return _without_padding(_splash_rows(this, mask, q, k, v, rows.segment_ids), rows)
+
+
+def _splash_rows(this: KernelAttention, mask, q, k, v, segment_ids: Int[Array, "R B T"]):
+    """Positions of one segment see one another as far as `mask` lets them."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length, heads = q.shape[2], q.shape[3] * q.shape[4]
     block = max(b for b in range(ROW_QUANTUM, LARGEST_BLOCK + 1, ROW_QUANTUM) if length % b == 0)
     blocks = splash.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
@@ -166,11 +193,24 @@ def _splash(this: PackedAttention, q, k, v, rows: Packing):
 
     q = q * jnp.asarray(this.scale, q.dtype)
     by_head = [jnp.swapaxes(_by_row(x), 1, 2) for x in (q, k, v)]
-    out = jax.vmap(one_row)(*by_head, _by_row(rows.segment_ids))
-    return _without_padding(jnp.swapaxes(out, 1, 2).reshape(q.shape), rows)
+    out = jax.vmap(one_row)(*by_head, _by_row(segment_ids))
+    return jnp.swapaxes(out, 1, 2).reshape(q.shape)
 
 
-def _cudnn(this: PackedAttention, q, k, v, rows: Packing):
+def _splash_behind_prompt(this: KernelAttention, q, k, v, rows: SharedPrompt):
+    """The mask tells completions apart; what pads a prompt, and the row up to whole blocks, is another segment."""
+    from ip_jax.models.prompt_mask import SharedPromptMask
+
+    length = q.shape[2]
+    pad = -length % ROW_QUANTUM
+    q, k, v = (jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3)) for x in (q, k, v))
+    place = jnp.arange(length + pad)
+    counts = (place < rows.length[..., None]) | ((place >= rows.slots) & (place < length))
+    mask = SharedPromptMask(length + pad, rows.slots, (length - rows.slots) // rows.samples)
+    return _splash_rows(this, mask, q, k, v, counts.astype(jnp.int32))[:, :, :length]
+
+
+def _cudnn(this: KernelAttention, q, k, v, rows: Packing):
     """Segments become sequences: what pads their ends is behind every real query, so the causal mask alone hides it."""
     segments = [to_segments(x, rows.segment_index, rows.source, 0) for x in (q, k, v)]  # [R, B * N, L, ...]
     out = jax.nn.dot_product_attention(
@@ -180,7 +220,32 @@ def _cudnn(this: PackedAttention, q, k, v, rows: Packing):
     return to_rows(out.reshape(segments[0].shape), rows.segment_index, rows.source, 0)
 
 
-def _pallas(this: PackedAttention, q, k, v, rows: Packing):
+def _cudnn_behind_prompt(this: KernelAttention, q, k, v, rows: SharedPrompt):
+    """Each completion becomes a sequence with a copy of its prompt right before it: what pads the prompt lies behind both, hidden by causality.
+
+    Written and read in slices, so that the gradient needs no scatter. The prompt's own context is that of the first sequence.
+    """
+    slots, samples = rows.slots, rows.samples
+    length = (q.shape[2] - slots) // samples
+    start = jnp.broadcast_to(rows.length[..., None], (*rows.length.shape, samples))
+    over_rows = lambda function: jax.vmap(jax.vmap(jax.vmap(function)))  # noqa: E731
+
+    def sequences(x: Float[Array, "R B T ..."]) -> Float[Array, "R B S X+C ..."]:
+        prompt = jnp.broadcast_to(x[:, :, None, :slots], (*x.shape[:2], samples, slots, *x.shape[3:]))
+        room = jnp.pad(prompt, [(0, 0)] * 3 + [(0, length)] + [(0, 0)] * (x.ndim - 3))
+        completions = x[:, :, slots:].reshape(*x.shape[:2], samples, length, *x.shape[3:])
+        return over_rows(lambda to, new, at: jax.lax.dynamic_update_slice_in_dim(to, new, at, 0))(room, completions, start)
+
+    split = [sequences(x) for x in (q, k, v)]
+    out = jax.nn.dot_product_attention(
+        *(_by_row(x.reshape(x.shape[0], -1, *x.shape[3:])) for x in split), scale=this.scale, is_causal=True, implementation="cudnn",
+        local_window_size=None if this.window is None else (this.window - 1, 0),
+    ).reshape(split[0].shape)
+    completions = over_rows(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, length, 0))(out, start)
+    return jnp.concatenate([out[:, :, 0, :slots], completions.reshape(*q.shape[:2], -1, *q.shape[3:])], axis=2)
+
+
+def _pallas(this: KernelAttention, q, k, v, rows: Packing):
     """The kernel has one kv head for each query head, so they are repeated."""
     # Imported here, because it warns when it is imported: deprecated since jax 0.11.
     from jax.experimental.pallas.ops.gpu.attention import mha

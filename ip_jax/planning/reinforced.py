@@ -129,7 +129,7 @@ def step_of(sizes: Sizes, rows: Rows) -> Step:
     pairs = _pairs(sizes.config, slots) + samples * (_pairs(sizes.config, slots + length) - _pairs(sizes.config, slots))
     width = slots + samples * length
     work = StepWork(all_rows * width, all_rows * samples * length, all_rows * pairs)
-    return Step(work, micro_batches, count, width, samples * length * (slots + length))
+    return Step(work, micro_batches, count, width, samples * length * (slots + length) if sizes.kernel == "xla" else 0)
 
 
 def _pairs(config: DecoderConfig, length: int) -> float:

@@ -81,7 +81,7 @@ class Program:
     def sizes(self) -> Sizes:
         """As formulas take it."""
         kind = self.kind
-        return Sizes(kind.config, kind.model, kind.mesh, self.runs, kind.rl.lora, kind.rl.remat)
+        return Sizes(kind.config, kind.model, kind.mesh, self.runs, kind.rl.lora, kind.rl.remat, kind.kernel)
 
     @property
     def in_use(self) -> Layout:

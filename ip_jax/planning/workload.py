@@ -110,7 +110,9 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What formulas need to know of a program of `runs` runs. `lora` is None where there is no adapter: all weights are trained, or none."""
+    """What formulas need to know of a program of `runs` runs. `lora` is None where there is no adapter: all weights are trained, or none. `kernel`:
+    of attention over completions that share a prompt.
+    """
 
     config: DecoderConfig
     model: ModelConfig
@@ -118,6 +120,7 @@ class Sizes:
     runs: int
     lora: LoraConfig | None
     remat: str
+    kernel: str = "xla"
 
 
 @dataclasses.dataclass(frozen=True)

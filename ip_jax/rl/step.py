@@ -18,12 +18,15 @@ from ip_jax.training.update import apply_gradients, compile_step
 
 @dataclasses.dataclass(frozen=True)
 class RlOptions:
-    """What is code rather than data in a step. `dtype` is the activations'; `remat` names what the backward pass keeps (`models.remat`)."""
+    """What is code rather than data in a step. `dtype` is the activations'; `remat` names what the backward pass keeps (`models.remat`), `kernel`
+    attention's (`models.kernels`).
+    """
 
     algorithm: Algorithm
     schedule: Schedule
     dtype: str = "float32"
     remat: str = "products"
+    kernel: str = "xla"
 
 
 @flax.struct.dataclass
@@ -67,16 +70,16 @@ def rl_step(state: TrainState, frozen, batch: RlBatch, *, graphdef, options: RlO
 
 def rl_gradients(trained, frozen, batch: RlBatch, *, graphdef, options: RlOptions) -> tuple:
     """(gradients of the runs' losses, sums {name: [R]}) of one update's rows, all terms of the loss together."""
-    estimator, kl = options.algorithm.estimator_of_update, options.algorithm.kl
+    estimator, kl, how = options.algorithm.estimator_of_update, options.algorithm.kl, (options.dtype, options.remat, options.kernel)
 
     def loss_sum(trained, rows: Rows, term: str):
         decoder, signal = nnx.merge(graphdef, trained, frozen), rows.signal
         mask = (jnp.arange(rows.tokens.shape[-1]) < rows.length[..., None]) & (signal.weight > 0)
         per_run = lambda x: jnp.sum(jnp.where(mask, x, 0), axis=(1, 2, 3))  # noqa: E731
         if term == "auxiliary":
-            loss = per_run(-estimator.auxiliary.factor * signal.weight * completion_log_probs(decoder, rows, options.dtype, options.remat))
+            loss = per_run(-estimator.auxiliary.factor * signal.weight * completion_log_probs(decoder, rows, *how))
             return loss.sum(), {"loss": loss, "auxiliary": loss}
-        log_probs, entropy = completion_stats(decoder, rows, options.dtype, options.remat)
+        log_probs, entropy = completion_stats(decoder, rows, *how)
         divergence = kl_estimate(log_probs, signal.reference_log_probs, kl.estimator)
         if term == "kl":
             loss = per_run(kl.beta * signal.weight * divergence)

@@ -62,17 +62,25 @@ def initial_state(
 
 
 def attention_kernel(program: Program) -> str:
-    """The kernel of `models.kernels` that training's attention runs on, or "xla": one for all layers.
+    """The kernel of `models.kernels` that attends over packed rows, or "xla". Raises as `chosen_kernel`."""
+    return chosen_kernel(program.mesh, program.config, program.model)
 
-    Raises ValueError where the config names one that the devices or the model's layers do not allow.
+
+def chosen_kernel(mesh: Mesh | AbstractMesh, config: DecoderConfig, model: ModelConfig, longest: int | None = None) -> str:
+    """The kernel of `models.kernels` that training's attention runs on, or "xla": one for all layers. `longest`: the most positions of a prompt and
+    one of the completions that share it, None for packed rows.
+
+    Raises ValueError where the config names a kernel that the devices or the model's layers do not allow.
     """
-    config, device = program.config, _device(program.mesh)
     heads = config.n_kv_heads, config.n_heads // config.n_kv_heads, config.head_dim
+    window = lambda kind: None if longest and kind.window and kind.window >= longest else kind.window  # noqa: E731
     cases = [
-        kernels.AttentionCase(program.model.weights, kernels.ROW_QUANTUM, *heads, kind.window, kind.softcap, program.mesh.shape["tensor"])
+        kernels.AttentionCase(
+            model.weights, kernels.ROW_QUANTUM, *heads, window(kind), kind.softcap, mesh.shape["tensor"], shared_prompt=longest is not None
+        )
         for kind in config.attention
     ]
-    chosen = {kernels.choose_attention(program.model.attention, device, case) for case in cases}
+    chosen = {kernels.choose_attention(model.attention, _device(mesh), case) for case in cases}
     return chosen.pop() if len(chosen) == 1 else "xla"
 
 

@@ -128,6 +128,7 @@ def prepare(experiment: Reinforced, folder: epath.Path) -> tuple[list[Run], Mesh
     if model.quantised:
         check_quantisable(model.quantised, config)
     mesh = make_mesh(**mesh_sizes(experiment.mesh, jax.devices(), config.n_heads))
+    programs.attention_kernel(mesh, config, model, experiment.rl)  # refuses one that cannot be
     record = plan.folder_record(experiment, hub.fingerprint(model.name, model.revision), default_system_text(tokenizer))
     runs = plan.runs_of(experiment, record["identity"])
     plan.rollout_plan(experiment, runs, tokenizer)  # renders everything once: what does not fit is refused here

@@ -16,10 +16,11 @@ from ip_jax.models.lora import init_lora
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.batch import Layout
 from ip_jax.rl.policy import score
+from ip_jax.rl.rollout import PROMPT_QUANTUM
 from ip_jax.rl.rows import Rows
 from ip_jax.rl.step import RlBatch, RlOptions, compile_rl_step
 from ip_jax.settings.experiment import ModelConfig
-from ip_jax.settings.programs import call
+from ip_jax.settings.programs import call, chosen_kernel
 from ip_jax.settings.reinforced_plan import RlConfig
 from ip_jax.training.sharding import base_shardings, batch_sharding, replicated, state_shardings
 from ip_jax.training.state import TrainState, init_state
@@ -39,6 +40,16 @@ class Kind:
     def layout(self) -> Layout:
         """How the update's rows are laid out."""
         return Layout(self.rl.tokens_per_micro_batch, self.rl.samples_per_row, self.mesh.shape["data"])
+
+    @property
+    def kernel(self) -> str:
+        """Attention's over rows of completions that share a prompt (`models.kernels`). Raises as `settings.programs.chosen_kernel`."""
+        return attention_kernel(self.mesh, self.config, self.model, self.rl)
+
+
+def attention_kernel(mesh: Mesh | AbstractMesh, config: DecoderConfig, model: ModelConfig, rl: RlConfig) -> str:
+    """The kernel of a program's updates and passes. Raises as `settings.programs.chosen_kernel`."""
+    return chosen_kernel(mesh, config, model, longest=rl.max_length + PROMPT_QUANTUM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +87,14 @@ def score_pass(kind: Kind, graphdef: nnx.GraphDef) -> Callable:
 
     def on_mesh(trained, frozen, rows: Rows):
         with jax.sharding.use_abstract_mesh(kind.mesh.abstract_mesh):
-            return score(trained, frozen, rows, graphdef=graphdef, dtype=kind.model.activations)
+            return score(trained, frozen, rows, graphdef=graphdef, dtype=kind.model.activations, kernel=kind.kernel)
 
     return jax.jit(on_mesh)
 
 
 def update_step(kind: Kind, graphdef: nnx.GraphDef, state: TrainState, frozen: nnx.State, batch: RlBatch) -> Callable:
     """The jitted step (state, frozen, batch) -> (state, metrics), its shardings pinned to the mesh. Of the arguments only shapes count."""
-    options = RlOptions(kind.algorithm, kind.rl.schedule, kind.model.activations, kind.rl.remat)
+    options = RlOptions(kind.algorithm, kind.rl.schedule, kind.model.activations, kind.rl.remat, kind.kernel)
     places = state_shardings(kind.mesh, state), base_shardings(kind.mesh, frozen), rows_sharding(kind.mesh, batch), replicated(kind.mesh)
     return compile_rl_step(graphdef, options, *places)
 

@@ -13,7 +13,7 @@ from ip_jax.data.packing import segment_index
 from ip_jax.models import kernels
 from ip_jax.models.decoder import packed_attend
 from ip_jax.models.families import uniform_attention
-from ip_jax.models.kernels import AttentionCase, PackedAttention, choose_attention, packing, refusal
+from ip_jax.models.kernels import AttentionCase, KernelAttention, choose_attention, packing, refusal
 from ip_jax.models.remat import ATTENTION
 from ip_jax.training.sharding import make_mesh
 
@@ -38,7 +38,7 @@ def context_and_gradients(attention, q, k, v, cotangent):
     return [out, *pull(cotangent.astype(out.dtype))]
 
 
-def naive(this: PackedAttention, q, k, v, cotangent):
+def naive(this: KernelAttention, q, k, v, cotangent):
     """Scores of all pairs of a row and one mask, in float64."""
     ago = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
     seen = (SEGMENTS[..., :, None] == SEGMENTS[..., None, :]) & (ago >= 0) & (ago < (this.window or LENGTH))
@@ -84,7 +84,7 @@ def cudnn_in_xla(monkeypatch):
 def test_context_and_gradients_equal_the_naive_ones(kernel, name, case, cudnn_in_xla, monkeypatch):
     monkeypatch.setattr(kernels, "LARGEST_BLOCK", 128)  # more than one block, so that blocks are skipped and joined
     heads, options = case
-    this = PackedAttention(kernel, scale=0.17, interpret=True, **options)
+    this = KernelAttention(kernel, scale=0.17, interpret=True, **options)
     inputs = arrays(*heads)
     for mine, reference in zip(jax.jit(lambda *x: context_and_gradients(this, *x))(*inputs), naive(this, *inputs), strict=True):
         assert np.isfinite(mine).all()
@@ -95,7 +95,7 @@ def test_a_kernel_equals_the_path_of_xla_on_padding_too():
     inputs = arrays(2, 2, 64)
     attend = packed_attend(*(jnp.asarray(x) for x in ROWS))
     expected = jax.jit(lambda *x: context_and_gradients(lambda q, k, v, _: attend(q, k, v, None, *uniform_attention(64, 1e4))[0], *x))(*inputs)
-    this = PackedAttention("splash", scale=64**-0.5, interpret=True)
+    this = KernelAttention("splash", scale=64**-0.5, interpret=True)
     for mine, reference in zip(jax.jit(lambda *x: context_and_gradients(this, *x))(*inputs), expected, strict=True):
         np.testing.assert_allclose(mine, reference, atol=1e-5)
 
@@ -103,7 +103,7 @@ def test_a_kernel_equals_the_path_of_xla_on_padding_too():
 def test_bfloat16_stays_near():
     """Stated tolerance 0.1 for values and gradients of order 1; what is returned keeps the dtype."""
     inputs = arrays(1, 2, 64)
-    this = PackedAttention("splash", scale=0.17, interpret=True)
+    this = KernelAttention("splash", scale=0.17, interpret=True)
     narrow = jax.jit(lambda *x: context_and_gradients(this, *x))(*(x.astype(jnp.bfloat16) for x in inputs))
     for mine, reference in zip(narrow, naive(this, *inputs), strict=True):
         assert mine.dtype == jnp.bfloat16
@@ -113,7 +113,7 @@ def test_bfloat16_stays_near():
 @pytest.mark.parametrize("heads", [(2, 1, 64), (1, 4, 64)], ids=["kv heads are cut", "query heads of one kv head are cut"])
 @pytest.mark.parametrize("kernel", ["splash", "pallas", "cudnn"])
 def test_a_mesh_gives_the_same(kernel, heads, cudnn_in_xla):
-    this = PackedAttention(kernel, scale=0.17, window=None if kernel == "pallas" else 70, interpret=True)
+    this = KernelAttention(kernel, scale=0.17, window=None if kernel == "pallas" else 70, interpret=True)
     inputs = arrays(*heads)
     mesh = make_mesh(run=2, data=2, tensor=2)
 
@@ -128,7 +128,7 @@ def test_a_mesh_gives_the_same(kernel, heads, cudnn_in_xla):
 
 
 def test_a_layer_keeps_the_output_and_the_normaliser_for_its_backward_pass(capsys):
-    this = PackedAttention("splash", scale=0.17, interpret=True)
+    this = KernelAttention("splash", scale=0.17, interpret=True)
     q, k, v, _ = arrays(1, 2, 64)
 
     def kept(policy):
@@ -197,9 +197,9 @@ def test_auto_follows_the_device_of_the_mesh(device, changed, chosen):
 @pytest.mark.parametrize(
     ("this", "reason"),
     [
-        (PackedAttention("pallas", scale=1.0, window=3), "no sliding window"),
-        (PackedAttention("cudnn", scale=1.0), "not in float32"),
-        (PackedAttention("flash", scale=1.0), "unknown"),
+        (KernelAttention("pallas", scale=1.0, window=3), "no sliding window"),
+        (KernelAttention("cudnn", scale=1.0), "not in float32"),
+        (KernelAttention("flash", scale=1.0), "unknown"),
     ],
 )
 def test_a_call_that_cannot_be_expressed_is_refused_when_it_is_traced(this, reason):
@@ -233,7 +233,7 @@ def test_splash_compiles_for_a_tpu(heads, length, options, dtype, tpu_topology):
     mesh = jax.sharding.Mesh(np.array(tpu_topology.devices[:4]).reshape(1, 4, 1), ("run", "data", "tensor"))
     if heads[0] % 2 == 0:
         mesh = jax.sharding.Mesh(mesh.devices.reshape(1, 2, 2), mesh.axis_names)
-    this = PackedAttention("splash", scale=0.1, **options)
+    this = KernelAttention("splash", scale=0.1, **options)
     kv_heads, groups, head_dim = heads
     of = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct((1, 4, length, *shape), dtype)  # noqa: E731
     ints = of(dtype="int32"), of(dtype="int32"), jax.ShapeDtypeStruct((1, 4, 4, length), "int32")

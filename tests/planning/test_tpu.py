@@ -45,7 +45,7 @@ def test_splash_attention_of_a_compiled_program_is_counted_forward_and_backward(
     from jax.sharding import NamedSharding, PartitionSpec
     from test_hlo import cost_of
 
-    from ip_jax.models.kernels import PackedAttention, Packing
+    from ip_jax.models.kernels import KernelAttention, Packing
     from ip_jax.planning.chips import read_topology
 
     place = NamedSharding(read_topology("v5e:1x1").mesh(1, 1, 1), PartitionSpec())
@@ -56,7 +56,7 @@ def test_splash_attention_of_a_compiled_program_is_counted_forward_and_backward(
     kv = array(length, kv_heads, head_dim)
 
     def gradients(q, k, v, ids, index):
-        attend = PackedAttention("splash", 1.0, window=200)
+        attend = KernelAttention("splash", 1.0, window=200)
         return jax.grad(lambda *qkv: attend(*qkv, Packing(ids, index, ids)).astype(jnp.float32).sum(), argnums=(0, 1, 2))(q, k, v)
 
     cost = cost_of(gradients, array(length, kv_heads, groups, head_dim), kv, kv, ids, index)
@@ -121,8 +121,8 @@ def test_the_mixtral_lora_step_fits(tmp_path):
 
 
 def test_the_reference_pass_of_reinforcement_learning_has_the_flops_that_one_expects():
-    """Of Qwen3-4B: rows of a prompt and four completions, 1536 tokens each. A completion's scores in XLA are whole, the masked
-    half too; a prompt's are made in chunks of queries, which see few of the masked keys.
+    """Of Qwen3-4B: rows of a prompt and four completions, 1536 tokens each, 15 x 15 blocks of 512. The formula takes a line of blocks to visit
+    those up to the diagonal, at most the six of a completion's last line: 75, where 66 are visited.
     """
     from configs.rl_shapes import PRESETS
     from ip_jax.planning import reinforced_programs
@@ -136,5 +136,5 @@ def test_the_reference_pass_of_reinforcement_learning_has_the_flops_that_one_exp
     assert isinstance(found, Compiled) and found.memory.peak < topology.chip.memory / 2
     layers, rows = 36 * (2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728), 64
     products = 2 * layers * rows * 5 * 1536 + 2 * 151936 * 2560 * rows * 4 * 1536
-    attention = 4 * 4096 * 36 * rows * (1536**2 / 2 + 4 * 1536 * 3072)
+    attention = 4 * 4096 * 36 * rows * 75 * 512**2
     assert 1 <= found.cost.flops * 16 / (products + attention) < 1.01 and found.cost.opaque == found.cost.open_loops == 0

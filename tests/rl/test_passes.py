@@ -122,7 +122,7 @@ def test_a_step_of_several_updates_is_one_loop_over_one_pass():
 def passes_made(monkeypatch, tmp_path):
     """(algorithm, iteration) -> names of the passes that the runner of text experiments makes before its update, in order; all else stands still."""
     fixed = {
-        "end_of_turn_id": 0, "sampler_options": None, "check_failures": None, "write_iteration": None, "roll_out": Recorded(SimpleNamespace(asked=None), None),
+        "end_of_turn_id": 0, "sampler_options": None, "layers_fit_whole": False, "check_failures": None, "write_iteration": None, "roll_out": Recorded(SimpleNamespace(asked=None), None),
         "_rollout": rollout(), "reference_scoring": lambda *_: None, "measuring_couplings": lambda *_: {},
         "_updating": lambda state, batch: (state, {"clipped": np.zeros(1)}),
     }  # fmt: skip
@@ -145,7 +145,7 @@ def passes_made(monkeypatch, tmp_path):
 
     def run(algorithm: Algorithm, step: int) -> list[str]:
         made.clear()
-        kind = SimpleNamespace(mesh=make_mesh(), algorithm=algorithm, layout=ONE_ROW, rl=sizes)
+        kind = SimpleNamespace(mesh=make_mesh(), config=None, algorithm=algorithm, layout=ONE_ROW, rl=sizes)
         decoders = SimpleNamespace(policy="policy", frozen=None, reference="reference", reference_frozen=None)
         rollouts = SimpleNamespace(runs=[SimpleNamespace(guidance=0.0)])
         program = SimpleNamespace(runs=[SimpleNamespace(name="run", seed=0)], kind=kind, rollouts=rollouts, records=tmp_path, decoders=decoders)

@@ -10,6 +10,7 @@ import tiny_models as tiny
 from flax import nnx
 from scipy.special import log_softmax
 
+from ip_jax.models import grouped, kernels
 from ip_jax.models.decoder import causal_attend, split_decoder
 from ip_jax.models.lora import LoraConfig
 from ip_jax.rl.policy import completion_log_probs, completion_stats, score
@@ -50,6 +51,21 @@ def test_log_probs_equal_those_of_separate_unpadded_sequences(kind):
     rows = lay_out(rl.prompts(*PROMPTS, runs=RUNS, slots=12), samples, jnp.array(TEMPERATURES), None, micro_batches=2)
     found = to_samples(jax.jit(functools.partial(score, graphdef=graphdef, dtype="float32"))(state, base, rows), GROUPS, OF_GROUP)
     np.testing.assert_allclose(found, separately(config, params, lora, adapters, samples), atol=2e-5)
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_kernels_give_the_log_probs_of_separate_sequences_too(kernel, monkeypatch):
+    """Splash interpreted, cudnn's calls carried out by XLA (tests/models/test_prompt_kernels.py has the kernels' gradients)."""
+    attention = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *arrays, implementation, **options: attention(*arrays, implementation="xla", **options))
+    monkeypatch.setattr(kernels, "refusal", lambda *_: None)
+    monkeypatch.setattr(grouped, "KernelAttention", functools.partial(kernels.KernelAttention, interpret=True))
+    config, params, lora, adapters = family("llama")
+    samples = rl.random_samples(RUNS, GROUPS, OF_GROUP, SLOTS, 97)
+    graphdef, state, base = split_decoder(config, params, adapters, lora)
+    rows = lay_out(rl.prompts(*PROMPTS, runs=RUNS, slots=12), samples, jnp.array(TEMPERATURES), None, micro_batches=2, samples_per_row=2)
+    passed = jax.jit(functools.partial(score, graphdef=graphdef, dtype="float32", kernel=kernel))
+    np.testing.assert_allclose(to_samples(passed(state, base, rows), GROUPS, OF_GROUP), separately(config, params, lora, adapters, samples), atol=2e-5)
 
 
 @pytest.mark.slow
