@@ -12,13 +12,15 @@ _NAME = re.compile(r"splash_mha_(fwd|dkv|dq)")
 def splash_flops(label: str, operands: Sequence[Dims]) -> float | None:
     """Of one call, two for a multiply-add; None for another kernel. `label`: the text that holds its name.
 
-    The first operand says which block comes next, [1, n, w] or [1, w, n]: a line of blocks visits those up to the diagonal, but no more
-    than w of them, which is n without a window. The first one of four dims is the queries [B, N, T, H].
+    The first operands say which block comes next, [1, n, w] or [1, w, n]: a line of blocks visits those up to the diagonal, but no more
+    than w of them, which is n without a window. (Of completions that share a prompt only the last lines of each visit w: some 15 % too many.)
+    Behind them come the queries, [B, N, T, H], or [N, T, H] of a single row.
     """
     found = _NAME.search(label)
     if not found:
         return None
     widest, blocks = sorted(operands[0][1:])
-    rows, heads, length, head_dim = next(dims for dims in operands if len(dims) == 4)
+    queries = next(dims for dims in operands if len(dims) in (3, 4) and (len(dims) == 4 or sorted(dims[1:]) != [widest, blocks]))
+    rows, heads, length, head_dim = queries if len(queries) == 4 else (1, *queries)
     visited = sum(min(i + 1, widest) for i in range(blocks))
     return _PRODUCTS[found.group(1)] * 2.0 * rows * heads * visited * (length // blocks) ** 2 * head_dim

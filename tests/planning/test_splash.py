@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from ip_jax.models.prompt_mask import SharedPromptMask
 from ip_jax.planning.splash import splash_flops
 
 ROWS, HEADS, HEAD_DIM = 3, 6, 64
@@ -19,6 +20,18 @@ def test_products_over_the_blocks_that_the_kernel_visits(length, block, window):
         visited = np.count_nonzero(np.asarray(info.block_mask))
         found = splash_flops(f"splash_mha_{name}_segmented.3", [info.data_next.shape, info.block_mask.shape, queries])
         assert found == products * 2 * ROWS * HEADS * visited * block**2 * HEAD_DIM, name
+        of_one_row = splash_flops(f"splash_mha_{name}_segmented.3", [info.data_next.shape, info.block_mask.shape, queries[1:]])
+        assert of_one_row == found / ROWS, "XLA leaves its dim out"
+
+
+def test_behind_a_shared_prompt_some_blocks_too_many_are_counted():
+    """66 of 15 x 15 blocks hold something; lines of a completion's first block are counted like its last."""
+    mask = SharedPromptMask(7680, 1536, 1536)
+    kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * HEADS), block_sizes=splash.BlockSizes(512, 512, 512))
+    info = kernel.fwd_mask_info
+    assert np.count_nonzero(np.asarray(info.block_mask)) == 66 and info.partial_mask_blocks.shape == (1, 512, 512)
+    found = splash_flops("splash_mha_fwd_segmented.1", [info.data_next.shape, info.block_mask.shape, (HEADS, 7680, HEAD_DIM)])
+    assert found == 2 * 2 * HEADS * 75 * 512**2 * HEAD_DIM
 
 
 def test_another_kernel_is_not_counted():
