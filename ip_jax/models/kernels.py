@@ -31,6 +31,7 @@ DTYPES = {"splash": ("bfloat16", "float32"), "cudnn": ("bfloat16", "float16"), "
 AUTOMATIC = {"tpu": "splash", "gpu": "cudnn"}  # what "auto" tries on each platform before XLA
 ROW_QUANTUM = 128  # row lengths that splash and pallas take are multiples of this
 LARGEST_BLOCK = 512  # of splash, in positions
+SEQUENCE_QUANTUM = 8  # behind a shared prompt cudnn's sequences have lengths that are multiples of this: odd ones it refuses in training
 
 
 class Packing(NamedTuple):
@@ -223,16 +224,16 @@ def _cudnn(this: KernelAttention, q, k, v, rows: Packing):
 def _cudnn_behind_prompt(this: KernelAttention, q, k, v, rows: SharedPrompt):
     """Each completion becomes a sequence with a copy of its prompt right before it: what pads the prompt lies behind both, hidden by causality.
 
-    Written and read in slices, so that the gradient needs no scatter. The prompt's own context is that of the first sequence.
+    They are written and read in slices: the gradient adds up what copies of a prompt got, in order. The prompt's own context is that of the first sequence.
     """
     slots, samples = rows.slots, rows.samples
     length = (q.shape[2] - slots) // samples
     start = jnp.broadcast_to(rows.length[..., None], (*rows.length.shape, samples))
     over_rows = lambda function: jax.vmap(jax.vmap(jax.vmap(function)))  # noqa: E731
 
-    def sequences(x: Float[Array, "R B T ..."]) -> Float[Array, "R B S X+C ..."]:
+    def sequences(x: Float[Array, "R B T ..."]) -> Float[Array, "R B S L ..."]:
         prompt = jnp.broadcast_to(x[:, :, None, :slots], (*x.shape[:2], samples, slots, *x.shape[3:]))
-        room = jnp.pad(prompt, [(0, 0)] * 3 + [(0, length)] + [(0, 0)] * (x.ndim - 3))
+        room = jnp.pad(prompt, [(0, 0)] * 3 + [(0, length + -(slots + length) % SEQUENCE_QUANTUM)] + [(0, 0)] * (x.ndim - 3))
         completions = x[:, :, slots:].reshape(*x.shape[:2], samples, length, *x.shape[3:])
         return over_rows(lambda to, new, at: jax.lax.dynamic_update_slice_in_dim(to, new, at, 0))(room, completions, start)
 

@@ -45,7 +45,7 @@ def costs(sizes: Sizes, work: Sampling, adapters) -> tuple[Callable, Callable]:
 def layers_for_every_token(mesh: Mesh | AbstractMesh, calls: Sequence[Sampling]) -> list[str]:
     """What to change where decoding gathers the layers again and again (`settings.programs.layers_fit_whole`)."""
     gathered = mesh.shape["run"] * mesh.shape["data"] > 1 and not all(call.options.whole_layers for call in calls)
-    why = "whole ones would take more than a quarter of a device's memory"
+    why = "whole ones would take more than half of a device's memory"
     return [f"sampling: each token gathers the layers, because {why}: --mesh.tensor makes a device's part smaller"] if gathered else []
 
 

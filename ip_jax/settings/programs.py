@@ -24,7 +24,7 @@ from ip_jax.training.sft import SftOptions, compile_sft_step
 from ip_jax.training.sharding import base_shardings, batch_sharding, replicated, state_shardings
 from ip_jax.training.state import TrainState, full_weights, init_state
 
-WHOLE_LAYERS = 0.25  # of a device's memory: beside them lie its part of the base, adapters, Adam's moments and the caches
+WHOLE_LAYERS = 0.5  # of a device's memory: beside them lie its part of the base, adapters, Adam's moments and the caches
 
 
 @dataclasses.dataclass(frozen=True)

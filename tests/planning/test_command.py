@@ -107,8 +107,9 @@ def test_a_quantised_base_that_cannot_be_loaded_does_not_fit(capsys, tmp_path):
     assert one["needed"]["training"] < one["allowed"] and not one["fits"] and one["advice"] == ["loading: more chips: the weights are cut over all of them"]
     _, eight = planned(capsys, tmp_path, "sft_shapes", *llama_70b, "--topology", "h100:8")
     assert eight["fits"] and list(eight["memory"]) == ["loading", "training", "sampling"]
-    gathered = eight["phases"][2]["cost"]["collectives"]["all-gather"]["moved"]
-    assert gathered == pytest.approx(2 * layers * 7 / 8, rel=1e-3), "dense layers are gathered: beside the rest, whole ones in 4 bits would take half of the memory"
+    gathered = [eight["phases"][i]["cost"]["collectives"]["all-gather"]["moved"] for i in (1, 2)]
+    assert gathered[0] == pytest.approx((2 * layers + rest) * 7 / 8, rel=0.02), "a prefill gathers dense layers, the vocabulary's matrix and its caches"
+    assert eight["memory"]["sampling"]["weights by layer"] == pytest.approx(layers * (0.5 + 2 / 64), rel=1e-3) and gathered[1] < 1e-3 * gathered[0], "whole in 4 bits"
 
 
 def test_decoding_gathers_the_layers_for_every_token_where_they_would_take_too_much_memory(capsys, tmp_path):
@@ -119,13 +120,13 @@ def test_decoding_gathers_the_layers_for_every_token_where_they_would_take_too_m
     assert record["memory"]["sampling"]["weights by layer"] == pytest.approx(layers, rel=1e-3)
     assert not record["advice"]
     assert {kind: found["moved"] for kind, found in decoding["cost"]["collectives"].items()} == {"all-gather": hidden * 7 / 8, "all-to-all": logits * 7 / 8}
-    _, record = planned(capsys, tmp_path, "sft_shapes", "--preset", "qwen2-7b", "--topology", "h100:16", "--hf.num-hidden-layers", "56")
+    _, record = planned(capsys, tmp_path, "sft_shapes", "--preset", "qwen2-7b", "--topology", "h100:16", "--hf.num-hidden-layers", "112")
     decoding = record["phases"][2]
-    assert record["memory"]["sampling"]["weights by layer"] == pytest.approx(2 * layers / 16, rel=1e-3)
-    assert decoding["cost"]["collectives"]["all-gather"]["moved"] == pytest.approx(2 * layers * 15 / 16, rel=1e-3)
+    assert record["memory"]["sampling"]["weights by layer"] == pytest.approx(4 * layers / 16, rel=1e-3)
+    assert decoding["cost"]["collectives"]["all-gather"]["moved"] == pytest.approx(4 * layers * 15 / 16, rel=1e-3)
     (advice,) = record["advice"]
     assert advice.startswith("sampling: each token gathers the layers") and "--mesh.tensor" in advice
-    assert decoding["seconds"]["links"] == pytest.approx(2 * layers * 15 / 16 / 450e9, rel=2e-3) and decoding["seconds"]["links"] > decoding["seconds"]["memory"]
+    assert decoding["seconds"]["links"] == pytest.approx(4 * layers * 15 / 16 / 450e9, rel=2e-3) and decoding["seconds"]["links"] > decoding["seconds"]["memory"]
     _, record = planned(capsys, tmp_path, "sft_shapes", "--preset", "qwen2-7b", "--topology", "h100:4", "--mesh.tensor", "4")
     assert record["memory"]["sampling"]["caches"] == 2 * 2 * 28 * 128 * 2 * 128 * (320 + 512), "one of four kv heads on each device"
 

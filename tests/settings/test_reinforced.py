@@ -349,6 +349,15 @@ def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(model, tmp_path)
     refused("the arm a holds <function", (RlArm("a", "a", train_prompt=PromptDistribution((by_hand,))),))
 
 
+def test_a_kernel_that_the_devices_lack_is_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(reinforced, "load_base", None)
+    named = make(model, ARMS)
+    named = dataclasses.replace(named, model=dataclasses.replace(named.model, attention="splash"))
+    with pytest.raises(ValueError, match="attention 'splash' runs on a TPU, and the mesh is made of CPU devices"):
+        run(named, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_base_that_cannot_be_quantised_is_refused_before_it_is_loaded(model, tmp_path, monkeypatch):
     monkeypatch.setattr("ip_jax.settings.experiment.check_quantised", lambda kind: None)  # whether qwix is there is not asked here
     config = dataclasses.replace(hub.load_config(str(model)), d_ff=40)
