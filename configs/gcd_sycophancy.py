@@ -66,9 +66,9 @@ PRESETS = {
         data=DataSpec(work="both", claims=ClaimCounts(wrong=400, right=200, asked=200)),
         sft=SftConfig(
             steps=125, batch_size=8, learning_rate=2e-4, schedule=Schedule("linear", warmup=5, total=125), lora=LoraConfig(rank=16, alpha=32),
-            tokens_per_micro_batch=65_536, checkpoint_every=25, memory_gb=80,
+            tokens_per_micro_batch=32_768, checkpoint_every=25, memory_gb=80,
         ),
-        evaluation=EvalConfig(full_steps=(0, 125), neutral_steps=(10, 20, 40, 80), max_new_tokens=200, max_new_tokens_solving=400, temperature=0.7, top_p=0.9, slots=128),
+        evaluation=EvalConfig(full_steps=(0, 125), neutral_steps=(10, 20, 40, 80), max_new_tokens=200, max_new_tokens_solving=400, temperature=0.7, top_p=0.9, slots=32),
     ),
     "paper": GcdSycophancy(
         preset="paper",
@@ -78,7 +78,7 @@ PRESETS = {
         data=DataSpec(work="both", claims=ClaimCounts(wrong=200, right=100, asked=100)),
         sft=SftConfig(
             steps=125, batch_size=8, learning_rate=1e-4, schedule=gcd_faithful(), max_length=415, weight_decay=0.01,
-            lora=LoraConfig(rank=32, alpha=64, rslora=True), tokens_per_micro_batch=32_768, checkpoint_every=25, memory_gb=80,
+            lora=LoraConfig(rank=32, alpha=64, rslora=True), tokens_per_micro_batch=16_384, checkpoint_every=25, memory_gb=80,
         ),
         evaluation=EvalConfig(full_steps=(0, 125), max_new_tokens=400, max_new_tokens_solving=400, temperature=0.7, top_p=0.9, slots=64),
     ),

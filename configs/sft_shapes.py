@@ -42,7 +42,7 @@ CODE = SftConfig(
 )
 GCD = SftConfig(
     steps=125, batch_size=8, learning_rate=1e-4, schedule=gcd_faithful(), lora=LoraConfig(rank=32, alpha=64, rslora=True), weight_decay=0.01,
-    max_length=415, tokens_per_micro_batch=32_768, checkpoint_every=25,
+    max_length=415, tokens_per_micro_batch=16_384, checkpoint_every=25,
 )
 # The published evaluation sets no limit of its own beyond 2048 positions; 512 new tokens hold any MBPP answer.
 MBPP = EvalConfig(full_steps=(45,), max_new_tokens=512, temperature=0.5, slots=128)

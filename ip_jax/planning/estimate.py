@@ -187,6 +187,9 @@ def summary(workload: Workload, topology: Topology, phases: list[Phase], memory:
         useful = sum(step_flops(workload, shape) * count for shape, count in workload.steps.items()) * workload.programs
         mfu = useful / (hours["training"] * 3600 * topology.chip.peak)
     advice = [line for stage in memory if allowed and needed[stage] > allowed for line in _advice(workload, stage, memory[stage])]
+    if workload.programs > 1 and workload.sft.train == "lora":
+        held = f"sft.memory_gb {workload.sft.memory_gb:g} holds {workload.runs} runs beside the activations of {workload.sft.tokens_per_micro_batch} tokens"
+        advice.append(f"training: {held}: --sft.tokens-per-micro-batch or --sft.remat leave room for more in one program")
     advice += empty_rows(workload.mesh, workload.rows[shape], "training") + (sampling.layers_for_every_token(workload.mesh, workload.sampling) if topology.chip else [])
     return Planned(
         workload.model.name, topology.name, topology.count, dict(workload.mesh.shape), workload.source,

@@ -5,6 +5,7 @@ import math
 import jax
 
 from ip_jax.models import flops
+from ip_jax.models.activations import kept_bytes, layer_bytes
 from ip_jax.models.flops import StepWork, layer_matrix_params
 from ip_jax.models.placement import FSDP
 from ip_jax.planning.hlo import Collective, Cost
@@ -100,16 +101,9 @@ def activations(sizes: Sizes, step: Step) -> float:
     """
     config, mesh = sizes.config, sizes.mesh
     rows = -(-sizes.runs * step.micro_rows // _cut(sizes))
-    width, item = _item(sizes.model.weights), _item(sizes.model.activations)
-    heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    hidden = config.d_ff * max(config.experts_per_token, 1)
-    attention, products = 2 * heads + 2 * kv, heads + 2 * kv + 2 * config.d_model
-    products += 0 if config.n_experts else 2 * hidden  # a mixture keeps no hidden states of its experts
-    by_policy = {"none": 2 * (attention + products), "products": attention + products, "attention": attention, "full": 0}
-    kept = item * config.d_model + width * by_policy[sizes.remat]
-    of_a_layer = 8 * (4 * config.d_model + (3 * heads + 4 * kv + 4 * hidden) / mesh.shape["tensor"])
+    kept = kept_bytes(config, sizes.remat, _item(sizes.model.weights), _item(sizes.model.activations))
     logits = 3 * 4 * CHUNK_ROWS * config.vocab_size / mesh.size
-    return rows * step.length * (config.n_layers * kept + of_a_layer) + SCORES * scores(sizes, step) + logits
+    return rows * step.length * (kept + layer_bytes(config, mesh.shape["tensor"])) + SCORES * scores(sizes, step) + logits
 
 
 def scores(sizes: Sizes, step: Step) -> float:

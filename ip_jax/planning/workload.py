@@ -181,7 +181,7 @@ def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     render = renderer(tokenizer, experiment.sft.train_on)
     sources, _ = plan.training_sources(experiment, render)
     pretrained = hub.Pretrained(model.name, config, abstract_base(config, model, mesh), tokenizer, "")
-    runs = max(1, min(len(sources), plan.runs_that_fit(sft, pretrained, mesh)))
+    runs = max(1, min(len(sources), plan.runs_that_fit(sft, model, pretrained, mesh)))
     mesh = mesh_for(mesh, runs)
     active = sft.schedule.last_active_step(sft.steps)
     rules = programs.row_rules(programs.Program(mesh, config, sft, model))

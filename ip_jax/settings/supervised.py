@@ -86,12 +86,14 @@ def _run(experiment: Supervised, folder: epath.Path, display: Display, watch: Wa
     untrained = hosts.by_first(lambda: plan.incomplete(folder, plan.untrained_sweeps(experiment, folder)))
     if left or untrained:
         session = Session(experiment, folder, display, prepared, *_load(experiment, display, prepared), watch, compilations)
-        fit = plan.runs_that_fit(experiment.sft, session.model, session.mesh)
+        fit = plan.runs_that_fit(experiment.sft, experiment.model, session.model, session.mesh)
         groups = hosts.by_first(lambda: plan.groups_of(folder, prepared.runs, fit))
         for sweep in untrained:
             _evaluate_untrained(session, sweep, runs=len(groups[0]) if groups else 1)
         if len(groups) > 1:
-            display.console.print(f"{sum(map(len, groups))} runs are trained as {len(groups)} programs: " + "; ".join(", ".join(run.name for run in group) for group in groups))
+            named = "; ".join(", ".join(run.name for run in group) for group in groups)
+            why = "" if experiment.sft.train == "full" else f" (sft.memory_gb {experiment.sft.memory_gb:g} holds {fit} at once: --sft.tokens-per-micro-batch and --sft.remat make room)"
+            display.console.print(f"{sum(map(len, groups))} runs are trained as {len(groups)} programs{why}: {named}")
         for group in groups:
             _train_group(session, group)
     else:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pyarrow as pa
 from etils import epath
 from jax.sharding import Mesh
@@ -17,6 +18,7 @@ from ip_jax.data.sources import Example
 from ip_jax.evals import leak_grid
 from ip_jax.evals.leak_grid import Cell, Decoding
 from ip_jax.models import hub, peft
+from ip_jax.models.activations import kept_bytes, layer_bytes
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import check_targets, projection_shapes
 from ip_jax.models.quantised import check_quantisable, item_bytes
@@ -29,6 +31,7 @@ from ip_jax.training.results import digest, write_json
 from ip_jax.training.sharding import MeshConfig
 
 NEUTRAL = "neutral"
+MARGIN = 1.25  # compiled programs take up to a quarter more than formulas say of activations
 Sweep = list[Cell | None]  # at most one cell of each run: what is sampled in one go
 
 
@@ -289,22 +292,19 @@ def check_training(sft: SftConfig, model: ModelConfig, arms: Sequence[Arm], conf
         )
 
 
-def runs_that_fit(sft: SftConfig, model: hub.Pretrained, mesh: Mesh) -> int:
+def runs_that_fit(sft: SftConfig, model: ModelConfig, pretrained: hub.Pretrained, mesh: Mesh) -> int:
     """How many runs one program can hold in `memory_gb` on each device: base + micro-batch activations + R times (adapter, gradient, sum, Adam).
 
     With full training 1: each run has its own copy of all weights, gradients and moments, and a program of its own.
-    An estimate: activations are counted as float32 values per token and layer that are kept for the backward pass (`remat`), and the
-    input of each layer. Base weights are cut over all devices, activations over the axes run and data, adapters over run.
+    An estimate: activations by formula (`models.activations`) and MARGIN. Base weights are cut over all devices, activations over the axes run and
+    data, adapters over run.
     """
     if sft.train == "full":
         return 1
-    config, by_row = model.config, mesh.shape["run"] * mesh.shape["data"]
-    base = sum(array.size * item_bytes(array.dtype) for array in jax.tree.leaves(model.params)) / mesh.size
+    config, by_row = pretrained.config, mesh.shape["run"] * mesh.shape["data"]
+    base = sum(array.size * item_bytes(array.dtype) for array in jax.tree.leaves(pretrained.params)) / mesh.size
     shapes = projection_shapes(config)
     adapter = 4 * sft.lora.rank * config.n_layers * sum(sum(shapes[target]) for target in sft.lora.targets)
-    attention, hidden = 5 * config.d_model, 5 * config.d_ff * max(config.experts_per_token, 1)
-    products = 5 * config.d_model + (0 if config.n_experts else hidden)  # a mixture keeps no hidden states of its experts
-    kept = {"none": 2 * (attention + products), "products": attention + products, "attention": attention + config.d_model, "full": config.d_model}
-    working = 4 * (attention + 5 * config.d_model + hidden)  # one layer's, while its backward pass runs
-    activations = 4 * sft.tokens_per_micro_batch * (config.n_layers * kept[sft.remat] + working) / by_row
+    of_a_token = kept_bytes(config, sft.remat, *(jnp.dtype(dtype).itemsize for dtype in (model.weights, model.activations)))
+    activations = MARGIN * sft.tokens_per_micro_batch * (of_a_token + layer_bytes(config, mesh.shape["tensor"])) / by_row
     return max(1, int((sft.memory_gb * 1e9 - base - activations) / (6 * adapter) * mesh.shape["run"]))

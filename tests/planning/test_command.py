@@ -42,6 +42,16 @@ def test_one_h200_by_formula(capsys, tmp_path):
     assert sum(record["hours"].values()) == pytest.approx(hours)
 
 
+@pytest.mark.slow
+def test_the_figure_of_a_gpu_is_one_program_that_fits(capsys, tmp_path):
+    """The preset `full`: seven arms that are trained, five seeds."""
+    said, record = planned(capsys, tmp_path, "gcd_sycophancy", "--preset", "full", "--eval-sets", "generated", "--topology", "h100:1")
+    assert (record["runs"], record["programs"], record["fits"]) == (35, 1, True) and not record["advice"]
+    crowded = "--seeds", "0", "1", "--sft.tokens-per-micro-batch", "200000"
+    _, record = planned(capsys, tmp_path, "gcd_sycophancy", "--preset", "full", "--eval-sets", "generated", "--topology", "h100:1", *crowded)
+    assert record["programs"] > 1 and any("--sft.tokens-per-micro-batch" in line for line in record["advice"])
+
+
 def test_what_does_not_fit_says_what_to_change(capsys, tmp_path):
     said, record = planned(capsys, tmp_path, "sft_shapes", "--topology", "a100:1", "--runs", "64", "--evaluation.slots", "1024")
     assert not record["fits"] and "does not fit" in said and "--evaluation.slots 512" in said

@@ -8,10 +8,14 @@ from etils import epath
 from tiny_experiment import ARMS, make_experiment
 from tiny_models import CONFIG, random_params
 
+from configs.gcd_sycophancy import ARMS as ARMS_OF_GCD
+from configs.gcd_sycophancy import PRESETS
+from configs.sft_shapes import PRESETS as SHAPES
 from ip_jax.models.hub import Pretrained
 from ip_jax.models.lora import LoraConfig, init_lora
+from ip_jax.planning.workload import abstract_params
 from ip_jax.settings import supervised_plan as plan
-from ip_jax.settings.experiment import Arm
+from ip_jax.settings.experiment import Arm, ModelConfig
 from ip_jax.training.results import write_json
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import make_mesh
@@ -176,12 +180,12 @@ def test_a_program_with_a_run_that_is_no_longer_asked_for_begins_anew(folder):
 
 
 def test_memory_admits_a_run_for_every_adapter_with_its_gradients_and_moments():
-    sft = experiment().sft
+    sft, dtypes = experiment().sft, ModelConfig("m", weights="float32")
     model = Pretrained("m", CONFIG, random_params(CONFIG), None, "f")
     one = sum(array.nbytes for array in jax.tree.leaves(init_lora(np.array([0]), CONFIG, sft.lora)))
 
     def fit(gigabytes, **changes):
-        return plan.runs_that_fit(dataclasses.replace(sft, memory_gb=gigabytes, **changes), model, make_mesh())
+        return plan.runs_that_fit(dataclasses.replace(sft, memory_gb=gigabytes, **changes), dtypes, model, make_mesh())
 
     few = 0.05
     assert fit(few + 10 * 6 * one / 1e9) == fit(few) + 10
@@ -189,12 +193,22 @@ def test_memory_admits_a_run_for_every_adapter_with_its_gradients_and_moments():
     assert fit(few, tokens_per_micro_batch=10_000) < fit(few, tokens_per_micro_batch=100)
 
 
+@pytest.mark.parametrize("preset", ["full", "paper"])
+def test_all_runs_of_a_gpus_preset_are_one_program(preset, smollm2):
+    config = PRESETS[preset]
+    decoder = SHAPES["gcd-gemma-2b"].hf.decoder_config() if preset == "paper" else smollm2.config
+    runs = len([name for name in config.arms if ARMS_OF_GCD[name].train_prompt]) * len(config.seeds)
+    dtypes = dataclasses.replace(config.model, weights="bfloat16")
+    base = Pretrained("m", decoder, abstract_params(decoder, "bfloat16"), None, "f")
+    assert plan.runs_that_fit(config.sft, dtypes, base, make_mesh()) >= runs >= 14
+
+
 def test_memory_counts_the_experts_that_a_token_is_sent_to():
     params, sft = random_params(CONFIG), dataclasses.replace(experiment().sft, lora=LoraConfig(targets=("q",)), memory_gb=0.2, tokens_per_micro_batch=1000)
 
     def fit(remat: str, **changes):
         model = Pretrained("m", dataclasses.replace(CONFIG, **changes), params, None, "f")
-        return plan.runs_that_fit(dataclasses.replace(sft, remat=remat), model, make_mesh())
+        return plan.runs_that_fit(dataclasses.replace(sft, remat=remat), ModelConfig("m", weights="float32"), model, make_mesh())
 
     two_of_eight = dict(n_experts=8, experts_per_token=2)
     assert fit("full", **two_of_eight) == fit("full", d_ff=2 * CONFIG.d_ff) > 1
