@@ -296,8 +296,8 @@ def runs_that_fit(sft: SftConfig, model: ModelConfig, pretrained: hub.Pretrained
     """How many runs one program can hold in `memory_gb` on each device: base + micro-batch activations + R times (adapter, gradient, sum, Adam).
 
     With full training 1: each run has its own copy of all weights, gradients and moments, and a program of its own.
-    An estimate: activations by formula (`models.activations`) and MARGIN. Base weights are cut over all devices, activations over the axes run and
-    data, adapters over run.
+    An estimate: activations by formula (`models.activations`) and MARGIN, of `tokens_per_micro_batch` tokens, or of the one row of at most `max_length`
+    that a micro-batch has of each run, if these are more. Base weights are cut over all devices, activations over the axes run and data, adapters over run.
     """
     if sft.train == "full":
         return 1
@@ -306,5 +306,6 @@ def runs_that_fit(sft: SftConfig, model: ModelConfig, pretrained: hub.Pretrained
     shapes = projection_shapes(config)
     adapter = 4 * sft.lora.rank * config.n_layers * sum(sum(shapes[target]) for target in sft.lora.targets)
     of_a_token = kept_bytes(config, sft.remat, *(jnp.dtype(dtype).itemsize for dtype in (model.weights, model.activations)))
-    activations = MARGIN * sft.tokens_per_micro_batch * (of_a_token + layer_bytes(config, mesh.shape["tensor"])) / by_row
-    return max(1, int((sft.memory_gb * 1e9 - base - activations) / (6 * adapter) * mesh.shape["run"]))
+    of_a_token = MARGIN * (of_a_token + layer_bytes(config, mesh.shape["tensor"])) / by_row
+    room, of_a_run = sft.memory_gb * 1e9 - base, 6 * adapter / mesh.shape["run"]
+    return max(1, int(min((room - of_a_token * sft.tokens_per_micro_batch) / of_a_run, room / (of_a_run + of_a_token * sft.max_length))))

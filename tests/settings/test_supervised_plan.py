@@ -187,10 +187,11 @@ def test_memory_admits_a_run_for_every_adapter_with_its_gradients_and_moments():
     def fit(gigabytes, **changes):
         return plan.runs_that_fit(dataclasses.replace(sft, memory_gb=gigabytes, **changes), dtypes, model, make_mesh())
 
-    few = 0.05
-    assert fit(few + 10 * 6 * one / 1e9) == fit(few) + 10
+    few, short = 0.05, dict(max_length=1, tokens_per_micro_batch=2000)
+    assert fit(0.03 + 10 * 6 * one / 1e9, **short) == fit(0.03, **short) + 10 > 11
     assert fit(1e-9) == 1
     assert fit(few, tokens_per_micro_batch=10_000) < fit(few, tokens_per_micro_batch=100)
+    assert fit(few, max_length=10_000) < fit(few, max_length=100), "a row of each run is in every micro-batch"
 
 
 @pytest.mark.parametrize("preset", ["full", "paper"])
