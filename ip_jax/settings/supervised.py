@@ -93,7 +93,7 @@ def _run(experiment: Supervised, folder: epath.Path, display: Display, watch: Wa
         if len(groups) > 1:
             named = "; ".join(", ".join(run.name for run in group) for group in groups)
             why = "" if experiment.sft.train == "full" else f" (sft.memory_gb {experiment.sft.memory_gb:g} holds {fit} at once: --sft.tokens-per-micro-batch and --sft.remat make room)"
-            display.console.print(f"{sum(map(len, groups))} runs are trained as {len(groups)} programs{why}: {named}")
+            display.console.print(f"{sum(map(len, groups))} runs are trained as {len(groups)} programs: {named}{why}")
         for group in groups:
             _train_group(session, group)
     else:
