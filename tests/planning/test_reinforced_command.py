@@ -66,6 +66,22 @@ def test_empty_rows_are_not_useful_work(capsys, tmp_path):
     assert not full["advice"] and "update: a step has 64 rows of each run for data=128 devices" in padded["advice"][0]
 
 
+def test_scores_lie_in_memory_where_xla_attends(capsys, tmp_path):
+    """One layer's, four times, of the rows of a micro-batch of 32,768 positions: four, each with four completions' over 3072 keys. cuDNN holds none."""
+    _, kernel = planned(capsys, tmp_path, "rl_shapes", "--topology", "h200:1")
+    _, xla = planned(capsys, tmp_path, "rl_shapes", "--topology", "h200:1", "--model.attention", "xla")
+    scores = 4 * 4 * 4 * (4 * 1536 * 3072) * 32
+    assert xla["memory"]["update"]["activations"] - kernel["memory"]["update"]["activations"] == pytest.approx(scores)
+    assert "attention 'splash' runs on a TPU" in failure(capsys, "rl_shapes", "--topology", "h200:1", "--model.attention", "splash")
+
+
+def test_rollouts_say_where_each_token_gathers_the_layers(capsys, tmp_path):
+    _, eight = planned(capsys, tmp_path, "rl_shapes", "--topology", "h100:8")
+    assert not eight["advice"]
+    _, deeper = planned(capsys, tmp_path, "rl_shapes", "--topology", "h100:8", "--hf.num-hidden-layers", "216")
+    assert any(line.startswith("sampling: each token gathers the layers") for line in deeper["advice"])
+
+
 def test_declared_sizes_are_checked_as_a_run_checks_its_arms():
     shapes = PRESETS["qwen3-4b"]
     config, mesh = shapes.hf.decoder_config(), read_topology("h200:1").mesh(1, 1, 1)
