@@ -3,7 +3,7 @@ stand in attention.py and grouped.py.
 
 | kernel | on | what keeps segments apart | cannot |
 |---|---|---|---|
-| splash | TPU | segment ids (jax.experimental.pallas.ops.tpu.splash_attention) | packed rows of other lengths than multiples of 128, windows behind a shared prompt |
+| splash | TPU | segment ids (jax.experimental.pallas.ops.tpu.splash_attention) | packed rows of no multiple of 128, windows behind a shared prompt |
 | cudnn | NVIDIA GPU | each segment is a sequence of its own (jax.nn.dot_product_attention) | soft caps, float32 |
 | pallas | GPU | segment ids (jax.experimental.pallas.ops.gpu.attention) | windows, soft caps, heads over 128, rows as splash, shared prompts |
 
@@ -59,7 +59,7 @@ class SharedPrompt:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
-    """What a kernel is asked for: shapes, and how scores are made (see `packed_attention`)."""
+    """What a kernel is asked for: shapes, and how scores are made (see `KernelAttention`)."""
 
     dtype: str
     row_length: int
@@ -145,7 +145,8 @@ class KernelAttention:
     def __call__(
         self, q: Float[Array, "R B T K G H"], k: Float[Array, "R B T K H"], v: Float[Array, "R B T K H"], rows: Packing | SharedPrompt
     ) -> Float[Array, "R B T K G H"]:
-        """The context in q's dtype, on padding zero (packed rows) or without meaning (a prompt's). On the mesh in context, if there is one, R and B lie on run and data, where these divide them.
+        """The context in q's dtype, on padding zero (packed rows) or without meaning (a prompt's). On the mesh in context, if there is one, R and B lie
+        on run and data, where these divide them.
 
         Raises ValueError where the kernel cannot express what is asked for.
         """
@@ -199,11 +200,11 @@ def _splash_rows(this: KernelAttention, mask, q, k, v, segment_ids: Int[Array, "
 
 
 def _splash_behind_prompt(this: KernelAttention, q, k, v, rows: SharedPrompt):
-    """The mask tells completions apart; what pads a prompt, and the row up to whole blocks, is another segment."""
+    """The mask tells completions apart; what pads a prompt, and the row up to whole blocks (of LARGEST_BLOCK where it is longer), is another segment."""
     from ip_jax.models.prompt_mask import SharedPromptMask
 
     length = q.shape[2]
-    pad = -length % ROW_QUANTUM
+    pad = -length % (LARGEST_BLOCK if length > LARGEST_BLOCK else ROW_QUANTUM)
     q, k, v = (jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3)) for x in (q, k, v))
     place = jnp.arange(length + pad)
     counts = (place < rows.length[..., None]) | ((place >= rows.slots) & (place < length))

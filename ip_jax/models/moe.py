@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ip_jax.models.placement import BY_ROW, EXPERTS_IN, EXPERTS_OUT, fitting
+from ip_jax.models.placement import BY_ROW, EXPERTS_IN, EXPERTS_OUT, fitting, mesh_axes
 from ip_jax.models.products import as_bits, from_bits, product
 
 LONGEST_CHUNK = 256  # rows that are multiplied with one expert at once; measured, see docs/mixtral.md
@@ -84,8 +84,8 @@ def _on_mesh(function, x, weights, chosen, experts: Experts, *more: Float[Array,
     if mesh.empty or mesh.size == 1:
         return _on_tokens(function, 0, x, weights, chosen, experts, *more)
     rows, inward, outward = (fitting(mesh.shape, *cut) for cut in ((BY_ROW, x.shape), (EXPERTS_IN, experts[0].shape), (EXPERTS_OUT, experts[2].shape)))
-    by_expert, width, hidden = map(_axes, inward)
-    row_axes = [axis for entry in rows for axis in _axes(entry)]
+    by_expert, width, hidden = map(mesh_axes, inward)
+    row_axes = [axis for entry in rows for axis in mesh_axes(entry)]
     collected = [axis for axis in by_expert if axis in row_axes]  # devices with other tokens and other experts
     sharing = [axis for axis in BY_ROW if axis not in by_expert]  # devices with the same experts, so that theirs is one gradient
     copies = math.prod(mesh.shape[axis] for axis in sharing if axis not in row_axes)  # of one token among them
@@ -119,11 +119,6 @@ def _on_tokens(function, first, x, weights, chosen, experts: Experts, *more):
     here = jnp.where((here >= 0) & (here < n_experts), here, n_experts)
     of_tokens, of_experts = function(flat(x), flat(weights), flat(here), experts, *map(flat, more))
     return [a.reshape(*tokens, -1) for a in of_tokens], list(of_experts)
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def _gathered(a, axes: str | tuple[str, ...], dimension: int):

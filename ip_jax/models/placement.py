@@ -29,6 +29,11 @@ def fitting(sizes: Mapping[str, int], axes: tuple, shape: tuple[int, ...]) -> Pa
     return PartitionSpec(*spec)
 
 
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec, which keeps a single one without its tuple."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def constrain(x: Array, axes: tuple) -> Array:
     """`x` with its leading dimensions cut over these axes of the mesh in context (a name, several, or None), where they divide them, and the
     others whole; without a mesh, `x`.
@@ -38,7 +43,9 @@ def constrain(x: Array, axes: tuple) -> Array:
 
 
 def each_its_rows(function: Callable, *arrays: Array):
-    """function(*arrays) of arrays [R, B, ...] to arrays [R, B, ...], which treats rows apart: on a mesh each device computes its own, and sends nothing."""
+    """function(*arrays) of arrays [R, B, ...] to arrays [R, B, ...], which treats rows apart: on a mesh each device computes its own (the same ones along
+    an axis that does not cut them), and the function sends nothing.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(*arrays)

@@ -188,9 +188,10 @@ def summary(workload: Workload, topology: Topology, phases: list[Phase], memory:
         mfu = useful / (hours["training"] * 3600 * topology.chip.peak)
     advice = [line for stage in memory if allowed and needed[stage] > allowed for line in _advice(workload, stage, memory[stage])]
     if workload.programs > 1 and workload.sft.train == "lora":
-        held = f"sft.memory_gb {workload.sft.memory_gb:g} holds {workload.runs} runs beside the activations of {workload.sft.tokens_per_micro_batch} tokens"
-        advice.append(f"training: {held}: --sft.tokens-per-micro-batch or --sft.remat leave room for more in one program")
-    advice += empty_rows(workload.mesh, workload.rows[shape], "training") + (sampling.layers_for_every_token(workload.mesh, workload.sampling) if topology.chip else [])
+        held = f"sft.memory_gb {workload.sft.memory_gb:g} holds {workload.runs} runs at once"
+        advice.append(f"training: {held}: fewer --sft.tokens-per-micro-batch or more --sft.remat may hold more")
+    advice += empty_rows(workload.mesh, workload.rows[shape], "training")
+    advice += sampling.weights_for_every_token(workload.config, workload.mesh, workload.sampling) if topology.chip else []
     return Planned(
         workload.model.name, topology.name, topology.count, dict(workload.mesh.shape), workload.source,
         grouping(workload.runs, workload.programs), workload.runs, workload.programs,
@@ -217,6 +218,5 @@ def _advice(workload: Workload, stage: str, kinds: dict[str, float]) -> list[str
             lines.append(f"fewer completions side by side: --evaluation.slots {max(s.options.slots for s in workload.sampling) // 2}")
         if kind in ("adapters", "optimizer") and workload.runs > 1:
             lines.append(f"fewer runs in one program (now {workload.runs})")
-        if kind.startswith("weights"):
-            lines.append("more chips: the weights are cut over all of them")
+        lines += sampling.more_chips(kind, any(call.options.whole_layers for call in workload.sampling))
     return [f"{stage}: {line}" for line in dict.fromkeys(lines)]

@@ -7,7 +7,7 @@ import jax
 from ip_jax.models import flops
 from ip_jax.models.activations import kept_bytes, layer_bytes
 from ip_jax.models.flops import StepWork, layer_matrix_params
-from ip_jax.models.placement import FSDP
+from ip_jax.models.placement import FSDP, mesh_axes
 from ip_jax.planning.hlo import Collective, Cost
 from ip_jax.planning.programs import Initial, per_device
 from ip_jax.planning.workload import Sampling, Sizes, abstract_params
@@ -140,7 +140,8 @@ def decode_cost(sizes: Sizes, work: Sampling, adapters) -> Cost:
     rows = shape.runs * shape.groups * shape.copies * shape.rows
     products = 2 * rows * (layer_matrix_params(config) + lora_params(sizes) + config.vocab_size * config.d_model)
     used = _weights_in_use(sizes)
-    sent = dataclasses.replace(used, gathered=0.0 if work.options.whole_layers else used.gathered, vocabulary=0.0)
+    moving_experts = 0.0 if used.staying else _bytes_named("expert", sizes) * _cut(sizes)
+    sent = dataclasses.replace(used, gathered=moving_experts if work.options.whole_layers else used.gathered, vocabulary=0.0)
     found = _sampling_collectives(sizes, work, sent, rows, chosen=rows)
     read = _moved(sizes) * (used.gathered + used.staying) + used.vocabulary / sizes.mesh.size
     return Cost(products / sizes.mesh.size, read + per_device(adapters) + caches(sizes, work), found)
@@ -202,8 +203,8 @@ def layer_copies(sizes: Sizes, work: Sampling, weights) -> float:
     """Bytes on a device of the copy of the layers that tokens are decoded with, by formula: as `weights` lie, or whole but for tensor and experts."""
 
     def copied(name: str, leaf) -> float:
-        gathered = {axis for axes in leaf.sharding.spec for axis in axes or ()} & set(FSDP) if work.options.whole_layers and "expert" not in name else ()
-        return per_device(leaf) * math.prod(sizes.mesh.shape[axis] for axis in gathered)
+        gathered = {axis for entry in leaf.sharding.spec for axis in mesh_axes(entry)} & set(FSDP)
+        return per_device(leaf) * (math.prod(sizes.mesh.shape[axis] for axis in gathered) if work.options.whole_layers and "expert" not in name else 1)
 
     named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(weights)}
     return sum(copied(name, leaf) for name, leaf in named.items() if "layers" in name)

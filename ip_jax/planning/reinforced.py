@@ -173,7 +173,7 @@ def summary(workload: RlWorkload, topology: Topology, stages: Sequence[Stage]) -
     tokens = int(step_of(largest.sizes, largest.batch(largest.in_use).policy).work.tokens)
     advice += [line for program in workload.programs for line in estimate.empty_rows(program.kind.mesh, program.batch(program.in_use).policy.tokens.shape[2], "update")]
     if topology.chip:
-        advice += [line for program in workload.programs for line in sampling.layers_for_every_token(program.kind.mesh, [program.sampling])]
+        advice += [line for program in workload.programs for line in sampling.weights_for_every_token(workload.config, program.kind.mesh, [program.sampling])]
     return Planned(
         workload.model.name, topology.name, topology.count, dict(largest.kind.mesh.shape), workload.source, grouping, largest.runs,
         sum(program.count for program in workload.programs), tokens, memory, needed, allowed, [phase for stage in stages for phase in stage.phases],
@@ -201,6 +201,5 @@ def _advice(workload: RlWorkload, stage: Stage) -> list[str]:
             lines += stage.lines
         if kind in ("caches", "adapters", "optimizer") and runs > 1 and "optimizer" in stage.memory:
             lines.append(f"fewer runs in one program: --rl.runs-per-program {runs // 2}")
-        if kind.startswith("weights"):
-            lines.append("more chips: the weights are cut over all of them")
+        lines += sampling.more_chips(kind, any(program.sampling.options.whole_layers for program in workload.programs))
     return lines

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from jax.sharding import AbstractMesh, Mesh
 
+from ip_jax.models.families import DecoderConfig
 from ip_jax.planning import formulas
 from ip_jax.planning.programs import Compiled, Sampler, TooLarge, compile_lowered, per_device
 from ip_jax.planning.workload import Sampling, Sizes
@@ -42,11 +43,22 @@ def costs(sizes: Sizes, work: Sampling, adapters) -> tuple[Callable, Callable]:
     return functools.partial(formulas.prefill_cost, sizes, work), functools.partial(formulas.decode_cost, sizes, work, adapters)
 
 
-def layers_for_every_token(mesh: Mesh | AbstractMesh, calls: Sequence[Sampling]) -> list[str]:
-    """What to change where decoding gathers the layers again and again (`settings.programs.layers_fit_whole`)."""
-    gathered = mesh.shape["run"] * mesh.shape["data"] > 1 and not all(call.options.whole_layers for call in calls)
-    why = "whole ones would take more than half of a device's memory"
-    return [f"sampling: each token gathers the layers, because {why}: --mesh.tensor makes a device's part smaller"] if gathered else []
+def weights_for_every_token(config: DecoderConfig, mesh: Mesh | AbstractMesh, calls: Sequence[Sampling]) -> list[str]:
+    """What to change where decoding gathers weights again and again (`settings.programs.layers_fit_whole`, `models.moe.mixture`)."""
+    cut, lines = mesh.shape["run"] * mesh.shape["data"], []
+    if cut > 1 and not all(call.options.whole_layers for call in calls):
+        why = "whole ones would take more than half of a device's memory"
+        lines.append(f"sampling: each token gathers the layers, because {why}: --mesh.tensor makes a device's part smaller")
+    if config.n_experts % cut:
+        lines.append(f"sampling: each token gathers experts, because run x data = {cut} does not divide their {config.n_experts}: --mesh.tensor takes the rest")
+    return lines
+
+
+def more_chips(kind: str, whole_layers: bool) -> list[str]:
+    """What makes this kind of bytes smaller, where it is weights."""
+    if kind == "weights by layer" and whole_layers:
+        return ["more chips: whole layers are cut over --mesh.tensor alone"]
+    return ["more chips: the weights are cut over all of them"] if kind.startswith("weights") else []
 
 
 def memory(sizes: Sizes, work: Sampling, weights, sampled: Sampled | None) -> dict[str, float]:

@@ -13,7 +13,8 @@ def splash_flops(label: str, operands: Sequence[Dims]) -> float | None:
     """Of one call, two for a multiply-add; None for another kernel. `label`: the text that holds its name.
 
     The first operands say which block comes next, [1, n, w] or [1, w, n]: a line of blocks visits those up to the diagonal, but no more
-    than w of them, which is n without a window. (Of completions that share a prompt only the last lines of each visit w: some 15 % too many.)
+    than w of them, which is n without a window. Of completions that share a prompt that is too many: forward and in dq only the last line of each
+    visits w, and in dkv w is n, because all queries see the prompt's keys (14 and 82 % for four completions as long as their prompt).
     Behind them come the queries, [B, N, T, H], or [N, T, H] of a single row.
     """
     found = _NAME.search(label)

@@ -45,14 +45,14 @@ def _first_of(chosen: Bool[Array, "R Q G"], rollout: Rollout, neutral: Prompts, 
     return jax.tree.map(lambda *pair: jnp.stack(pair, axis=1), under(rollout.training), under(neutral))
 
 
-def coupling(trained, frozen, rows: Rows, *, graphdef, dtype: str = "float32", remat: str = "none") -> Float[Array, "R N"]:
+def coupling(trained, frozen, rows: Rows, *, graphdef, dtype: str = "float32", remat: str = "none", kernel: str = "xla") -> Float[Array, "R N"]:
     """kappa of every sample of `coupling_rows`, NaN for an empty one and where a gradient is zero; all runs side by side, one sample at a time.
 
     log pi is taken at the sampling temperature. Two passes with a gradient for each sample that some run has.
     """
 
     def gradient(micro: Rows):
-        log_prob = lambda trained: completion_log_probs(nnx.merge(graphdef, trained, frozen), micro, dtype, remat).sum()  # noqa: E731
+        log_prob = lambda trained: completion_log_probs(nnx.merge(graphdef, trained, frozen), micro, dtype, remat, kernel).sum()  # noqa: E731
         return jax.grad(log_prob)(trained)  # of the sum over runs: each run's own
 
     def of_sample(pair: Rows):

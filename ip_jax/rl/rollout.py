@@ -22,7 +22,7 @@ from ip_jax.rl.prompting import Choice, PromptDistribution
 from ip_jax.rl.rows import Prompts, Samples
 from ip_jax.sampling.sampler import Completion, Request, SamplerOptions, sample
 
-PROMPT_QUANTUM = 8  # prompt slots are multiples of this (128 where a TPU kernel asks for it)
+PROMPT_QUANTUM = 8  # prompt slots are multiples of this
 Task = dict[str, Any]
 Side = Literal["gen", "train", "guide"]
 _SIDES: dict[Side, str] = {"gen": "generation", "train": "training", "guide": "guide"}
@@ -156,8 +156,7 @@ def right_padded(prompts: Sequence[Sequence[Int[np.ndarray, " T"]]], slots: int)
 
 
 def plan_rollouts(
-    runs: Sequence[RolloutRun], tasks: Sequence[Task], environment: Environment, tokenizer, options: RolloutOptions, iterations: int,
-    quantum: int = PROMPT_QUANTUM,
+    runs: Sequence[RolloutRun], tasks: Sequence[Task], environment: Environment, tokenizer, options: RolloutOptions, iterations: int
 ) -> RolloutPlan:
     """Renders all prompts of all iterations, so that nothing can go wrong later.
 
@@ -181,7 +180,7 @@ def plan_rollouts(
             for group in groups:
                 for side in longest:
                     longest[side] = max([longest[side], *(_fitting(run, group, side, prompted, options) for prompted in set(getattr(group, side)))])
-    return dataclasses.replace(plan, slots={side: -(-length // quantum) * quantum for side, length in longest.items()})
+    return dataclasses.replace(plan, slots={side: -(-length // PROMPT_QUANTUM) * PROMPT_QUANTUM for side, length in longest.items()})
 
 
 def task_order(tasks: int, seed: int, start: int, count: int) -> list[int]:

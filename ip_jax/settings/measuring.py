@@ -17,7 +17,7 @@ from ip_jax.training import hosts
 
 
 def measuring_couplings(
-    plan: RolloutPlan, steps: Collection[int], policy: tuple, mesh: Mesh, dtype: str, remat: str
+    plan: RolloutPlan, steps: Collection[int], policy: tuple, mesh: Mesh, dtype: str, remat: str, kernel: str
 ) -> Callable[[dict, Rollout, int], dict[str, np.ndarray]]:
     """(trained weights, the iteration's rollout, iteration) -> {quantity: [R]} of `rl.coupling`, for the iterations `steps`.
 
@@ -31,7 +31,7 @@ def measuring_couplings(
     @jax.jit
     def on_mesh(trained, frozen, rows):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return coupling(trained, frozen, rows, graphdef=graphdef, dtype=dtype, remat=remat)
+            return coupling(trained, frozen, rows, graphdef=graphdef, dtype=dtype, remat=remat, kernel=kernel)
 
     def measure(trained: dict, rollout: Rollout, step: int) -> dict[str, np.ndarray]:
         rows = lay_out(rollout, right_padded(neutral[step], slots))

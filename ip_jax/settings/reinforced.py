@@ -225,7 +225,7 @@ def _iteration(session: Session, program: Program, fresh: Callable[[], TrainStat
     needed, looks = passes_needed(algorithm), {0, *experiment.evaluation.steps} - {rl.iterations}
     for_llr = {"policy_training", "policy_generation"} if guided else {"policy_training"}
     policy = program.decoders.policy, program.decoders.frozen
-    couplings = measuring_couplings(program.rollouts, looks, policy, mesh, experiment.model.activations, rl.remat)
+    couplings = measuring_couplings(program.rollouts, looks, policy, mesh, experiment.model.activations, rl.remat, program.kind.kernel)
     moving = _moving_mean(program, len(past[0]))
     history = [list(rows) for rows in past]
 

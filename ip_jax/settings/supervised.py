@@ -92,7 +92,8 @@ def _run(experiment: Supervised, folder: epath.Path, display: Display, watch: Wa
             _evaluate_untrained(session, sweep, runs=len(groups[0]) if groups else 1)
         if len(groups) > 1:
             named = "; ".join(", ".join(run.name for run in group) for group in groups)
-            why = "" if experiment.sft.train == "full" else f" (sft.memory_gb {experiment.sft.memory_gb:g} holds {fit} at once: --sft.tokens-per-micro-batch and --sft.remat make room)"
+            cut = experiment.sft.train == "lora" and fit < len(left)
+            why = f" (sft.memory_gb {experiment.sft.memory_gb:g} holds {fit} at once; fewer --sft.tokens-per-micro-batch or more --sft.remat may hold more)" if cut else ""
             display.console.print(f"{sum(map(len, groups))} runs are trained as {len(groups)} programs: {named}{why}")
         for group in groups:
             _train_group(session, group)

@@ -27,11 +27,12 @@ from ip_jax.prompts.chat import render_prompt
 from ip_jax.prompts.transforms import Transform
 from ip_jax.sampling.sampler import Request, SamplerOptions
 from ip_jax.settings.experiment import Arm, EvalConfig, ModelConfig, SftConfig, check_runs, stable_id
+from ip_jax.training.losses import CHUNK_ROWS
 from ip_jax.training.results import digest, write_json
 from ip_jax.training.sharding import MeshConfig
 
 NEUTRAL = "neutral"
-MARGIN = 1.25  # compiled programs take up to a quarter more than formulas say of activations
+MARGIN = 1.33  # the formula for activations lies up to a quarter below what compiled programs take
 Sweep = list[Cell | None]  # at most one cell of each run: what is sampled in one go
 
 
@@ -296,8 +297,8 @@ def runs_that_fit(sft: SftConfig, model: ModelConfig, pretrained: hub.Pretrained
     """How many runs one program can hold in `memory_gb` on each device: base + micro-batch activations + R times (adapter, gradient, sum, Adam).
 
     With full training 1: each run has its own copy of all weights, gradients and moments, and a program of its own.
-    An estimate: activations by formula (`models.activations`) and MARGIN, of `tokens_per_micro_batch` tokens, or of the one row of at most `max_length`
-    that a micro-batch has of each run, if these are more. Base weights are cut over all devices, activations over the axes run and data, adapters over run.
+    An estimate: activations by formula (`models.activations`) and MARGIN, of `tokens_per_micro_batch` tokens, or of one row of at most `max_length` of
+    each run on each device, if these are more. Base weights are cut over all devices, activations over the axes run and data, adapters over run.
     """
     if sft.train == "full":
         return 1
@@ -307,5 +308,6 @@ def runs_that_fit(sft: SftConfig, model: ModelConfig, pretrained: hub.Pretrained
     adapter = 4 * sft.lora.rank * config.n_layers * sum(sum(shapes[target]) for target in sft.lora.targets)
     of_a_token = kept_bytes(config, sft.remat, *(jnp.dtype(dtype).itemsize for dtype in (model.weights, model.activations)))
     of_a_token = MARGIN * (of_a_token + layer_bytes(config, mesh.shape["tensor"])) / by_row
-    room, of_a_run = sft.memory_gb * 1e9 - base, 6 * adapter / mesh.shape["run"]
-    return max(1, int(min((room - of_a_token * sft.tokens_per_micro_batch) / of_a_run, room / (of_a_run + of_a_token * sft.max_length))))
+    room = sft.memory_gb * 1e9 - base - 3 * 4 * CHUNK_ROWS * config.vocab_size / mesh.size  # a chunk of logits and what is made of it
+    of_a_run, row = 6 * adapter / mesh.shape["run"], of_a_token * sft.max_length * mesh.shape["data"]
+    return max(1, int(min((room - of_a_token * sft.tokens_per_micro_batch) / of_a_run, room / (of_a_run + row))))

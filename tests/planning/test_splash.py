@@ -24,14 +24,18 @@ def test_products_over_the_blocks_that_the_kernel_visits(length, block, window):
         assert of_one_row == found / ROWS, "XLA leaves its dim out"
 
 
-def test_behind_a_shared_prompt_some_blocks_too_many_are_counted():
-    """66 of 15 x 15 blocks hold something; lines of a completion's first block are counted like its last."""
+def test_behind_a_shared_prompt_blocks_too_many_are_counted():
+    """66 of 15 x 15 blocks hold something. Lines of a completion's first block are counted like its last (75), and where lines are keys, as in
+    dkv, the prompt's are seen by all queries, so that the whole triangle counts (120).
+    """
     mask = SharedPromptMask(7680, 1536, 1536)
-    kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * HEADS), block_sizes=splash.BlockSizes(512, 512, 512))
+    kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * HEADS), block_sizes=splash.BlockSizes(**dict.fromkeys("block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq".split(), 512)))
     info = kernel.fwd_mask_info
     assert np.count_nonzero(np.asarray(info.block_mask)) == 66 and info.partial_mask_blocks.shape == (1, 512, 512)
-    found = splash_flops("splash_mha_fwd_segmented.1", [info.data_next.shape, info.block_mask.shape, (HEADS, 7680, HEAD_DIM)])
-    assert found == 2 * 2 * HEADS * 75 * 512**2 * HEAD_DIM
+    for name, products, info, counted in (("fwd", 2, kernel.fwd_mask_info, 75), ("dkv", 4, kernel.dkv_mask_info, 120), ("dq", 3, kernel.dq_mask_info, 75)):
+        assert np.count_nonzero(np.asarray(info.block_mask)) == 66
+        found = splash_flops(f"splash_mha_{name}_segmented.1", [info.data_next.shape, info.block_mask.shape, (HEADS, 7680, HEAD_DIM)])
+        assert found == products * 2 * HEADS * counted * 512**2 * HEAD_DIM, name
 
 
 def test_another_kernel_is_not_counted():

@@ -145,7 +145,7 @@ def passes_made(monkeypatch, tmp_path):
 
     def run(algorithm: Algorithm, step: int) -> list[str]:
         made.clear()
-        kind = SimpleNamespace(mesh=make_mesh(), config=None, algorithm=algorithm, layout=ONE_ROW, rl=sizes)
+        kind = SimpleNamespace(mesh=make_mesh(), config=None, kernel="xla", algorithm=algorithm, layout=ONE_ROW, rl=sizes)
         decoders = SimpleNamespace(policy="policy", frozen=None, reference="reference", reference_frozen=None)
         rollouts = SimpleNamespace(runs=[SimpleNamespace(guidance=0.0)])
         program = SimpleNamespace(runs=[SimpleNamespace(name="run", seed=0)], kind=kind, rollouts=rollouts, records=tmp_path, decoders=decoders)

@@ -370,7 +370,7 @@ def assert_close(folder: Path, other: Path):
 @pytest.mark.slow
 def test_runs_that_do_not_fit_are_cut_into_programs_and_it_is_said(tmp_path, without_dropout, model):
     doings, printed = run(make_experiment(model, sft={"lora": NO_DROPOUT, "memory_gb": 1e-9}), tmp_path / "out")
-    assert "2 runs are trained as 2 programs: neutral-s0; ip-s0 (sft.memory_gb 1e-09 holds 1 at once: --sft.tokens-per-micro-batch" in printed
+    assert "2 runs are trained as 2 programs: neutral-s0; ip-s0 (sft.memory_gb 1e-09 holds 1 at once; fewer --sft.tokens-per-micro-batch" in printed
     assert doings.runs == [1] * 12
     assert_close(tmp_path / "out", without_dropout)
 

@@ -188,10 +188,19 @@ def test_memory_admits_a_run_for_every_adapter_with_its_gradients_and_moments():
         return plan.runs_that_fit(dataclasses.replace(sft, memory_gb=gigabytes, **changes), dtypes, model, make_mesh())
 
     few, short = 0.05, dict(max_length=1, tokens_per_micro_batch=2000)
-    assert fit(0.03 + 10 * 6 * one / 1e9, **short) == fit(0.03, **short) + 10 > 11
+    assert fit(few + 10 * 6 * one / 1e9, **short) == fit(few, **short) + 10 > 11
     assert fit(1e-9) == 1
     assert fit(few, tokens_per_micro_batch=10_000) < fit(few, tokens_per_micro_batch=100)
     assert fit(few, max_length=10_000) < fit(few, max_length=100), "a row of each run is in every micro-batch"
+
+
+def test_a_row_of_each_run_lies_on_every_device():
+    """So that more devices along data hold more runs only as far as the base, which is cut, leaves room."""
+    sft = dataclasses.replace(experiment().sft, memory_gb=0.05, max_length=1000, tokens_per_micro_batch=100)
+    base, dtypes = Pretrained("m", CONFIG, random_params(CONFIG), None, "f"), ModelConfig("m", weights="float32")
+    one, eight = (plan.runs_that_fit(sft, dtypes, base, make_mesh(data=data)) for data in (1, 8))
+    whole = dataclasses.replace(base, params=jax.tree.map(lambda a: a[:0], base.params))
+    assert one <= eight <= plan.runs_that_fit(dataclasses.replace(sft, memory_gb=0.0501), dtypes, whole, make_mesh()) + 1 < 2 * one
 
 
 @pytest.mark.parametrize("preset", ["full", "paper"])
