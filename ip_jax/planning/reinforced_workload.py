@@ -195,7 +195,8 @@ def _program(experiment: Reinforced, runs: Sequence[Run], config: DecoderConfig,
     kind = Kind(mesh, config, rl, model, algorithm)
     return Program(
         kind, len(group), len(runs) / len(group), tuple(dict.fromkeys(run.arm.name for run in runs)),
-        rollout_of(len(group), rl, *sides), _sampling(config, rollouts.requests_of(longest, asked), _sampler_options(longest, stop_ids, kind), _calls(rl, algorithm)),
+        rollout_of(len(group), rl, *sides),
+        _sampling(config, rollouts.requests_of(longest, asked), _sampler_options(longest, stop_ids, kind), _calls(rl, algorithm)),
         _evaluations(experiment, config, sweeps, mesh, tokenizer, room),
     )
 

@@ -93,8 +93,8 @@ def _run(experiment: Supervised, folder: epath.Path, display: Display, watch: Wa
         if len(groups) > 1:
             named = "; ".join(", ".join(run.name for run in group) for group in groups)
             cut = experiment.sft.train == "lora" and fit < len(left)
-            why = f" (sft.memory_gb {experiment.sft.memory_gb:g} holds {fit} at once; fewer --sft.tokens-per-micro-batch or more --sft.remat may hold more)" if cut else ""
-            display.console.print(f"{sum(map(len, groups))} runs are trained as {len(groups)} programs: {named}{why}")
+            held = f" (sft.memory_gb {experiment.sft.memory_gb:g} holds {fit} at once; fewer --sft.tokens-per-micro-batch or more --sft.remat may hold more)"
+            display.console.print(f"{sum(map(len, groups))} runs are trained as {len(groups)} programs: {named}{held if cut else ''}")
         for group in groups:
             _train_group(session, group)
     else:

@@ -119,7 +119,8 @@ def test_a_quantised_base_that_cannot_be_loaded_does_not_fit(capsys, tmp_path):
     assert eight["fits"] and list(eight["memory"]) == ["loading", "training", "sampling"]
     gathered = [eight["phases"][i]["cost"]["collectives"]["all-gather"]["moved"] for i in (1, 2)]
     assert gathered[0] == pytest.approx((2 * layers + rest) * 7 / 8, rel=0.02), "a prefill gathers dense layers, the vocabulary's matrix and its caches"
-    assert eight["memory"]["sampling"]["weights by layer"] == pytest.approx(layers * (0.5 + 2 / 64), rel=1e-3) and gathered[1] < 1e-3 * gathered[0], "whole in 4 bits"
+    assert gathered[1] < 1e-3 * gathered[0], "decoding has them whole, in 4 bits"
+    assert eight["memory"]["sampling"]["weights by layer"] == pytest.approx(layers * (0.5 + 2 / 64), rel=1e-3)
 
 
 def test_decoding_gathers_the_layers_for_every_token_where_they_would_take_too_much_memory(capsys, tmp_path):

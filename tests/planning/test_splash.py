@@ -29,7 +29,8 @@ def test_behind_a_shared_prompt_blocks_too_many_are_counted():
     dkv, the prompt's are seen by all queries, so that the whole triangle counts (120).
     """
     mask = SharedPromptMask(7680, 1536, 1536)
-    kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * HEADS), block_sizes=splash.BlockSizes(**dict.fromkeys("block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq".split(), 512)))
+    names = "block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq".split()
+    kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * HEADS), block_sizes=splash.BlockSizes(**dict.fromkeys(names, 512)))
     info = kernel.fwd_mask_info
     assert np.count_nonzero(np.asarray(info.block_mask)) == 66 and info.partial_mask_blocks.shape == (1, 512, 512)
     for name, products, info, counted in (("fwd", 2, kernel.fwd_mask_info, 75), ("dkv", 4, kernel.dkv_mask_info, 120), ("dq", 3, kernel.dq_mask_info, 75)):
