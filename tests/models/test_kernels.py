@@ -67,19 +67,6 @@ BY_SEGMENT = {"grouped": ((2, 2, 64), {}), "window": ((1, 2, 64), {"window": 70}
 CASES = [(kernel, *case) for kernel, cases in [("splash", SPLASH), ("pallas", PALLAS), ("cudnn", BY_SEGMENT)] for case in cases.items()]
 
 
-@pytest.fixture
-def cudnn_in_xla(monkeypatch):
-    """What cudnn is asked to do, done by XLA with the same arguments, in float32 too: the kernel itself is not on a CPU."""
-    attention = jax.nn.dot_product_attention
-
-    def in_xla(*arrays, implementation, **options):
-        assert implementation == "cudnn"
-        return attention(*arrays, implementation="xla", **options)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
-    monkeypatch.setattr(kernels, "refusal", lambda *_: None)
-
-
 @pytest.mark.parametrize(("kernel", "name", "case"), CASES, ids=[f"{kernel}: {name}" for kernel, name, _ in CASES])
 def test_context_and_gradients_equal_the_naive_ones(kernel, name, case, cudnn_in_xla, monkeypatch):
     monkeypatch.setattr(kernels, "LARGEST_BLOCK", 128)  # more than one block, so that blocks are skipped and joined

@@ -54,19 +54,6 @@ def naive(this: KernelAttention, q, k, v, cotangent):
         return jax.device_get(both(*(x.astype(np.float64) for x in (q, k, v, cotangent))))
 
 
-@pytest.fixture
-def cudnn_in_xla(monkeypatch):
-    """What cudnn is asked to do, done by XLA with the same arguments, in float32 too: the kernel itself is not on a CPU."""
-    attention = jax.nn.dot_product_attention
-
-    def in_xla(*arrays, implementation, **options):
-        assert implementation == "cudnn" and all(x.shape[1] % 8 == 0 for x in arrays), "odd lengths are refused in training"
-        return attention(*arrays, implementation="xla", **options)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
-    monkeypatch.setattr(kernels, "refusal", lambda *_: None)
-
-
 @pytest.mark.parametrize("name", SHARING)
 def test_context_and_gradients_equal_the_naive_ones(name, cudnn_in_xla, monkeypatch):
     monkeypatch.setattr(kernels, "LARGEST_BLOCK", 128)
