@@ -98,7 +98,7 @@ def losses(program, source: RunSource, render) -> list[float]:
     state = init_state(adapters, jnp.full(1, LEARNING_RATE), jnp.zeros(1), jnp.zeros(1, int))
     found = []
     for i in range(STEPS):
-        state, metrics = step(state, base, Batch(**reader(i)[0]))
+        state, metrics = step(state, base, tuple(Batch(**arrays) for arrays in reader(i)[0]))
         found.append(round(float(metrics["loss"][0]), 4))
     return found
 

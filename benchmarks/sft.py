@@ -55,8 +55,8 @@ def our_step(tokenizer, sources, tokens_per_micro_batch: int = 2048):
     holder = [state]
 
     def work():
-        for arrays in batches:
-            holder[0], metrics = step(holder[0], base, Batch(**arrays))
+        for packed in batches:
+            holder[0], metrics = step(holder[0], base, tuple(Batch(**arrays) for arrays in packed))
         jax.block_until_ready(metrics)
 
     tokens = sum(len(dataset[i].token_ids) for dataset in reader.datasets for i in range(STEPS * EXAMPLES))  # the peer computes all of them

@@ -172,13 +172,15 @@ def _hidden_and_logits(graphdef, lora_state, base, tokens, positions, layout, op
     return hidden, decoder.logits(hidden)
 
 
-def pack(examples: list[list[list[tuple[list[int], int]]]], length: int, responses: int, micro_batches: int = 1) -> Batch:
+def pack(examples: list[list[list[tuple[list[int], int]]]], length: int, responses: int, micro_batches: int = 1, blocks: int | None = None) -> Batch:
     """A Batch from examples[run][row] = [(token ids, how many of the first are prompt), ...]: each packed in turn into its row.
 
-    Written for the tests apart from ip_jax.data.packing. Rows are dealt out to the micro-batches in order.
+    Written for the tests apart from ip_jax.data.packing. Each run is a block unless there are fewer. A block's rows are dealt out to the micro-batches in order.
     """
-    runs, rows = len(examples), len(examples[0])
+    runs, rows, blocks = len(examples), len(examples[0]), blocks or len(examples)
     fields = {name: np.zeros((runs, rows, length), np.int32) for name in ("tokens", "segment_ids", "positions")}
+    fields |= {"runs": np.repeat(np.arange(runs, dtype=np.int32)[:, None] % (runs // blocks), rows, axis=1)}
+    fields |= {"row_numbers": np.tile(np.arange(rows, dtype=np.int32), (runs, 1))}
     fields |= {name: np.zeros((runs, rows, responses), np.int32) for name in ("response_index", "response_target")}
     fields["response_weight"] = np.zeros((runs, rows, responses), np.float32)
     for r, run in enumerate(examples):
@@ -195,7 +197,7 @@ def pack(examples: list[list[list[tuple[list[int], int]]]], length: int, respons
                         counted += 1
                 start += len(ids)
     fields["segment_index"] = segment_index(fields["segment_ids"], fields["positions"], max(map(len, sum(examples, []))), length)
-    split = lambda a: jnp.asarray(np.moveaxis(a.reshape(runs, micro_batches, rows // micro_batches, *a.shape[2:]), 1, 0))  # noqa: E731
+    split = lambda a: jnp.asarray(np.moveaxis(a.reshape(blocks, micro_batches, -1, *a.shape[2:]), 1, 0))  # noqa: E731
     return Batch(**{name: split(array) for name, array in fields.items()})
 
 

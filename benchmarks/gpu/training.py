@@ -2,6 +2,7 @@
 import dataclasses
 import statistics
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from ip_jax.models.families import DecoderConfig
 from ip_jax.models.flops import layer_matrix_params
 from ip_jax.models.lora import LoraConfig
 from ip_jax.planning.programs import lower_step
-from ip_jax.planning.workload import Workload
+from ip_jax.planning.workload import Packed, Workload
 from ip_jax.prompts.chat import Rendered
 from ip_jax.settings import programs
 from ip_jax.settings.experiment import ModelConfig, SftConfig
@@ -28,10 +29,11 @@ MODEL = ModelConfig("random weights", weights="bfloat16", activations="bfloat16"
 TOKENS_PER_MICRO_BATCH = 65_536
 
 
-def workload(config: DecoderConfig, mesh: Mesh, shape: PackedShape, runs: int, rank: int, remat: str) -> Workload:
-    """What `ip-jax plan` and `ip-jax run` make the step of, for batches of one shape."""
+def workload(config: DecoderConfig, mesh: Mesh, shapes: Sequence[PackedShape], runs: int, rank: int, remat: str) -> Workload:
+    """What `ip-jax plan` and `ip-jax run` make the step of, for micro-batches of these shapes."""
     sft = SftConfig(1, 1, 1e-4, Schedule("constant"), lora=LoraConfig(rank=rank, alpha=2 * rank), remat=remat, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH)
-    return Workload(config, MODEL, sft, mesh, runs, 1.0, {shape: 1}, (), "a benchmark's sizes", {shape: shape.micro_batches * shape.micro_rows})
+    packing = tuple(Packed(shape, shape.micro_batches, shape.micro_batches * shape.rows) for shape in shapes)
+    return Workload(config, MODEL, sft, mesh, runs, 1.0, 1, packing, (), "a benchmark's sizes")
 
 
 def full_rows(sizes: Sizes, rows: int) -> PackedShape:
@@ -54,16 +56,16 @@ def flops_per_token(config: DecoderConfig) -> float:
 def measure_step(sizes: Sizes, remat: str, rows: int, steps: int, repeats: int) -> dict:
     """Tokens/s of a LoRA r=8 step on `rows` full rows, the seconds to compile it, and the device's largest bytes in use (None: not told)."""
     mesh, shape = one_device(sizes), full_rows(sizes, rows)
-    work = workload(sizes.large.decoder_config(), mesh, shape, 1, 8, remat)
-    timing, compiled = _compile(work, shape)
+    work = workload(sizes.large.decoder_config(), mesh, [shape], 1, 8, remat)
+    timing, compiled = _compile(work)
     state, base = _start(work, random_params(work.config, MODEL.weights, mesh))
     rng = np.random.default_rng(0)
-    batch = _on_device(mesh, [[random_example(rng, sizes.segment, work.config.vocab_size) for _ in range(rows * sizes.segments)]], shape)
+    batches = _on_device(mesh, [[random_example(rng, sizes.segment, work.config.vocab_size) for _ in range(rows * sizes.segments)]], [shape])
 
     def run(count: int):
         nonlocal state
         for _ in range(count):
-            state, metrics = compiled(state, base, batch)
+            state, metrics = compiled(state, base, batches)
         jax.block_until_ready(state)
         return metrics
 
@@ -86,15 +88,15 @@ def measure_step(sizes: Sizes, remat: str, rows: int, steps: int, repeats: int) 
 def measure_compilation(sizes: Sizes, remat: str, rows: int) -> dict:
     """Seconds to trace, lower and compile the step of `measure_step`, from shapes alone, and how many programs came from the persistent cache."""
     shape = full_rows(sizes, rows)
-    timing, _ = _compile(workload(sizes.large.decoder_config(), one_device(sizes), shape, 1, 8, remat), shape)
+    timing, _ = _compile(workload(sizes.large.decoder_config(), one_device(sizes), [shape], 1, 8, remat))
     return timing
 
 
-def _compile(work: Workload, shape: PackedShape) -> tuple[dict, jax.stages.Compiled]:
+def _compile(work: Workload) -> tuple[dict, jax.stages.Compiled]:
     hits = []
     listen = lambda event, **_: hits.append(event) if event == "/jax/compilation_cache/cache_hits" else None  # noqa: E731
     start = time.perf_counter()
-    lowered = lower_step(work, shape)
+    lowered = lower_step(work)
     middle = time.perf_counter()
     monitoring.register_event_listener(listen)  # only now: lowering computes on the way
     compiled = lowered.compile()
@@ -115,8 +117,8 @@ def _start(work: Workload, params: dict) -> tuple:
     return programs.initial_state(_program(work), params, range(work.runs))[1:]
 
 
-def _on_device(mesh: Mesh, examples: list[list[Rendered]], shape: PackedShape) -> Batch:
-    return jax.device_put(Batch(**pack_step(examples, shape)[0]), batch_sharding(mesh))
+def _on_device(mesh: Mesh, examples: list[list[Rendered]], shapes: Sequence[PackedShape]) -> tuple[Batch, ...]:
+    return jax.device_put(tuple(Batch(**arrays) for arrays in pack_step(examples, shapes)[0]), batch_sharding(mesh))
 
 
 def measure_runs(sizes: Sizes) -> dict:
@@ -142,22 +144,22 @@ def measure_runs(sizes: Sizes) -> dict:
 
 
 def _packed_steps(config: DecoderConfig, mesh: Mesh, data: list[list[list[Rendered]]]) -> tuple[Workload, list[tuple]]:
-    """(the workload, (compiled step, batch on the device) of each step) of `data`, the examples of each step and run, packed as a training of
-    these steps is: in one shape, or two.
+    """(the workload, (compiled step, batches on the device) of each step) of `data`, the examples of each step and run, packed as a training of
+    these steps is.
     """
     count = lambda of: np.array([[[of(example) for example in run] for run in step] for step in data])  # noqa: E731
     lengths, responses = count(lambda example: len(example.token_ids)), count(lambda example: int(example.response_mask.sum()))
     shapes = plan_shapes(lengths, responses, TOKENS_PER_MICRO_BATCH)
-    work = workload(config, mesh, shapes[0], len(data[0]), 16, "products")
-    compiled = {shape: _compile(work, shape)[1] for shape in dict.fromkeys(shapes)}
-    return work, [(compiled[shape], _on_device(mesh, step, shape)) for shape, step in zip(shapes, data, strict=True)]
+    work = workload(config, mesh, shapes, len(data[0]), 16, "products")
+    _, compiled = _compile(work)
+    return work, [(compiled, _on_device(mesh, step, shapes)) for step in data]
 
 
 @dataclasses.dataclass
 class _Runs:
     """Runs that train in one program; the state is donated to each step."""
 
-    steps: list[tuple]  # (compiled step, batch)
+    steps: list[tuple]  # (compiled step, batches)
     state: object
     base: object
 

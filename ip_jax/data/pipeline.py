@@ -77,17 +77,17 @@ def fitting_examples(sources: Sequence[RunSource], render: Render, max_length: i
 
 @dataclasses.dataclass(frozen=True)
 class BatchReader:
-    """Packed batches of a program's runs by global step; a program is compiled once for each distinct shape."""
+    """Packed batches of a program's runs by global step."""
 
     datasets: tuple[grain.MapDataset, ...]
     batch_size: int
-    shapes: Sequence[PackedShape]  # of each step
+    shapes: tuple[PackedShape, ...]  # of the micro-batches of every step
     shared: int  # tokens with which all examples of a run begin: a row holds them once
     lengths: Int[np.ndarray, "steps R N"]  # of each example
 
-    def __call__(self, step: int) -> tuple[dict[str, np.ndarray], float]:
-        """(arrays of training.state.Batch, real / padded tokens) of one step."""
-        return pack_step([_examples_of_step(dataset, step, self.batch_size) for dataset in self.datasets], self.shapes[step])
+    def __call__(self, step: int) -> tuple[tuple[dict[str, np.ndarray], ...], float]:
+        """(arrays of a training.state.Batch for each shape, real / padded tokens) of one step."""
+        return pack_step([_examples_of_step(dataset, step, self.batch_size) for dataset in self.datasets], self.shapes)
 
 
 def batch_reader(

@@ -22,6 +22,7 @@ from ip_jax.models.placement import BY_ROW, constrain
 from ip_jax.models.products import as_bits, base_products, from_bits, kept, lora_products, product, row_sum
 from ip_jax.models.remat import rematerialised
 from ip_jax.models.rope import apply_rope, rope_tables
+from ip_jax.models.run_rows import of_each_row
 
 # attend(q, k, v, layer's cache, layer's kind) -> (context, what the layer emits): what differs between training and decoding
 Attend = Callable[[Array, Array, Array, Any, AttentionKind], tuple[Array, Any]]
@@ -48,14 +49,15 @@ class Projection(nnx.Module):
         self.scale = scale
 
     def adapter(self, dtype):
-        """(A [R, I, r], scale * B [R, r, O]) in `dtype`."""
+        """(A [N, I, r], scale * B [N, r, O]) in `dtype`: of N runs, or of N rows."""
         return self.lora_a[...].astype(dtype), (self.lora_b[...] * self.scale).astype(dtype)
 
 
 def project(x: Float[Array, "R B T I"], projections: dict[str, Projection], dropout=None) -> dict[str, Float[Array, "R B T O"]]:
-    """Each projection of x: base product over R*B*T rows, bias, and scale * (x A_r) B_r.
+    """Each projection of x: base product over R*B*T rows, bias, and scale * (x A) B, with an adapter for each run or, where there are
+    R*B of them, for each row.
 
-    `dropout` is (rate, keys {name: [R]}) on the input of each adapter, as in PEFT.
+    `dropout` is (rate, keys {name: [R] or [R*B]}) on the input of each adapter, as in PEFT.
     """
     kernels = tuple(projection.kernel.get_value() for projection in projections.values())
     ys = dict(zip(projections, base_products(x, kernels), strict=True))
@@ -66,14 +68,16 @@ def project(x: Float[Array, "R B T I"], projections: dict[str, Projection], drop
         inputs = [(_dropped(x, dropout[0], dropout[1][name]), [name]) for name in adapters]
     for adapter_input, names in inputs:
         downs, ups = zip(*(adapters[name] for name in names), strict=True)
-        ys |= {name: ys[name] + update for name, update in zip(names, lora_products(adapter_input, downs, ups, kernels[0].dtype), strict=True)}
+        updates = lora_products(adapter_input.reshape(len(downs[0]), -1, *x.shape[2:]), downs, ups, kernels[0].dtype)
+        ys |= {name: ys[name] + update.reshape(ys[name].shape) for name, update in zip(names, updates, strict=True)}
     biases = {name: projection.bias[...] for name, projection in projections.items() if projection.bias is not None}
     return {name: kept(y + biases[name] if name in biases else y, kernels[0].dtype) for name, y in ys.items()}
 
 
 def _dropped(x: Float[Array, "R B T I"], rate: float, keys) -> Float[Array, "R B T I"]:
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1 - rate), 0)
+    rows = x.reshape(len(keys), -1, *x.shape[2:])
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, rows.shape[1:]))(keys)
+    return jnp.where(keep, rows / (1 - rate), 0).reshape(x.shape)
 
 
 class Layers(nnx.Module):
@@ -103,12 +107,13 @@ class Decoder(nnx.Module):
 
     def __call__(
         self, tokens: Int[Array, "R B T"], positions: Int[Array, "R B T"], attend: Attend, cache=None, *, dtype=jnp.float32,
-        remat: str = "products", dropout=None,
+        remat: str = "products", dropout=None, runs: Int[Array, "R B"] | None = None,
     ) -> tuple[Float[Array, "R B T D"], Emitted]:
         """Final-norm hidden states and the stacked emissions of the layers ([L, ...]).
 
         `cache` is a pytree of [L, ...] arrays whose slice goes to `attend`; `remat` names what the backward pass keeps (`models.remat`);
-        `dropout` is (rate, keys [R]) or None. Beside adapters the layers' weights have no gradient.
+        `dropout` is (rate, keys [R] or, for rows apart, [R*B]) or None. Where rows of several runs lie side by side, the first axis is one of blocks of runs, and `runs`
+        says whose each row is (see `models.run_rows`). Beside adapters the layers' weights have no gradient.
         """
         config = self.config
         x = jnp.take(self.embed[...], tokens, axis=0).astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
@@ -121,6 +126,7 @@ class Decoder(nnx.Module):
         def layer(kind: AttentionKind, x, scanned):
             lora, base, cache, index = scanned
             base = from_bits(base)
+            lora = lora if runs is None else jax.tree.map(lambda a: of_each_row(a, runs), lora)
             layer_dropout = dropout and (dropout[0], jax.vmap(lambda key: jax.random.fold_in(key, index))(dropout[1]))
             x = constrain(x, BY_ROW)  # else the partitioner may cut x as the weights are cut and send activations about
             layer_attend = lambda q, k, v: attend(q, k, v, cache, kind)  # noqa: E731
@@ -215,7 +221,7 @@ def expert_mlps(layer: Layers, config: DecoderConfig, h, _):
 
 
 def _projection_keys(rate: float, keys):
-    """(rate, {name: a key for each run}): every projection drops its own elements."""
+    """(rate, {name: keys}): every projection drops its own elements."""
     return rate, {name: jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys) for i, name in enumerate(TARGETS)}
 
 

@@ -24,9 +24,8 @@ class StepWork:
     pairs: float
 
 
-def shape_work(config: DecoderConfig, shape: PackedShape, runs: int) -> StepWork:
-    """The work of a step whose every position is taken: an upper bound, known before there is data."""
-    rows = runs * shape.micro_batches * shape.micro_rows
+def shape_work(config: DecoderConfig, shape: PackedShape, rows: float) -> StepWork:
+    """The work of so many rows whose every position is taken: an upper bound, known before there is data."""
     windows = [min(kind.window or math.inf, shape.segment_length) for kind in config.layer_kinds]
     pairs = sum(window * shape.segment_length - window**2 / 2 for window in windows)
     return StepWork(rows * shape.length, rows * shape.responses, rows * shape.segments * pairs)

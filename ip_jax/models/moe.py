@@ -32,8 +32,11 @@ def route(
     return probabilities, largest / largest.sum(axis=-1, keepdims=True), chosen
 
 
-def load_balancing_loss(probabilities: Float[Array, "L R B T E"], counted: Bool[Array, "R B T"], per_token: int) -> Float[Array, " R"]:
+def load_balancing_loss(
+    probabilities: Float[Array, "L blocks B T E"], counted: Bool[Array, "blocks B T"], per_token: int, sum_rows: Callable
+) -> Float[Array, " R"]:
     """E * sum_e f_e p_e of each run, over its counted tokens in all layers together, as transformers' `load_balancing_loss_func`.
+    `sum_rows` adds up the rows of each run: [blocks, B, ...] to [R, ...].
 
     f_e is how often expert e is chosen (it has no gradient and sums to J), p_e its mean probability. Balanced routing gives J.
     Equations 4 to 6 of Fedus et al. 2021 (arXiv 2101.03961).
@@ -41,9 +44,9 @@ def load_balancing_loss(probabilities: Float[Array, "L R B T E"], counted: Bool[
     n_layers, *_, n_experts = probabilities.shape
     _, chosen = jax.lax.top_k(jax.lax.stop_gradient(probabilities), per_token)
     counted = counted.astype(jnp.float32)
-    total = n_layers * jnp.maximum(counted.sum(axis=(1, 2)), 1)[:, None]
-    frequency = jnp.einsum("lrbtje,rbt->re", jax.nn.one_hot(chosen, n_experts), counted) / total
-    probability = jnp.einsum("lrbte,rbt->re", probabilities, counted) / total
+    total = n_layers * jnp.maximum(sum_rows(counted.sum(axis=-1)), 1)[:, None]
+    frequency = sum_rows(jnp.einsum("lrbtje,rbt->rbe", jax.nn.one_hot(chosen, n_experts), counted)) / total
+    probability = sum_rows(jnp.einsum("lrbte,rbt->rbe", probabilities, counted)) / total
     return n_experts * jnp.sum(frequency * probability, axis=-1)
 
 

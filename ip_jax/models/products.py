@@ -109,9 +109,9 @@ base_products.defvjp(_base_fwd, _base_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def lora_products(
-    x: Float[Array, "R B T I"], downs: tuple[Float[Array, "R I r"], ...], ups: tuple[Float[Array, "R r O"], ...], base_dtype
-) -> tuple[Float[Array, "R B T O"], ...]:
-    """(x @ a_r) @ b_r for each run and each adapter (a in `downs`, b in `ups`, the scale already in b), in float32 (see `run_product`)."""
+    x: Float[Array, "N B T I"], downs: tuple[Float[Array, "N I r"], ...], ups: tuple[Float[Array, "N r O"], ...], base_dtype
+) -> tuple[Float[Array, "N B T O"], ...]:
+    """(x @ a_n) @ b_n for each run (or row) and each adapter (a in `downs`, b in `ups`, the scale already in b), in float32 (see `run_product`)."""
     return _lora_fwd(x, downs, ups, base_dtype)[0]
 
 

@@ -1,6 +1,5 @@
 """`ip-jax plan`: compile or count, estimate, say whether it fits and what it costs; with `--search`, for several candidates."""
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,6 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 
-from ip_jax.data.packing import PackedShape
 from ip_jax.models import hub
 from ip_jax.planning import estimate, reinforced, reinforced_workload, report, sampling
 from ip_jax.planning.chips import Topology
@@ -72,29 +70,23 @@ def plan(subject: Subject, topology: Topology, console: Console) -> Planned:
     workload = subject.work_on(subject.mesh_on(topology), None)
     if isinstance(workload, RlWorkload):
         return reinforced.plan(workload, topology, console)
-    steps, sampled = dict.fromkeys(workload.steps), None
+    step = sampled = None
     if topology.devices is not None:
-        for shape in steps:
-            with console.status(f"compiling the training step, {shape.micro_batches} x {shape.micro_rows} rows of {shape.length}"):
-                steps[shape] = compile_step(workload, shape)
+        with console.status("compiling the training step"):
+            step = compile_step(workload)
         if workload.sampling:
             with console.status("compiling prefill and decoding"):
                 sampled = sampling.compile_sampler(lower_sampler(workload, sampling.largest(workload.sampling)))
-    return _assembled(workload, topology, steps, sampled)
+    return _assembled(workload, topology, step, sampled)
 
 
-def _assembled(workload: Workload, topology: Topology, steps: dict[PackedShape, Compiled | TooLarge | None], sampled: sampling.Sampled | None) -> Planned:
+def _assembled(workload: Workload, topology: Topology, step: Compiled | TooLarge | None, sampled: sampling.Sampled | None) -> Planned:
     """The plan from what was compiled; what was not, or was refused, by formula."""
-    begun, phases, refused = initial(workload), [], {}
-    for shape, found in steps.items():
-        name = "step" if len(steps) == 1 else f"step, {shape.micro_batches} x {shape.micro_rows} x {shape.length}"
-        formula = functools.partial(estimate.formula_cost, workload, shape, begun)
-        phases.append(estimate.phase(name, workload.steps[shape] * workload.programs, found, formula, topology))
-        if isinstance(found, TooLarge):
-            refused["training"] = found
-    largest = max(steps, key=functools.partial(estimate.step_tokens, workload))
+    begun = initial(workload)
+    refused = {"training": step} if isinstance(step, TooLarge) else {}
+    phases = [estimate.phase("step", workload.steps * workload.programs, step, lambda: estimate.formula_cost(workload, begun), topology)]
     memory = estimate.loading_memory(workload.config, workload.model, workload.mesh)
-    memory |= {"training": estimate.step_memory(workload, largest, begun, steps[largest] if isinstance(steps[largest], Compiled) else None)}
+    memory |= {"training": estimate.step_memory(workload, begun, step if isinstance(step, Compiled) else None)}
     if workload.sampling:
         work, parts = sampling.largest(workload.sampling), (sampled.prefill, sampled.decode) if sampled else (None, None)
         by_formula = sampling.costs(workload.sizes, work, begun.state.trained)
@@ -119,7 +111,7 @@ def search(subject: Subject, topology: Topology, console: Console) -> list[Candi
         if topology.devices is None:
             found.append(candidate)
             continue
-        found.append(candidate.compiled(compile_step(candidate.workload, candidate.shape), topology))
+        found.append(candidate.compiled(compile_step(candidate.workload), topology))
     return ranked(found, topology)
 
 

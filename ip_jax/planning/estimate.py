@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from jax.sharding import AbstractMesh, Mesh
 
-from ip_jax.data.packing import PackedShape
 from ip_jax.models import flops
 from ip_jax.models.chips import Chip
 from ip_jax.models.families import DecoderConfig
@@ -54,35 +53,34 @@ def resident(begun: Initial) -> dict[str, float]:
     return {"weights": frozen or per_device(state.trained)} | trained | {"optimizer": per_device(state.adam)}
 
 
-def step_tokens(workload: Workload, shape: PackedShape) -> int:
-    """Positions of one step over all runs, padding included."""
-    return workload.runs * shape.micro_batches * shape.micro_rows * shape.length
+def step_tokens(workload: Workload) -> float:
+    """Positions of the rows in use of one step over all runs, on average."""
+    return sum(packed.rows * packed.shape.length for packed in workload.packing)
 
 
-def rows_in_use(workload: Workload, shape: PackedShape) -> float:
-    """The part of a step's rows that hold something."""
-    return workload.rows[shape] / (shape.micro_batches * shape.micro_rows)
+def step_flops(workload: Workload) -> float:
+    """Model FLOPs of one step over all runs, on average, as if every position of the rows in use were a token (`models.flops`)."""
+    works = [flops.shape_work(workload.config, packed.shape, packed.rows) for packed in workload.packing]
+    return sum(flops.step_flops(workload.config, workload.sizes.lora, work) for work in works)
 
 
-def step_of(workload: Workload, shape: PackedShape) -> Step:
-    """A step of packed rows, as formulas take it."""
-    return Step(flops.shape_work(workload.config, shape, workload.runs), shape.micro_batches, shape.micro_rows, shape.length)
+def steps_of(workload: Workload) -> list[Step]:
+    """The rows of a step that are computed, empty ones too, as formulas take them, those of each shape."""
+    return [
+        Step(flops.shape_work(workload.config, packed.shape, packed.micro_batches * packed.shape.rows), packed.micro_batches, packed.shape.rows, packed.shape.length)
+        for packed in workload.packing
+    ]
 
 
-def step_flops(workload: Workload, shape: PackedShape) -> float:
-    """Model FLOPs of one step of this shape over all runs, as if every position of the rows in use were a token (`models.flops`)."""
-    return rows_in_use(workload, shape) * flops.step_flops(workload.config, workload.sizes.lora, step_of(workload, shape).work)
+def formula_cost(workload: Workload, begun: Initial) -> Cost:
+    """Cost of an average step on one device by formula."""
+    return formulas.update_cost(workload.sizes, steps_of(workload), begun)
 
 
-def formula_cost(workload: Workload, shape: PackedShape, begun: Initial) -> Cost:
-    """Cost of a step on one device by formula."""
-    return formulas.update_cost(workload.sizes, step_of(workload, shape), begun)
-
-
-def step_memory(workload: Workload, shape: PackedShape, begun: Initial, compiled: Compiled | None) -> dict[str, float]:
+def step_memory(workload: Workload, begun: Initial, compiled: Compiled | None) -> dict[str, float]:
     """Bytes on each device while a step runs, by kind."""
-    kinds = resident(begun) | {"batch": per_device(batch_of(workload, shape))}
-    activations = formulas.activations(workload.sizes, step_of(workload, shape)) + per_device(begun.state.trained) * 2
+    kinds = resident(begun) | {"batch": sum(per_device(batch_of(workload.mesh, shape)) for shape in workload.shapes)}
+    activations = max(formulas.activations(workload.sizes, step) for step in steps_of(workload)) + per_device(begun.state.trained) * 2
     return running_memory(kinds, activations, compiled)
 
 
@@ -177,32 +175,32 @@ def allowed_and_needed(topology: Topology, memory: dict[str, dict[str, float]], 
 
 def summary(workload: Workload, topology: Topology, phases: list[Phase], memory: dict, refused: dict[str, TooLarge]) -> Planned:
     """The plan: sums, whether it fits, what to change if it does not. A stage that the compiler refused needs what the compiler says."""
-    shape = max(workload.steps, key=lambda shape: step_tokens(workload, shape))
     allowed, needed = allowed_and_needed(topology, memory, refused)
     hours, mfu = {}, None
     if topology.chip:
-        steps = [phase for phase in phases if phase.name.startswith("step")]
+        steps = [phase for phase in phases if phase.name == "step"]
         spent = lambda of: sum(phase.times * phase.seconds.total for phase in of) * topology.count / 3600  # noqa: E731
         hours = {"training": spent(steps), "evaluation": spent([phase for phase in phases if phase not in steps])}
-        useful = sum(step_flops(workload, shape) * count for shape, count in workload.steps.items()) * workload.programs
-        mfu = useful / (hours["training"] * 3600 * topology.chip.peak)
+        mfu = step_flops(workload) * workload.steps * workload.programs / (hours["training"] * 3600 * topology.chip.peak)
     advice = [line for stage in memory if allowed and needed[stage] > allowed for line in _advice(workload, stage, memory[stage])]
     if workload.programs > 1 and workload.sft.train == "lora":
         held = f"sft.memory_gb {workload.sft.memory_gb:g} holds {workload.runs} runs at once"
         advice.append(f"training: {held}: fewer --sft.tokens-per-micro-batch or more --sft.remat may hold more")
-    advice += empty_rows(workload.mesh, workload.rows[shape], "training")
+    advice += empty_rows(workload.mesh, sum(packed.rows for packed in workload.packing) / workload.mesh.shape["run"], "training")
     advice += sampling.weights_for_every_token(workload.config, workload.mesh, workload.sampling) if topology.chip else []
     return Planned(
         workload.model.name, topology.name, topology.count, dict(workload.mesh.shape), workload.source,
         grouping(workload.runs, workload.programs), workload.runs, workload.programs,
-        round(rows_in_use(workload, shape) * step_tokens(workload, shape)), memory, needed, allowed, phases, mfu, hours, advice,
+        round(step_tokens(workload)), memory, needed, allowed, phases, mfu, hours, advice,
     )
 
 
 def empty_rows(mesh: Mesh | AbstractMesh, rows: float, stage: str) -> list[str]:
-    """What to change where a step has fewer rows of each run than the mesh's axis data has devices: some devices compute empty ones alone."""
+    """What to change where a step has fewer `rows` of each place on the mesh's axis run than the axis data has devices: some devices compute
+    empty ones alone.
+    """
     data = mesh.shape["data"]
-    return [f"{stage}: a step has {rows:.3g} rows of each run for data={data} devices, the others are empty: use --mesh.tensor or --mesh.run, or fewer chips"] if rows < data else []
+    return [f"{stage}: a step has {rows:.3g} rows for data={data} devices, the others are empty: use --mesh.tensor or --mesh.run, or fewer chips"] if rows < data else []
 
 
 def _advice(workload: Workload, stage: str, kinds: dict[str, float]) -> list[str]:
@@ -212,7 +210,7 @@ def _advice(workload: Workload, stage: str, kinds: dict[str, float]) -> list[str
         if kind == "activations" and stage == "training":
             if sft.remat != "full":
                 lines.append("recompute activations: --sft.remat full")
-            if max(shape.micro_rows for shape in workload.steps) > workload.mesh.shape["data"]:
+            if max(shape.micro_rows for shape in workload.shapes) > workload.mesh.shape["data"]:
                 lines.append(f"smaller micro-batches: --sft.tokens-per-micro-batch {sft.tokens_per_micro_batch // 2}")
         if kind == "caches":
             lines.append(f"fewer completions side by side: --evaluation.slots {max(s.options.slots for s in workload.sampling) // 2}")

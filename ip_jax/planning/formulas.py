@@ -1,6 +1,7 @@
 """Costs and bytes by formula, where there is no compiler for the devices. They know no compiler's temporaries: trust a compiled plan more."""
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 
@@ -21,11 +22,13 @@ SCORES_MOVED_BACK = 41  # and in its update, which makes them again in the backw
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The rows of one step. `work` is that of all runs. `scores`: elements of attention's scores of one row and head, 0 where few are held at once."""
+    """Rows of one step in micro-batches of one shape. `work` is that of all runs. `scores`: elements of attention's scores of one row and head, 0 where few
+    are held at once.
+    """
 
     work: StepWork
-    micro_batches: int
-    micro_rows: int  # of each run
+    micro_batches: float
+    micro_rows: int  # of all runs
     length: int
     scores: int = 0
 
@@ -35,8 +38,13 @@ def lora_params(sizes: Sizes) -> int:
     return 0 if sizes.lora is None else flops.lora_params(sizes.config, sizes.lora)
 
 
-def update_cost(sizes: Sizes, step: Step, begun: Initial) -> Cost:
-    """Cost of a step on one device by formula: the model's FLOPs, and where products are made again (remat) 2 more for each token and
+def update_cost(sizes: Sizes, steps: Sequence[Step], begun: Initial) -> Cost:
+    """Cost of a step with rows of these shapes on one device by formula: that of their gradients, and the traffic of the state."""
+    return sum((_gradient_cost(sizes, step, begun) for step in steps), Cost(traffic=3 * per_device(begun.state)))
+
+
+def _gradient_cost(sizes: Sizes, step: Step, begun: Initial) -> Cost:
+    """The model's FLOPs, and where products are made again (remat) 2 more for each token and
     weight but those of down; of the traffic the weights, in each micro-batch and pass, and what is kept of the activations, written and
     read; of the collectives each layer's gathering over (run, data), with full training the scattering of its gradients, and over tensor
     the sums of float32 activations behind attention and MLP. To experts that stay where they lie all tokens are sent, and their outputs back.
@@ -47,7 +55,7 @@ def update_cost(sizes: Sizes, step: Step, begun: Initial) -> Cost:
     cut, tensor = _cut(sizes), mesh.shape["tensor"]
     staying = _staying_experts(sizes)
     weights = (_bytes_named("", sizes) - staying) * cut
-    traffic = step.micro_batches * (passes * _moved(sizes) * (weights + staying) + 2 * activations(sizes, step)) + 3 * per_device(begun.state)
+    traffic = step.micro_batches * (passes * _moved(sizes) * (weights + staying) + 2 * activations(sizes, step))
     traffic += scores_traffic(sizes, step, SCORES_MOVED_BACK)
     hidden = config.n_layers * config.d_model * step.work.tokens
     summed = 2 * passes * 4 * hidden / cut
@@ -100,7 +108,7 @@ def activations(sizes: Sizes, step: Step) -> float:
     in float32 and as much for their gradients, and a chunk of logits. With full remat it lies 7 to 25 % below what XLA:TPU takes for a 7B model.
     """
     config, mesh = sizes.config, sizes.mesh
-    rows = -(-sizes.runs * step.micro_rows // _cut(sizes))
+    rows = -(-step.micro_rows // _cut(sizes))
     kept = kept_bytes(config, sizes.remat, _item(sizes.model.weights), _item(sizes.model.activations))
     logits = 3 * 4 * CHUNK_ROWS * config.vocab_size / mesh.size
     return rows * step.length * (kept + layer_bytes(config, mesh.shape["tensor"])) + SCORES * scores(sizes, step) + logits
@@ -109,7 +117,7 @@ def activations(sizes: Sizes, step: Step) -> float:
 def scores(sizes: Sizes, step: Step) -> float:
     """Bytes of one layer's attention scores of a micro-batch on a device, in float32."""
     mesh = sizes.mesh
-    rows = -(-sizes.runs * step.micro_rows // _cut(sizes))
+    rows = -(-step.micro_rows // _cut(sizes))
     return 4 * rows * step.scores * sizes.config.n_heads / mesh.shape["tensor"]
 
 
@@ -216,10 +224,10 @@ def sampling_activations(sizes: Sizes, work: Sampling) -> float:
     """
     plan, config, used = work.plan, sizes.config, _weights_in_use(sizes)
     layer = used.gathered / config.n_layers if _cut(sizes) > 1 or sizes.model.quantised else 0
-    prompts = Step(StepWork(0, 0, 0), 1, plan.prefill_prompts * plan.shape.copies, plan.prefill_lengths[-1])
+    prompts = Step(StepWork(0, 0, 0), 1, plan.shape.runs * plan.prefill_prompts * plan.shape.copies, plan.prefill_lengths[-1])
     rows = plan.shape.runs * plan.shape.groups * plan.shape.copies * plan.shape.rows
     logits = 3 * 4 * rows * config.vocab_size / _cut(sizes)
-    prefill = score_activations(dataclasses.replace(sizes, runs=plan.shape.runs), prompts) + (used.vocabulary if sizes.mesh.size > 1 else 0)
+    prefill = score_activations(sizes, prompts) + (used.vocabulary if sizes.mesh.size > 1 else 0)
     return layer + max(prefill, logits)
 
 
@@ -243,7 +251,7 @@ def forward_flops(sizes: Sizes, work: StepWork) -> float:
 def score_activations(sizes: Sizes, step: Step) -> float:
     """Bytes of one micro-batch of a pass without a gradient on a device, by formula: one layer's own arrays, and a chunk of logits."""
     config, mesh = sizes.config, sizes.mesh
-    rows = -(-sizes.runs * step.micro_rows // _cut(sizes))
+    rows = -(-step.micro_rows // _cut(sizes))
     heads, kv, hidden = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.d_ff * max(config.experts_per_token, 1)
     of_a_layer = 4 * (4 * config.d_model + (3 * heads + 4 * kv + 3 * hidden) / mesh.shape["tensor"])
     return rows * step.length * of_a_layer + SCORES / 2 * scores(sizes, step) + 4 * CHUNK_ROWS * config.vocab_size / mesh.size

@@ -62,7 +62,7 @@ class Cost:
             both[kind] = Collective(a.count + b.count, a.moved + b.moved)
         return Cost(self.flops + other.flops, self.traffic + other.traffic, both, self.opaque + other.opaque, self.open_loops + other.open_loops)
 
-    def times(self, n: int) -> "Cost":
+    def times(self, n: float) -> "Cost":
         """The cost of n runs."""
         repeated = {kind: Collective(n * c.count, n * c.moved) for kind, c in self.collectives.items()}
         return Cost(n * self.flops, n * self.traffic, repeated, n * self.opaque, n * self.open_loops)

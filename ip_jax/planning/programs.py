@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from ip_jax.data.packing import PackedShape
 from ip_jax.models.moe import BLOCK
@@ -96,25 +96,25 @@ def _decoder_states(program: programs.Program) -> Callable:
     return functools.partial(decoder_states, options=programs.step_options(program))
 
 
-def batch_of(workload: Workload, shape: PackedShape) -> Batch:
-    """One step's batch as `data.packing.pack_step` makes it."""
-    place = batch_sharding(workload.mesh)
+def batch_of(mesh: Mesh | AbstractMesh, shape: PackedShape) -> Batch:
+    """One step's micro-batches of a shape as `data.packing.pack_step` makes them."""
+    place = batch_sharding(mesh)
 
     def array(*dims, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct((shape.micro_batches, workload.runs, shape.micro_rows, *dims), dtype, sharding=place)
+        return jax.ShapeDtypeStruct((shape.micro_batches, shape.blocks, shape.micro_rows, *dims), dtype, sharding=place)
 
     row, response = array(shape.length), array(shape.responses)
     return Batch(
-        tokens=row, segment_ids=row, positions=row, segment_index=array(shape.segments, shape.segment_length),
+        runs=array(), row_numbers=array(), tokens=row, segment_ids=row, positions=row, segment_index=array(shape.segments, shape.segment_length),
         response_index=response, response_target=response, response_weight=array(shape.responses, dtype=jnp.float32),
     )
 
 
-def lower_step(workload: Workload, shape: PackedShape) -> jax.stages.Lowered:
-    """The training step that `run` compiles for this shape."""
+def lower_step(workload: Workload) -> jax.stages.Lowered:
+    """The training step that `run` compiles."""
     begun = initial(workload)
-    step = programs.train_step(_program(workload), begun.graphdef, begun.state, begun.frozen, shape.shared)
-    return step.lower(begun.state, begun.frozen, batch_of(workload, shape))
+    step = programs.train_step(_program(workload), begun.graphdef, begun.state, begun.frozen, workload.shapes[-1].shared)
+    return step.lower(begun.state, begun.frozen, tuple(batch_of(workload.mesh, shape) for shape in workload.shapes))
 
 
 def lower_sampler(workload: Workload, work: Sampling) -> Sampler:
@@ -142,15 +142,22 @@ def lower_sampling(decoder: tuple, mesh: Mesh, work: Sampling) -> Sampler:
     return Sampler(prefill, decode, slots, layers)
 
 
-def compile_step(workload: Workload, shape: PackedShape) -> Compiled | TooLarge:
-    """The compiled training step. Its loops over blocks of the experts' tokens turn as if all experts got equally many."""
-    return compile_lowered(lambda: lower_step(workload, shape), _expert_blocks(workload, shape))
+def compile_step(workload: Workload) -> Compiled | TooLarge:
+    """The compiled training step, at the cost of an average one: empty micro-batches, which it skips, are none. Its loops over blocks of the
+    experts' tokens turn as if all experts got equally many.
+    """
+    found = compile_lowered(lambda: lower_step(workload), _expert_blocks(workload))
+    if isinstance(found, TooLarge):
+        return found
+    positions = [(packed.micro_batches, packed.shape.micro_batches, packed.shape.rows * packed.shape.length) for packed in workload.packing]
+    share = sum(used * size for used, _, size in positions) / sum(most * size for _, most, size in positions)
+    return dataclasses.replace(found, cost=found.cost.times(share))
 
 
-def _expert_blocks(workload: Workload, shape: PackedShape) -> int:
-    """Blocks of tokens by expert that each device has in a layer and micro-batch (`models.moe`); 1 without experts."""
+def _expert_blocks(workload: Workload) -> int:
+    """Blocks of tokens by expert that each device has in a layer and micro-batch (`models.moe`), the most of any shape; 1 without experts."""
     config, mesh = workload.config, workload.mesh
-    tokens = workload.runs * shape.micro_rows * shape.length // (mesh.shape["run"] * mesh.shape["data"])
+    tokens = max(shape.rows * shape.length for shape in workload.shapes) // (mesh.shape["run"] * mesh.shape["data"])
     return max(1, -(-tokens * config.experts_per_token // BLOCK))
 
 

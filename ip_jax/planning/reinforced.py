@@ -5,7 +5,6 @@ All completions are taken to be as long as their limit. Grading is not planned: 
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
@@ -79,7 +78,7 @@ def _update(planner: Planner, program: Program, begun: programs.Begun, of: str) 
     by_formula = max(formulas.activations(sizes, step) for step in steps) + 2 * per_device(begun.policy.state.trained)
     held = estimate.resident(begun.policy) | {"rows": per_device(programs.on_mesh(program, batch))}
     epochs = program.kind.algorithm.epochs
-    cost = lambda: functools.reduce(operator.add, [formulas.update_cost(sizes, step, begun.policy) for step in steps] * epochs)  # noqa: E731
+    cost = lambda: formulas.update_cost(sizes, steps, begun.policy).times(epochs)  # noqa: E731
     phase = estimate.phase(f"update{of}", program.kind.rl.iterations * program.count, found, cost, planner.topology)
     return _stage(f"update{of}", UPDATES, [phase], estimate.running_memory(held, by_formula, _if_compiled(found)), [found], _smaller_rows(program, batch.policy))
 
@@ -129,7 +128,7 @@ def step_of(sizes: Sizes, rows: Rows) -> Step:
     pairs = _pairs(sizes.config, slots) + samples * (_pairs(sizes.config, slots + length) - _pairs(sizes.config, slots))
     width = slots + samples * length
     work = StepWork(all_rows * width, all_rows * samples * length, all_rows * pairs)
-    return Step(work, micro_batches, count, width, samples * length * (slots + length) if sizes.kernel == "xla" else 0)
+    return Step(work, micro_batches, runs * count, width, samples * length * (slots + length) if sizes.kernel == "xla" else 0)
 
 
 def _pairs(config: DecoderConfig, length: int) -> float:

@@ -45,11 +45,11 @@ def print_candidates(found: list[Candidate], topology: Topology, console: Consol
         title=f"candidates on {topology.name}, {how}; seconds are estimates",
     )  # fmt: skip
     for c in found:
-        seconds, tokens = c.seconds(topology), estimate.rows_in_use(c.workload, c.shape) * estimate.step_tokens(c.workload, c.shape)
-        mfu = estimate.step_flops(c.workload, c.shape) / (seconds * topology.count * topology.chip.peak)
+        seconds, tokens = c.seconds(topology), estimate.step_tokens(c.workload)
+        mfu = estimate.step_flops(c.workload) / (seconds * topology.count * topology.chip.peak)
         fits = "yes" if c.needed <= topology.chip.memory - estimate.RESERVED else "no"
         table.add_row(
-            *map(str, c.sizes), c.workload.sft.remat, f"{c.shape.micro_batches} x {c.shape.micro_rows} x {c.shape.length}",
+            *map(str, c.sizes), c.workload.sft.remat, c.micro_batches,
             *(gib(c.memory[stage]) for stage in stages), fits, f"{seconds:.3g}", f"{tokens / seconds:.0f}", f"{mfu:.0%}",
         )  # fmt: skip
     console.print(table)

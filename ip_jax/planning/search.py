@@ -1,9 +1,7 @@
 """Candidates of `--search`: meshes, remat and micro-batches, cut to a dozen by formula before the training steps are compiled."""
 import dataclasses
-import functools
 from collections.abc import Callable
 
-from ip_jax.data.packing import PackedShape
 from ip_jax.models.remat import REMAT
 from ip_jax.planning import estimate
 from ip_jax.planning.chips import Topology
@@ -20,7 +18,6 @@ class Candidate:
     """One way to run an experiment. `memory`: bytes on each device by stage, all but those of training by formula."""
 
     workload: Workload
-    shape: PackedShape  # of the largest step
     cost: Cost  # of the training step
     memory: dict[str, float]
     is_compiled: bool = False  # the training step
@@ -39,7 +36,12 @@ class Candidate:
     def name(self) -> str:
         """In words."""
         run, data, tensor = self.sizes
-        return f"run={run} data={data} tensor={tensor}, remat {self.workload.sft.remat}, micro-batches of {self.shape.micro_rows} x {self.shape.length} tokens a run"
+        return f"run={run} data={data} tensor={tensor}, remat {self.workload.sft.remat}, {self.micro_batches} tokens"
+
+    @property
+    def micro_batches(self) -> str:
+        """Micro-batches of a step, rows and positions of each, in words."""
+        return " + ".join(f"{p.micro_batches:.3g} x {p.shape.rows} x {p.shape.length}" for p in self.workload.packing)
 
     def seconds(self, topology: Topology) -> float:
         """Of one step, estimated."""
@@ -54,7 +56,7 @@ class Candidate:
     def record(self) -> dict:
         """As JSON."""
         return {"mesh": self.sizes, "remat": self.workload.sft.remat, "tokens_per_micro_batch": self.workload.sft.tokens_per_micro_batch,
-                "shape": dataclasses.asdict(self.shape), "cost": dataclasses.asdict(self.cost), "memory": self.memory, "needed": self.needed,
+                "shapes": [dataclasses.asdict(shape) for shape in self.workload.shapes], "cost": dataclasses.asdict(self.cost), "memory": self.memory, "needed": self.needed,
                 "compiled": self.is_compiled}  # fmt: skip
 
 
@@ -77,14 +79,13 @@ def candidates(work_on: Callable, topology: Topology) -> list[Candidate]:
             packed = work_on(mesh, dataclasses.replace(first.sft, tokens_per_micro_batch=tokens))
             for remat in REMAT:
                 workload = dataclasses.replace(packed, sft=dataclasses.replace(packed.sft, remat=remat))
-                shape = max(workload.steps, key=functools.partial(estimate.step_tokens, workload))
                 begun = initial(workload)
                 memory = estimate.loading_memory(workload.config, workload.model, mesh)
-                memory["training"] = estimate.step_memory(workload, shape, begun, None)
+                memory["training"] = estimate.step_memory(workload, begun, None)
                 memory |= {"sampling": estimate.sampling_memory(workload, begun, None)} if workload.sampling else {}
                 needed = {stage: sum(kinds.values()) for stage, kinds in memory.items()}
-                candidate = Candidate(workload, shape, estimate.formula_cost(workload, shape, begun), needed)
-                found.setdefault((candidate.sizes, remat, shape), candidate)
+                candidate = Candidate(workload, estimate.formula_cost(workload, begun), needed)
+                found.setdefault((candidate.sizes, remat, workload.shapes), candidate)
     fitting = [c for c in found.values() if c.needed <= MARGIN * topology.chip.memory] or [min(found.values(), key=lambda c: c.needed)]
     return sorted(fitting, key=lambda c: (c.seconds(topology), c.memory["training"]))[:MOST]
 

@@ -4,15 +4,14 @@ Counted from the experiment itself where its tokenizer is at hand (`measured`), 
 """
 import dataclasses
 import functools
-import statistics
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from ip_jax.data.packing import PackedShape, balanced_rows
+from ip_jax.data.packing import PackedShape, usage
 from ip_jax.data.pipeline import BatchReader, batch_reader, renderer
 from ip_jax.models import hub
 from ip_jax.models.families import DecoderConfig, from_hf_config, param_shapes
@@ -124,8 +123,17 @@ class Sizes:
 
 
 @dataclasses.dataclass(frozen=True)
+class Packed:
+    """What a step has of one shape, on average: `micro_batches` that are computed, and in them `rows`, of all runs, that hold something."""
+
+    shape: PackedShape
+    micro_batches: float
+    rows: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Workload:
-    """All that decides what an experiment costs. `steps`: how many steps of each shape one program of `runs` runs takes."""
+    """All that decides what an experiment costs. `steps`: how many one program of `runs` runs takes; `packing`: of each of its shapes."""
 
     config: DecoderConfig
     model: ModelConfig
@@ -133,10 +141,15 @@ class Workload:
     mesh: Mesh | AbstractMesh  # of a program of `runs` runs
     runs: int
     programs: float  # of `runs` runs each, a smaller last one counted as its share
-    steps: Mapping[PackedShape, int]
+    steps: int
+    packing: tuple[Packed, ...]
     sampling: tuple[Sampling, ...]
     source: str  # where the numbers come from
-    rows: Mapping[PackedShape, float]  # that hold something, of one step and run on average; the mesh or the micro-batches may need more, empty ones
+
+    @property
+    def shapes(self) -> tuple[PackedShape, ...]:
+        """Of the micro-batches of every step."""
+        return tuple(packed.shape for packed in self.packing)
 
     @property
     def sizes(self) -> Sizes:
@@ -153,12 +166,12 @@ def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -
     plan.check_training(sft, shapes.model, (), config)
     runs = 1 if sft.train == "full" else shapes.runs
     mesh = mesh_for(mesh, runs)
-    spread = mesh.shape["data"]
-    length = shapes.batches.length
-    rows = round_up(shapes.batches.rows, spread)
-    fitting = sft.tokens_per_micro_batch // (runs * length) // spread * spread
+    spread, blocks = mesh.shape["data"], mesh.shape["run"]
+    length, filled = shapes.batches.length, runs * shapes.batches.rows
+    rows = round_up(filled // blocks, spread)
+    fitting = sft.tokens_per_micro_batch // (blocks * length) // spread * spread
     micro_rows = min(rows, max(spread, fitting))
-    shape = PackedShape(length, 1, length, shapes.batches.responses, -(-rows // micro_rows), micro_rows)
+    shape = PackedShape(length, 1, length, shapes.batches.responses, -(-rows // micro_rows), micro_rows, blocks=blocks)
     asked, evaluation = shapes.questions, shapes.evaluation
     options = programs.sampler_options(mesh, config, shapes.model, evaluation, (0,), (1, 1))
     rng = np.random.default_rng(0)
@@ -166,7 +179,8 @@ def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -
     queues = [[Request(prompt, i, max_new_tokens=evaluation.max_new_tokens) for i, prompt in enumerate(prompts)]] * runs
     sampling = (Sampling(queues, sampling_plan.make_plan(queues, options), options, asked.sweeps),) if asked.sweeps else ()
     steps = sft.schedule.last_active_step(sft.steps)
-    return Workload(config, shapes.model, sft, mesh, runs, shapes.runs / runs, {shape: steps}, sampling, "declared sizes, every row full", {shape: shapes.batches.rows})
+    packing = (Packed(shape, shape.micro_batches, filled),)
+    return Workload(config, shapes.model, sft, mesh, runs, shapes.runs / runs, steps, packing, sampling, "declared sizes, every row full")
 
 
 def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
@@ -187,17 +201,15 @@ def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     rules = programs.row_rules(programs.Program(mesh, config, sft, model))
     reader = batch_reader(sources[:runs], render, sft.batch_size, active, sft.tokens_per_micro_batch, rules)
     return Workload(
-        config, model, sft, mesh, runs, len(sources) / runs, Counter(reader.shapes), _sampling(experiment, config, mesh, tokenizer, runs, len(sources) / runs),
-        f"the packing plan of the experiment's own data, {len(sources)} runs", _rows_in_use(reader),
+        config, model, sft, mesh, runs, len(sources) / runs, active, _packing(reader), _sampling(experiment, config, mesh, tokenizer, runs, len(sources) / runs),
+        f"the packing plan of the experiment's own data, {len(sources)} runs",
     )
 
 
-def _rows_in_use(reader: BatchReader) -> dict[PackedShape, float]:
-    """Rows of one run that hold something, the mean over the steps of a shape and their runs."""
-    found = defaultdict(list)
-    for shape, runs in zip(reader.shapes, reader.lengths.tolist(), strict=True):
-        found[shape] += [len(balanced_rows(lengths, shape.length, shape.shared)) for lengths in runs]
-    return {shape: statistics.fmean(counts) for shape, counts in found.items()}
+def _packing(reader: BatchReader) -> tuple[Packed, ...]:
+    """The means over the steps."""
+    used, rows = zip(*(usage(lengths, reader.shapes) for lengths in reader.lengths), strict=True)
+    return tuple(map(Packed, reader.shapes, np.mean(used, axis=0).tolist(), np.mean(rows, axis=0).tolist()))
 
 
 def abstract_base(config: DecoderConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict:

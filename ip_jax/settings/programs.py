@@ -93,7 +93,8 @@ def row_rules(program: Program) -> RowRules:
     """How rows are to be packed for the kernel of attention. A shared prefix is XLA's alone, and the router's loss counts each example's own tokens."""
     kernel = attention_kernel(program)
     quantum = kernels.ROW_QUANTUM if _device(program.mesh).platform == "tpu" or kernel in ("splash", "pallas") else ROW_QUANTUM
-    return RowRules(program.mesh.shape["data"], quantum, share_prefix=kernel == "xla" and not program.sft.router_aux_loss_coef)
+    shared = kernel == "xla" and not program.sft.router_aux_loss_coef
+    return RowRules(program.mesh.shape["data"], quantum, shared, blocks=program.mesh.shape["run"])
 
 
 def step_options(program: Program, shared: int = 0, kernel: str = "xla") -> SftOptions:

@@ -155,7 +155,7 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
     active = sft.schedule.last_active_step(sft.steps)
     eval_steps = tuple(s for s in sorted({*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps}) if s > 0)
     reader = _reader(session, group)
-    traced = traced_steps(reader.shapes, first, active, eval_steps) if session.watch.profile else range(0)
+    traced = traced_steps([reader.shapes] * active, first, active, eval_steps) if session.watch.profile else range(0)
     configs = {run.name: {**experiment.shared, "arm": run.arm.name, "seed": run.seed} for run in group}
     observer = observer_of(session.watch, folder, program, configs, traced, display.console)
     meter = Meter(session.mesh.devices.flatten().tolist(), session.compilations)
@@ -207,11 +207,11 @@ def _step_of(session: Session, reader: BatchReader, initial: tuple, meter: Meter
 
     def run_step(state: TrainState, step: int):
         begun = meter.mark()
-        arrays, density = reader(step)
-        size = step_size(config, lora, arrays)
+        packed, density = reader(step)
+        size = step_size(config, lora, packed)
         facts = {"tokens": size.tokens, "real_over_padded": round(density, 4)}
         meter.begun(begun, size)
-        return *compiled(state, frozen, hosts.place(Batch(**arrays), rows)), facts
+        return *compiled(state, frozen, hosts.place(tuple(Batch(**arrays) for arrays in packed), rows)), facts
 
     return run_step
 

@@ -297,8 +297,8 @@ def runs_that_fit(sft: SftConfig, model: ModelConfig, pretrained: hub.Pretrained
     """How many runs one program can hold in `memory_gb` on each device: base + micro-batch activations + R times (adapter, gradient, sum, Adam).
 
     With full training 1: each run has its own copy of all weights, gradients and moments, and a program of its own.
-    An estimate: activations by formula (`models.activations`) and MARGIN, of `tokens_per_micro_batch` tokens, or of one row of at most `max_length` of
-    each run on each device, if these are more. Base weights are cut over all devices, activations over the axes run and data, adapters over run.
+    An estimate: activations by formula (`models.activations`) and MARGIN, of `tokens_per_micro_batch` tokens, or of one row of `max_length` on
+    each device, if these are more. Base weights are cut over all devices, activations over the axes run and data, adapters over run.
     """
     if sft.train == "full":
         return 1
@@ -309,5 +309,5 @@ def runs_that_fit(sft: SftConfig, model: ModelConfig, pretrained: hub.Pretrained
     of_a_token = kept_bytes(config, sft.remat, *(jnp.dtype(dtype).itemsize for dtype in (model.weights, model.activations)))
     of_a_token = MARGIN * (of_a_token + layer_bytes(config, mesh.shape["tensor"])) / by_row
     room = sft.memory_gb * 1e9 - base - 3 * 4 * CHUNK_ROWS * config.vocab_size / mesh.size  # a chunk of logits and what is made of it
-    of_a_run, row = 6 * adapter / mesh.shape["run"], of_a_token * sft.max_length * mesh.shape["data"]
-    return max(1, int(min((room - of_a_token * sft.tokens_per_micro_batch) / of_a_run, room / (of_a_run + row))))
+    activations = of_a_token * max(sft.tokens_per_micro_batch, by_row * sft.max_length)
+    return max(1, int((room - activations) / (6 * adapter / mesh.shape["run"])))

@@ -25,8 +25,8 @@ def response_hidden(hidden: Float[Array, "R B T D"], index: Int[Array, "R B P"])
 def cross_entropy_sum(
     hidden: Float[Array, "R B P D"], vocabulary: Float[Array, "V D"], targets: Int[Array, "R B P"], weights: Float[Array, "R B P"],
     *, softcap: float | None = None, train_vocabulary: bool = False, chunk_rows: int = CHUNK_ROWS,
-) -> Float[Array, " R"]:
-    """Sum over B and P of weight * -log p(target), for each run, in float32.
+) -> Float[Array, "R B"]:
+    """Sum over P of weight * -log p(target), for each row, in float32.
 
     No gradient reaches the vocabulary unless `train_vocabulary`. While it is frozen, a chunk's logits live only inside one loop body,
     where both the loss and d loss / d hidden = (softmax - onehot) @ vocabulary are taken from them, so that the backward pass has
@@ -34,7 +34,7 @@ def cross_entropy_sum(
     """
     if train_vocabulary:
         log_probs = token_log_probs(hidden, vocabulary, targets, softcap=softcap, train_vocabulary=True, chunk_rows=chunk_rows)
-        return -jnp.sum(log_probs * weights, axis=(1, 2))
+        return -jnp.sum(log_probs * weights, axis=-1)
     return _cross_entropy_sum(hidden, jax.lax.stop_gradient(vocabulary), targets, weights, softcap, chunk_rows)
 
 
@@ -50,7 +50,7 @@ def _forward(hidden, vocabulary, targets, weights, softcap, chunk_rows, with_gra
         logits = _capped_logits(h, vocabulary, softcap)
         log_normaliser = _log_normaliser(logits)
         target_logit = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        loss = jnp.sum((log_normaliser - target_logit) * weight, axis=(1, 2))
+        loss = jnp.sum((log_normaliser - target_logit) * weight, axis=-1)
         if not with_gradient:
             return loss, None
         is_target = _is_target(target, logits)
@@ -65,7 +65,7 @@ def _forward(hidden, vocabulary, targets, weights, softcap, chunk_rows, with_gra
         loss, gradient = jax.lax.cond(jnp.any(weight > 0), chunk_loss, lambda *_: nothing, h, target, weight)
         return total + loss, gradient
 
-    total, gradient = jax.lax.scan(body, jnp.zeros(hidden.shape[0], jnp.float32), (split(hidden), split(targets), split(weights)))
+    total, gradient = jax.lax.scan(body, jnp.zeros(hidden.shape[:2], jnp.float32), (split(hidden), split(targets), split(weights)))
     return total, join(gradient) if with_gradient else None
 
 
@@ -74,7 +74,7 @@ def _cross_entropy_fwd(hidden, vocabulary, targets, weights, softcap, chunk_rows
 
 
 def _cross_entropy_bwd(softcap, chunk_rows, gradient, cotangent):
-    return gradient * cotangent[:, None, None, None].astype(gradient.dtype), None, None, None
+    return gradient * cotangent[..., None, None].astype(gradient.dtype), None, None, None
 
 
 _cross_entropy_sum.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)

@@ -146,9 +146,11 @@ class Meter:
         return ", ".join(parts)
 
 
-def step_size(config: DecoderConfig, lora: LoraConfig | None, arrays: Mapping[str, np.ndarray]) -> StepSize:
-    """The size of a packed batch (see training.state.Batch, arrays [M, R, B, ...]); `lora` is None in full training. Empty micro-batches are not computed."""
-    segments = arrays["segment_ids"]
-    work = batch_work(config, segments, arrays["positions"], arrays["response_weight"])
-    padded = np.count_nonzero(segments.any(axis=(1, 2, 3))) * segments[0].size
-    return StepSize(int(work.tokens), int(padded), step_flops(config, lora, work))
+def step_size(config: DecoderConfig, lora: LoraConfig | None, batches: Sequence[Mapping[str, np.ndarray]]) -> StepSize:
+    """The size of a step's packed batches (see training.state.Batch, arrays [M, blocks, B, ...]); `lora` is None in full training. Empty micro-batches
+    are not computed.
+    """
+    segments = [arrays["segment_ids"] for arrays in batches]
+    works = [batch_work(config, ids, arrays["positions"], arrays["response_weight"]) for ids, arrays in zip(segments, batches, strict=True)]
+    padded = sum(np.count_nonzero(ids.any(axis=(1, 2, 3))) * ids[0].size for ids in segments)
+    return StepSize(int(sum(work.tokens for work in works)), int(padded), sum(step_flops(config, lora, work) for work in works))

@@ -129,7 +129,7 @@ def state_shardings(mesh: Mesh, train_state: TrainState, train: str = "lora") ->
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """For every array [M, R, B, ...] of a Batch: R and B must be multiples of the axes run and data."""
+    """For every array [M, blocks, B, ...] of a Batch: there are as many blocks as the axis run has devices, and data divides B."""
     return NamedSharding(mesh, PartitionSpec(None, "run", "data"))
 
 

@@ -23,21 +23,25 @@ class TrainState:
 
 @flax.struct.dataclass
 class Batch:
-    """One step's packed rows, in M micro-batches. P is the bucketed number of response positions of a row.
+    """One step's packed rows, in M micro-batches of B rows for each block of runs (see `models.run_rows`), those of its runs side by side: one
+    row belongs to one run. P is the bucketed number of response positions of a row.
 
-    tokens, segment_ids (0 = padding, from 1), positions: int32 [M, R, B, T].
-    segment_index: int32 [M, R, B, S, L], the row position of token l of segment s, T where there is none.
-    response_index: int32 [M, R, B, P], the position in the row that predicts a response token; response_target: its
+    runs: int32 [M, blocks, B], the run of each row, counted within its block; row_numbers: which of its run's rows in this step it is.
+    tokens, segment_ids (0 = padding, from 1), positions: int32 [M, blocks, B, T].
+    segment_index: int32 [M, blocks, B, S, L], the row position of token l of segment s, T where there is none.
+    response_index: int32 [M, blocks, B, P], the position in the row that predicts a response token; response_target: its
     token id; response_weight: float32, 1 for a response token and 0 for padding.
     """
 
-    tokens: Int[Array, "M R B T"]
-    segment_ids: Int[Array, "M R B T"]
-    positions: Int[Array, "M R B T"]
-    segment_index: Int[Array, "M R B S L"]
-    response_index: Int[Array, "M R B P"]
-    response_target: Int[Array, "M R B P"]
-    response_weight: Float[Array, "M R B P"]
+    runs: Int[Array, "M blocks B"]
+    row_numbers: Int[Array, "M blocks B"]
+    tokens: Int[Array, "M blocks B T"]
+    segment_ids: Int[Array, "M blocks B T"]
+    positions: Int[Array, "M blocks B T"]
+    segment_index: Int[Array, "M blocks B S L"]
+    response_index: Int[Array, "M blocks B P"]
+    response_target: Int[Array, "M blocks B P"]
+    response_weight: Float[Array, "M blocks B P"]
 
 
 def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:

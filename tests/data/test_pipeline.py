@@ -30,8 +30,8 @@ def indices(tokenizer, run: RunSource, count: int) -> list[int]:
     return [(int(re.search(r"sum of (\d+) and", tokenizer.decode(dataset[i].token_ids))[1]) - 1) // 3 for i in range(count)]
 
 
-def same(first: dict, second: dict) -> bool:
-    return all(np.array_equal(first[name], second[name]) for name in first)
+def same(first: tuple[dict, ...], second: tuple[dict, ...]) -> bool:
+    return all(np.array_equal(a[name], b[name]) for a, b in zip(first, second, strict=True) for name in a)
 
 
 def test_every_epoch_is_a_new_permutation(tokenizer):
@@ -73,21 +73,26 @@ def test_a_step_is_the_same_in_whatever_order_it_is_read(tokenizer):
     assert not any(same(forwards[0], later) for later in forwards[1:])
 
 
+def rows_of(batches):
+    """(arrays, micro-batch, row) of all shapes of a step of one block."""
+    return [(arrays, m, b) for arrays in batches for m, b in np.ndindex(arrays["tokens"].shape[0], arrays["tokens"].shape[2])]
+
+
 def test_a_batch_holds_the_examples_of_its_step(tokenizer):
     run = source()
     dataset = run_dataset(run, renderer(tokenizer))
-    arrays, _ = batch_reader([run], renderer(tokenizer), 4, 6, 512)(5)
+    batches, _ = batch_reader([run], renderer(tokenizer), 4, 6, 512)(5)
     expected = [tuple(dataset[i].token_ids) for i in range(20, 24)]
     found = []
-    for m, b in np.ndindex(arrays["tokens"].shape[0], arrays["tokens"].shape[2]):
+    for arrays, m, b in rows_of(batches):
         tokens, index = arrays["tokens"][m, 0, b], arrays["segment_index"][m, 0, b]
         found += [tuple(tokens[places[places < len(tokens)]]) for places in index if places[0] < len(tokens)]
     assert sorted(found) == sorted(expected)
 
 
 def test_only_the_response_and_its_end_of_turn_count(tokenizer):
-    arrays, _ = batch_reader([source()], renderer(tokenizer), 4, 3, 512)(0)
-    for m, b in np.ndindex(arrays["tokens"].shape[0], arrays["tokens"].shape[2]):
+    batches, _ = batch_reader([source()], renderer(tokenizer), 4, 3, 512)(0)
+    for arrays, m, b in rows_of(batches):
         counted = arrays["response_target"][m, 0, b][arrays["response_weight"][m, 0, b] == 1]
         assert re.fullmatch(r"(Yes!*<\|im_end\|>)*", tokenizer.decode(counted))
 

@@ -70,7 +70,7 @@ def test_a_shape_is_a_batch_without_padding_but_for_the_diagonal(windowed, lengt
     shape = PackedShape(2 * length, 2, length, 6, micro_batches=3, micro_rows=2)
     ids = np.broadcast_to(np.repeat([1, 2], length), (3, 4, 2, 2 * length))
     work = flops.batch_work(windowed, ids, np.broadcast_to(np.tile(np.arange(length), 2), ids.shape), np.ones((3, 4, 2, 6), np.float32))
-    planned = flops.shape_work(windowed, shape, runs=4)
+    planned = flops.shape_work(windowed, shape, rows=3 * 4 * 2)
     assert (planned.tokens, planned.responses) == (work.tokens, work.responses)
     assert planned.pairs < work.pairs <= planned.pairs * (1 + 1 / 4)
 

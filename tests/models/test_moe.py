@@ -150,12 +150,13 @@ def test_load_balancing_loss_equals_transformers():
 
     rng = np.random.default_rng(0)
     logits, counted = rng.standard_normal((3, 2, 4, 9, 5)).astype(np.float32), rng.random((2, 4, 9)) < 0.7
-    found = moe.load_balancing_loss(jax.nn.softmax(logits, axis=-1), counted, 2)
+    of_run = lambda rows: rows.sum(axis=1)  # noqa: E731
+    found = moe.load_balancing_loss(jax.nn.softmax(logits, axis=-1), counted, 2, of_run)
     for run in range(2):
         layers = tuple(torch.tensor(layer[run].reshape(-1, 5)) for layer in logits)
         assert found[run] == pytest.approx(float(load_balancing_loss_func(layers, 5, 2, torch.tensor(counted[run]))), abs=1e-5)
     even = np.full((1, 1, 2, 4, 8), 1 / 8, np.float32)
-    assert moe.load_balancing_loss(even, np.ones((1, 2, 4), bool), 2)[0] == pytest.approx(2)
+    assert moe.load_balancing_loss(even, np.ones((1, 2, 4), bool), 2, of_run)[0] == pytest.approx(2)
 
 
 COEF = 0.5
@@ -169,11 +170,11 @@ def test_step_with_router_loss_equals_torch(kind):
     torch, _ = pytest.importorskip("torch"), pytest.importorskip("peft")
     model = tiny.from_hf(tiny.hf_model(kind, num_hidden_layers=2))
     adapters, examples = tiny.random_lora(model[0], LORA, runs=2), tiny.random_examples(2, LENGTHS, model[0].vocab_size)
-    batches = [tiny.pack([[run[:3], run[3:]] for run in runs], length=40, responses=40) for runs in (examples, examples[1:])]
+    batches = [tiny.pack([[run[:3], run[3:]] for run in runs], length=40, responses=40, blocks=1) for runs in (examples, examples[1:])]
     step, state, base = frozen_step(model, adapters, OPTIONS)
-    metrics = jax.device_get(step(state, base, batches[0])[1])
+    metrics = jax.device_get(step(state, base, (batches[0],))[1])
     step, state, base = frozen_step(model, tiny.of_run(adapters, 1), OPTIONS)
-    alone = jax.device_get(step(state, base, batches[1])[1])
+    alone = jax.device_get(step(state, base, (batches[1],))[1])
     for name in ("loss", "router_aux_loss", "grad_norm"):
         np.testing.assert_allclose(metrics[name][1:], alone[name], rtol=1e-5)
     for run in range(2):
@@ -196,11 +197,12 @@ def test_step_with_router_loss_equals_torch(kind):
 def test_a_mesh_trains_as_one_device(axes):
     model = tiny.from_hf(tiny.hf_model("mixtral"))
     adapters, mesh = tiny.random_lora(model[0], LORA, runs=2), make_mesh(**axes)
-    batch = tiny.pack([[[e] for e in run] for run in tiny.random_examples(2, LENGTHS * 2)], length=16, responses=12)
+    examples = tiny.random_examples(2, LENGTHS * 2)
     seen = []
     for where in (None, mesh):
+        batch = tiny.pack([[[e] for e in run] for run in examples], length=16, responses=12, blocks=mesh.shape["run"] if where else 1)
         step, state, base = frozen_step(model, adapters, OPTIONS, where)
-        state, metrics = step(state, base, batch if where is None else jax.device_put(batch, batch_sharding(mesh)))
+        state, metrics = step(state, base, (batch if where is None else jax.device_put(batch, batch_sharding(mesh)),))
         seen.append(jax.device_get((nnx.to_pure_dict(state.trained), metrics)))
     assert_close(seen[1], seen[0], atol=1e-5)
 

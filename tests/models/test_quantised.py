@@ -120,7 +120,7 @@ def test_int8_takes_inputs_of_any_number():
 
 @functools.cache
 def batch():
-    return tiny.pack([[[e] for e in run] for run in tiny.random_examples(2, (14, 9, 12, 10))], length=16, responses=12)
+    return (tiny.pack([[[e] for e in run] for run in tiny.random_examples(2, (14, 9, 12, 10))], length=16, responses=12),)
 
 
 def one_step(params, options=OPTIONS):

@@ -19,7 +19,7 @@ from ip_jax.planning import estimate, formulas, programs, sampling
 from ip_jax.planning.chips import CHIPS, Topology
 from ip_jax.planning.command import subject_of
 from ip_jax.planning.hlo import program_cost
-from ip_jax.planning.workload import Sampling, Sizes, Workload
+from ip_jax.planning.workload import Packed, Sampling, Sizes, Workload
 from ip_jax.sampling import sampler
 from ip_jax.sampling.plan import make_plan
 from ip_jax.sampling.slots import start_slots
@@ -39,7 +39,10 @@ LAYER, DOWN = 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 384, 128 * 384  # element
 
 def work(mesh=None, config: DecoderConfig = CONFIG, runs: int = 2, **changes) -> Workload:
     sft = dataclasses.replace(SFT, **changes)
-    return Workload(config, ModelConfig("x", weights="bfloat16", activations="bfloat16"), sft, mesh or make_mesh(data=8), runs, 1.0, {SHAPE: 3}, (), "test", {SHAPE: 16})
+    mesh = mesh or make_mesh(data=8)
+    shape = dataclasses.replace(SHAPE, micro_rows=8 * runs // mesh.shape["run"], blocks=mesh.shape["run"])
+    packing = (Packed(shape, 2, 16 * runs),)
+    return Workload(config, ModelConfig("x", weights="bfloat16", activations="bfloat16"), sft, mesh, runs, 1.0, 3, packing, (), "test")
 
 
 CASES = {
@@ -84,9 +87,9 @@ def planned_of(experiment) -> Workload:
 def test_the_step_and_the_sampler_lower_to_the_text_of_a_run(lowered_by_run):
     experiment, texts = lowered_by_run
     planned = planned_of(experiment)
-    assert sum(planned.steps.values()) == 2 and planned.runs == len(experiment.arms)
+    assert planned.steps == 2 and planned.runs == len(experiment.arms)
     assert planned.mesh.shape == ({"run": 2, "data": 2, "tensor": 2} if planned.runs == 2 else {"run": 1, "data": 8, "tensor": 1})
-    assert {programs.lower_step(planned, shape).as_text() for shape in planned.steps} == texts["step"]
+    assert {programs.lower_step(planned).as_text()} == texts["step"]
     samplers = [programs.lower_sampler(planned, work) for work in planned.sampling]
     assert {s.decode.as_text() for s in samplers} == texts["decode"]
     assert texts["prefill"] >= {s.prefill.as_text() for s in samplers}, "of the prefills of a call the longest"
@@ -106,11 +109,13 @@ def test_the_abstract_batch_has_the_shapes_of_a_packed_one(lowered_by_run):
     sources, _ = supervised.plan.training_sources(experiment, render)
     rules = supervised.programs.row_rules(programs.programs.Program(planned.mesh, planned.config, planned.sft, planned.model))
     reader = batch_reader(sources, render, 4, 2, 512, rules)
-    real = Batch(**reader(0)[0])
-    made = programs.batch_of(planned, reader.shapes[0])
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), real) == jax.tree.map(lambda a: (a.shape, a.dtype), made)
-    in_use = [(reader.shapes[step], (reader(step)[0]["segment_ids"] > 0).any(-1).sum() / planned.runs) for step in range(2)]
-    assert planned.rows == {shape: np.mean([rows for other, rows in in_use if other == shape]) for shape, _ in in_use}
+    steps = [[Batch(**arrays) for arrays in reader(step)[0]] for step in range(2)]
+    made = [programs.batch_of(planned.mesh, shape) for shape in planned.shapes]
+    assert planned.shapes == reader.shapes and jax.tree.map(lambda a: (a.shape, a.dtype), steps[0]) == jax.tree.map(lambda a: (a.shape, a.dtype), made)
+    for k, packed in enumerate(planned.packing):
+        held = [(step[k].segment_ids > 0).any(-1) for step in steps]  # [M, blocks, B]
+        assert packed.rows == np.mean([rows.sum() for rows in held])
+        assert packed.micro_batches == np.mean([rows.any((1, 2)).sum() for rows in held])
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 1)], ids=str)
@@ -152,7 +157,7 @@ def costs():
     """The compiled step on one device, the same with full remat, and on eight. LLVM's own optimisations change no HLO and are left out."""
     quick = {"xla_backend_optimization_level": 0}
     steps = {"one": work(make_mesh()), "remat": work(make_mesh(), remat="full"), "eight": work()}
-    lowered = {name: programs.lower_step(planned, SHAPE) for name, planned in steps.items()}
+    lowered = {name: programs.lower_step(planned) for name, planned in steps.items()}
     compiled = {name: program.compile(quick) for name, program in lowered.items()}
     return {name: (program_cost(program.as_text()), program.memory_analysis()) for name, program in compiled.items()}
 
@@ -167,7 +172,7 @@ def test_the_compiled_step_does_four_products_a_weight_and_token(costs):
     adapters = 4 * (2 * 256 + 2 * 160 + 3 * 512)
     without_attention = 4 * 4 * LAYER * tokens + 6 * 4 * adapters * tokens + 4 * 512 * 128 * segments * 32
     product = 2 * 64 * 64 * 128 * 4 * segments
-    assert estimate.step_flops(work(), SHAPE) == without_attention + 3 * product
+    assert estimate.step_flops(work()) == without_attention + 3 * product
     assert 1 <= costs["one"][0].flops / (without_attention + 7 * product) < 1.02
 
 
@@ -195,9 +200,9 @@ def test_what_the_tpu_compiler_says_about_too_large_programs(said):
 def test_a_plan_that_the_compiler_refused_does_not_fit_and_says_what_to_change():
     planned = work()
     begun = programs.initial(planned)
-    memory = {"training": estimate.step_memory(planned, SHAPE, begun, None)}
+    memory = {"training": estimate.step_memory(planned, begun, None)}
     topology = Topology("v5e:2x4", 8, CHIPS["v5e"], jax.devices())
-    cost = estimate.formula_cost(planned, SHAPE, begun)
+    cost = estimate.formula_cost(planned, begun)
     phases = [estimate.Phase("step", 3.0, cost, estimate.seconds(cost, topology.chip), None)]
     good = estimate.summary(planned, topology, phases, memory, {})
     bad = estimate.summary(planned, topology, phases, memory, {"training": programs.TooLarge(20 * 2**30, 15.75 * 2**30)})

@@ -140,7 +140,7 @@ def test_a_selection_is_a_supervised_step_on_the_chosen_examples(selection):
     longest = max(map(len, examples))
     examples = [run + [[]] * (longest - len(run)) for run in examples]
     graphdef, _, base = rl.policy(RUNS)
-    state, metrics = compile_sft_step(graphdef, SftOptions(CONSTANT))(rl.state_of(trained), base, tiny.pack(examples, length=8, responses=4))
+    state, metrics = compile_sft_step(graphdef, SftOptions(CONSTANT))(rl.state_of(trained), base, (tiny.pack(examples, length=8, responses=4),))
     algorithm = Algorithm(selection=selection)
     found, sums = step_gradients(trained, batch_of(trained, rollout, algorithm), algorithm)
     np.testing.assert_array_equal(sums["tokens"], metrics["response_tokens"])

@@ -242,7 +242,7 @@ def test_training_starts_at_the_loss_of_the_adapter_in_peft(model, start, furthe
     """The first step's loss against PEFT's cross-entropy of each example by itself."""
     torch, library, transformers = (pytest.importorskip(name) for name in ("torch", "peft", "transformers"))
     source = RunSource("further-s0", make_experiment(model).training["user_right"], ARMS["neutral"].transform, 0)
-    arrays, _ = batch_reader([source], renderer(hub.load_tokenizer(str(model))), 4, 1, 512, RowRules(share_prefix=False))(0)
+    ((arrays,), _) = batch_reader([source], renderer(hub.load_tokenizer(str(model))), 4, 1, 512, RowRules(share_prefix=False))(0)
     loaded = library.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(model), start).eval()
     total = weight = 0.0
     rows = {name: arrays[name].reshape(-1, arrays[name].shape[-1]) for name in ("tokens", "segment_ids", "response_index", "response_target", "response_weight")}

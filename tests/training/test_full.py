@@ -34,7 +34,7 @@ def train(config, params, options: SftOptions = OPTIONS):
     step, seen = compile_sft_step(graphdef, options), []
     for examples in examples_of_steps(config.vocab_size):
         batch = tiny.pack([[run[:2], run[2:]] for run in examples], length=24, responses=24, micro_batches=2)
-        state, metrics = step(state, frozen, batch)
+        state, metrics = step(state, frozen, (batch,))
         seen.append(jax.device_get(metrics))
     assert not jax.tree.leaves(frozen) and state.alive.all()
     return params_of(jax.tree.map(lambda weight: weight[0], jax.device_get(state.trained))), seen

@@ -25,11 +25,11 @@ def inputs(seed: int = 0):
 
 
 def naive(hidden, vocabulary, targets, weights):
-    """(losses [R], their gradient) in float64 with full logits."""
+    """(losses [R, B], their gradient) in float64 with full logits."""
     logits = hidden.astype(np.float64) @ vocabulary.astype(np.float64).T
     onehot = np.eye(VOCABULARY)[targets]
     losses = -(log_softmax(logits, -1) * onehot).sum(-1) * weights
-    return losses.sum((1, 2)), ((softmax(logits, -1) - onehot) * weights[..., None]) @ vocabulary
+    return losses.sum(-1), ((softmax(logits, -1) - onehot) * weights[..., None]) @ vocabulary
 
 
 @functools.partial(jax.jit, static_argnames="chunk_rows")
@@ -42,24 +42,24 @@ def loss_and_gradient(hidden, vocabulary, targets, weights, cotangent, chunk_row
 def test_value_and_gradient_equal_float64(chunk_rows):
     arguments = inputs()
     expected, expected_gradient = naive(*arguments)
-    cotangent = np.array([1.0, -0.5], np.float32)  # each run's gradient carries its own factor
+    cotangent = np.linspace(-0.5, 1, RUNS * ROWS, dtype=np.float32).reshape(RUNS, ROWS)  # each row's gradient carries its own factor
     value, gradient = jax.device_get(loss_and_gradient(*arguments, cotangent, chunk_rows))
     np.testing.assert_allclose(value, expected, rtol=2e-6)
-    np.testing.assert_allclose(gradient, expected_gradient * cotangent[:, None, None, None], atol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient * cotangent[..., None, None], atol=1e-5)
     np.testing.assert_allclose(jax.jit(losses.cross_entropy_sum)(*arguments), expected, rtol=2e-6)  # without a gradient
 
 
 def test_gradient_equals_finite_differences_of_the_value():
     hidden, vocabulary, targets, weights = inputs(1)
     direction = np.random.default_rng(2).standard_normal(hidden.shape)
-    _, gradient = loss_and_gradient(hidden, vocabulary, targets, weights, np.ones(RUNS, np.float32))
+    _, gradient = loss_and_gradient(hidden, vocabulary, targets, weights, np.ones((RUNS, ROWS), np.float32))
     up, down = (naive(hidden + sign * 1e-5 * direction, vocabulary, targets, weights)[0].sum() for sign in (1, -1))
     assert np.sum(gradient * direction) == pytest.approx((up - down) / 2e-5, rel=1e-4)
 
 
 def test_extreme_logits_stay_finite():
     hidden, vocabulary, targets, weights = inputs()
-    value, gradient = loss_and_gradient(hidden * 300, vocabulary, targets, weights, np.ones(RUNS, np.float32))
+    value, gradient = loss_and_gradient(hidden * 300, vocabulary, targets, weights, np.ones((RUNS, ROWS), np.float32))
     expected, expected_gradient = naive(hidden * 300, vocabulary, targets, weights)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, atol=2e-3)
@@ -69,8 +69,8 @@ def test_positions_of_weight_zero_do_not_count():
     hidden, vocabulary, targets, weights = inputs()
     other = np.where(weights[..., None] == 0, 1e3, hidden), vocabulary, np.where(weights == 0, 5, targets), weights
     for mine, reference in zip(
-        loss_and_gradient(*other, np.ones(RUNS, np.float32)),
-        loss_and_gradient(hidden, vocabulary, targets, weights, np.ones(RUNS, np.float32)),
+        loss_and_gradient(*other, np.ones((RUNS, ROWS), np.float32)),
+        loss_and_gradient(hidden, vocabulary, targets, weights, np.ones((RUNS, ROWS), np.float32)),
         strict=True,
     ):
         np.testing.assert_allclose(mine, reference, rtol=1e-6, atol=1e-6)
@@ -83,7 +83,7 @@ def test_the_vocabulary_gets_no_gradient():
 
 
 def test_logits_of_more_than_a_chunk_are_never_made():
-    text = loss_and_gradient.lower(*inputs(), np.ones(RUNS, np.float32), chunk_rows=12).compile().as_text()
+    text = loss_and_gradient.lower(*inputs(), np.ones((RUNS, ROWS), np.float32), chunk_rows=12).compile().as_text()
     sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"f32\[([\d,]+)\]", text)]
     assert max(size for size in sizes if size % VOCABULARY == 0) == VOCABULARY * WIDTH  # the vocabulary itself; all logits are 60 rows
 
@@ -92,7 +92,7 @@ def test_bfloat16_vocabulary_stays_near():
     """Stated tolerance: 1 % of the loss, 0.05 in gradients of order 1."""
     hidden, vocabulary, targets, weights = inputs()
     expected, expected_gradient = naive(hidden, vocabulary, targets, weights)
-    value, gradient = loss_and_gradient(hidden, vocabulary.astype(jnp.bfloat16), targets, weights, np.ones(RUNS, np.float32))
+    value, gradient = loss_and_gradient(hidden, vocabulary.astype(jnp.bfloat16), targets, weights, np.ones((RUNS, ROWS), np.float32))
     assert value.dtype == gradient.dtype == np.float32
     np.testing.assert_allclose(value, expected, rtol=1e-2)
     assert np.abs(gradient - expected_gradient).max() < 0.05 * np.abs(expected_gradient).max()
@@ -155,13 +155,13 @@ def test_log_probs_entropies_and_their_gradients_equal_float64(chunk_rows, softc
 @pytest.mark.parametrize("train_vocabulary", [False, True])
 def test_the_loss_of_capped_logits_equals_float64(train_vocabulary):
     hidden, vocabulary, targets, weights = inputs()
-    cotangent = np.array([1.0, -0.5], np.float32)
+    cotangent = np.linspace(-0.5, 1, RUNS * ROWS, dtype=np.float32).reshape(RUNS, ROWS)
 
     def ours(hidden, vocabulary):
         return losses.cross_entropy_sum(hidden, vocabulary, targets, weights, softcap=3.0, train_vocabulary=train_vocabulary, chunk_rows=24)
 
     def reference(hidden, vocabulary):
-        return -jnp.sum(naive_stats(hidden, vocabulary, targets, jnp.ones((RUNS, ROWS)), 3.0)[0] * weights, axis=(1, 2))
+        return -jnp.sum(naive_stats(hidden, vocabulary, targets, jnp.ones((RUNS, ROWS)), 3.0)[0] * weights, axis=-1)
 
     value, pull = jax.vjp(ours, hidden, vocabulary)
     with jax.enable_x64(True):

@@ -30,11 +30,11 @@ def quick_compiles():
 
 
 def program(runs: int, length: int, rows: int, options: SftOptions, config=CONFIG, dtype=np.float32):
-    """(compiled step, state, base, batch) of `rows` rows of one example each."""
+    """(compiled step, state, base, batches) of `rows` rows of one example each."""
     graphdef, lora, base = split_decoder(config, tiny.random_params(config, dtype), tiny.random_lora(config, LORA, runs), LORA)
     state = jax.device_put(init_state(lora, np.full(runs, 1e-3), np.zeros(runs), np.arange(runs)))
-    batch = tiny.pack([[[e] for e in run] for run in tiny.random_examples(runs, (length,) * rows)], length=length, responses=length)
-    return compile_sft_step(graphdef, options).lower(state, base, batch).compile(), state, base, batch
+    batches = (tiny.pack([[[e] for e in run] for run in tiny.random_examples(runs, (length,) * rows)], length=length, responses=length),)
+    return compile_sft_step(graphdef, options).lower(state, base, batches).compile(), state, base, batches
 
 
 @functools.cache

@@ -106,9 +106,9 @@ def test_the_size_of_a_step_leaves_padding_and_empty_micro_batches_out():
     lora = LoraConfig(rank=2, targets=("q",))
     batch = pack([[run[:2], run[2:], [], []] for run in random_examples(2, (11, 7, 19, 4))], 32, 32, micro_batches=2)
     arrays = {name: np.asarray(getattr(batch, name)) for name in ("segment_ids", "positions", "response_weight")}
-    size = meter.step_size(CONFIG, lora, arrays)
-    assert (size.tokens, size.padded) == (2 * 41, 2 * 2 * 32)
-    assert size.flops == flops.step_flops(CONFIG, lora, flops.batch_work(CONFIG, *arrays.values()))
+    size = meter.step_size(CONFIG, lora, [arrays, arrays])
+    assert (size.tokens, size.padded) == (2 * 2 * 41, 2 * 2 * 2 * 32)
+    assert size.flops == 2 * flops.step_flops(CONFIG, lora, flops.batch_work(CONFIG, *arrays.values()))
 
 
 @pytest.mark.parametrize("shapes, first, breaks, expected", [

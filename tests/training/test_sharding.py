@@ -57,10 +57,10 @@ def program(config: DecoderConfig = CONFIG, runs: int = RUNS):
 
 
 @functools.cache
-def batches():
-    """Two micro-batches of 8 rows for each run."""
+def batches(blocks: int = 1):
+    """Two micro-batches of 8 rows for each run, which share them but for blocks of runs."""
     examples = [tiny.random_examples(RUNS, (14, 9, 12, 10) * 4, CONFIG.vocab_size, seed) for seed in range(STEPS)]
-    return [tiny.pack([[[e] for e in run] for run in step], length=16, responses=12, micro_batches=2) for step in examples]
+    return [tiny.pack([[[e] for e in run] for run in step], length=16, responses=12, micro_batches=2, blocks=blocks) for step in examples]
 
 
 @functools.cache
@@ -73,7 +73,7 @@ def run_steps(step, state, base, batches):
     """(adapters, [metrics]) on the host."""
     seen = []
     for batch in batches:
-        state, metrics = step(state, base, batch)
+        state, metrics = step(state, base, (batch,))
         seen.append(jax.device_get(metrics))
     return jax.device_get(state.trained), seen
 
@@ -89,9 +89,9 @@ def test_a_mesh_gives_the_results_of_one_device(axes):
         array = base["layers"][kernel]["kernel"].get_value()
         assert {shard.data.nbytes for shard in array.addressable_shards} == {array.nbytes // 8}
     assert {shard.data.shape for shard in base["embed"].get_value().addressable_shards} == {(2048 // 8, 32)}
-    placed = [jax.device_put(batch, places[2]) for batch in batches()]
+    placed = [jax.device_put(batch, places[2]) for batch in batches(axes.get("run", 1))]
 
-    text = step.lower(jax.device_put(state, places[0]), base, placed[0]).compile().as_text()
+    text = step.lower(jax.device_put(state, places[0]), base, (placed[0],)).compile().as_text()
     layer = sum(int(np.prod(shape[1:])) for path, shape in param_shapes(CONFIG).items() if path[0] == "layers")
     gathers = gathered_shapes(text)
     assert max(map(math.prod, gathers)) <= layer < min(CONFIG.vocab_size * 32, 12 * 32 * 32)
@@ -110,7 +110,7 @@ def full_program():
     graphdef, frozen, weights = split_decoder(CONFIG, tiny.random_params(CONFIG))
     state = jax.device_get(init_state(full_weights(weights), np.full(1, 1e-4), np.full(1, 0.01), np.zeros(1)))
     examples = tiny.random_examples(1, (14, 9, 12, 10) * 4, CONFIG.vocab_size)
-    return graphdef, state, frozen, tiny.pack([[[e] for e in run] for run in examples], length=16, responses=12, micro_batches=2)
+    return graphdef, state, frozen, (tiny.pack([[[e] for e in run] for run in examples], length=16, responses=12, micro_batches=2),)
 
 
 @functools.cache
