@@ -63,7 +63,7 @@ def test_mixed_rows_give_the_hidden_states_and_gradients_of_runs_apart():
         return hidden(trained), jax.grad(lambda trained: (hidden(trained) * pull).sum())(trained)
 
     found, expected = (jax.device_get(run(trained, mixed)) for mixed in (True, False))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5), found, expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), found, expected)
 
 
 def test_a_block_of_rows_lies_on_the_devices_of_its_runs():
