@@ -172,12 +172,12 @@ def _hidden_and_logits(graphdef, lora_state, base, tokens, positions, layout, op
     return hidden, decoder.logits(hidden)
 
 
-def pack(examples: list[list[list[tuple[list[int], int]]]], length: int, responses: int, micro_batches: int = 1, blocks: int | None = None) -> Batch:
+def pack(examples: list[list[list[tuple[list[int], int]]]], length: int, responses: int, micro_batches: int = 1, blocks: int = 1) -> Batch:
     """A Batch from examples[run][row] = [(token ids, how many of the first are prompt), ...]: each packed in turn into its row.
 
-    Written for the tests apart from ip_jax.data.packing. Each run is a block unless there are fewer. A block's rows are dealt out to the micro-batches in order.
+    Written for the tests apart from ip_jax.data.packing. A block's rows are dealt out to the micro-batches in order.
     """
-    runs, rows, blocks = len(examples), len(examples[0]), blocks or len(examples)
+    runs, rows = len(examples), len(examples[0])
     fields = {name: np.zeros((runs, rows, length), np.int32) for name in ("tokens", "segment_ids", "positions")}
     fields |= {"runs": np.repeat(np.arange(runs, dtype=np.int32)[:, None] % (runs // blocks), rows, axis=1)}
     fields |= {"row_numbers": np.tile(np.arange(rows, dtype=np.int32), (runs, 1))}

@@ -14,8 +14,9 @@ RESPONSE_QUANTUM = 32
 SEGMENT_QUANTUM = 8
 MOST_SHAPES = 3
 ANOTHER_SHAPE = 0.03  # the part of the cost that one more shape, which takes longer to compile, has to save
-MICRO_BATCH_COST = 0.02  # of one more micro-batch, as a part of `tokens_per_micro_batch`
-PLANNED_STEPS = 64  # so many steps of a training decide on its shapes
+MICRO_BATCH_COST = 0.02  # of one more micro-batch, as a part of the largest: many small ones have little padding, and keep a device less busy
+PLANNED_STEPS = 64  # so many steps of a training, and that with the longest example, decide on its shapes
+QUANTILES = (*np.arange(1, 12) / 12, 0.97, 0.995)  # of all rows' lengths: which shapes are tried
 LONGER_BY = 1.06  # from one row length that is tried to the next
 ATTENTION_COST = 3e-4  # attention's cost for a segment position and key, in tokens' worth of all other products (SmolLM2 on a CPU)
 
@@ -137,10 +138,13 @@ def plan_shapes(
     shortest = _round_up(int(lengths.max()), rules.quantum)
     longest = max(shortest, min(8 * shortest, tokens_per_micro_batch // (rules.blocks * rules.multiple)))
     tried = {_round_up(int(shortest * LONGER_BY**i), rules.quantum) for i in range(1 + int(math.log(8, LONGER_BY)))}
-    planned = lengths[np.linspace(0, len(lengths) - 1, min(len(lengths), PLANNED_STEPS)).astype(int)]
-    best = min(_cheapest(planned, capacity, tokens_per_micro_batch, rules, shared) for capacity in tried if capacity <= longest)
-    _, capacity, sizes = best
-    return _exact(lengths, responses, capacity, sizes, rules, shared)
+    evenly = np.linspace(0, len(lengths) - 1, min(len(lengths), PLANNED_STEPS)).astype(int)
+    planned = lengths[np.union1d(evenly, lengths.max(axis=(1, 2)).argmax())]
+    _, capacity, sizes = min(_cheapest(planned, capacity, tokens_per_micro_batch, rules, shared) for capacity in tried if capacity <= longest)
+    steps = [rows_of_step(step, capacity, shared, rules.blocks) for step in lengths]
+    length = _round_up(int(_row_lengths(steps).max()), rules.quantum)  # perhaps of a step that had no part in the plan
+    sizes = [*sizes[:-1], (length, min(sizes[-1][1], _most_rows(length, tokens_per_micro_batch, rules)))]
+    return _exact(lengths, responses, steps, sizes, rules, shared)
 
 
 def _cheapest(
@@ -169,30 +173,32 @@ def _cheapest(
 def _candidates(
     rows: Int[np.ndarray, "steps blocks rows"], count: int, tokens_per_micro_batch: int, rules: RowRules
 ) -> Iterator[list[tuple[int, int]]]:
-    """`sizes` of `count` shapes to choose from: lengths at twelfths of all rows' lengths, and as many rows in a micro-batch as fit or, as evenly as the largest
+    """`sizes` of `count` shapes to choose from: lengths at QUANTILES, and as many rows in a micro-batch as fit or, as evenly as the largest
     step allows, in no more micro-batches or in twice as many.
     """
-    twelfths = np.quantile(rows[rows > 0], np.arange(1, 12) / 12)
     longest = _round_up(int(rows.max()), rules.quantum)
-    shorter = sorted({_round_up(int(length), rules.quantum) for length in twelfths} - {longest})
+    shorter = sorted({_round_up(int(length), rules.quantum) for length in np.quantile(rows[rows > 0], QUANTILES)} - {longest})
     for lengths in itertools.combinations(shorter, min(count - 1, len(shorter))):
         lengths = (*lengths, longest)
         options = []
         for below, length in zip((0, *lengths), lengths):  # noqa: B905  one more
             most = max(1, int(((rows > below) & (rows <= length)).sum(axis=-1).max()))
-            fitting = max(rules.multiple, tokens_per_micro_batch // (rules.blocks * length) // rules.multiple * rules.multiple)
+            fitting = _most_rows(length, tokens_per_micro_batch, rules)
             fewest = -(-most // fitting)
-            options.append([fitting if most > fitting else _round_up(most, rules.multiple), *(_round_up(-(-most // (n * fewest)), rules.multiple) for n in (1, 2))])
+            evenly = [_round_up(-(-most // (n * fewest)), rules.multiple) for n in (1, 2)]
+            options.append([min(fitting, _round_up(most, rules.multiple)), *evenly])
         for of_each in zip(*options, strict=True):
             yield list(zip(lengths, of_each, strict=True))
 
 
-def _exact(lengths, responses, capacity: int, sizes: list[tuple[int, int]], rules: RowRules, shared: int) -> tuple[PackedShape, ...]:
-    """The shapes of these sizes with room for what all steps hold; the last one is as long as the longest row of all."""
-    steps = [rows_of_step(step, capacity, shared, rules.blocks) for step in lengths]
-    rows = _row_lengths(steps)
-    sizes = [*sizes[:-1], (_round_up(int(rows.max()), rules.quantum), sizes[-1][1])]
-    used = micro_batches_in_use(rows, sizes)
+def _most_rows(length: int, tokens_per_micro_batch: int, rules: RowRules) -> int:
+    """Rows of a block that a micro-batch may have."""
+    return max(rules.multiple, tokens_per_micro_batch // (rules.blocks * length) // rules.multiple * rules.multiple)
+
+
+def _exact(lengths, responses, steps: list[list[list[Row]]], sizes: list[tuple[int, int]], rules: RowRules, shared: int) -> tuple[PackedShape, ...]:
+    """The shapes of these sizes with room for what all steps hold."""
+    used = micro_batches_in_use(_row_lengths(steps), sizes)
     per_block = lengths.shape[1] // rules.blocks
     segments, longest, counted = (np.zeros(len(sizes), int) for _ in range(3))
     for step, blocks in enumerate(steps):

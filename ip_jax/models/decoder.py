@@ -112,8 +112,8 @@ class Decoder(nnx.Module):
         """Final-norm hidden states and the stacked emissions of the layers ([L, ...]).
 
         `cache` is a pytree of [L, ...] arrays whose slice goes to `attend`; `remat` names what the backward pass keeps (`models.remat`);
-        `dropout` is (rate, keys [R] or, for rows apart, [R*B]) or None. Where rows of several runs lie side by side, the first axis is one of blocks of runs, and `runs`
-        says whose each row is (see `models.run_rows`). Beside adapters the layers' weights have no gradient.
+        `dropout` is (rate, keys [R] or, for rows apart, [R*B]) or None. Where rows of several runs lie side by side, the first axis is one of
+        blocks of runs, and `runs` says whose each row is (see `models.run_rows`). Beside adapters the layers' weights have no gradient.
         """
         config = self.config
         x = jnp.take(self.embed[...], tokens, axis=0).astype(dtype) * jnp.asarray(config.embedding_scale, dtype)

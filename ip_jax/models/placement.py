@@ -8,7 +8,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-BY_ROW = ("run", "data")  # mesh axes of the first two dimensions [R, B] of a batch
+BY_ROW = ("run", "data")  # mesh axes of the first two dimensions of a batch: runs, or blocks of them, and rows
 EVERYWHERE = ()
 VOCABULARY = ("run", "data", "tensor")  # of the rows of embeddings and heads, and of logits where each device makes its part of them
 FSDP = ("run", "data")
@@ -34,12 +34,14 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def constrain(x: Array, axes: tuple) -> Array:
+def constrain(x: Array, axes: tuple, others=None) -> Array:
     """`x` with its leading dimensions cut over these axes of the mesh in context (a name, several, or None), where they divide them, and the
-    others whole; without a mesh, `x`.
+    others whole (or PartitionSpec.UNCONSTRAINED); without a mesh, `x`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, fitting(mesh.shape, axes, x.shape))
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting(mesh.shape, axes, x.shape), *(others,) * (x.ndim - len(axes))))
 
 
 def each_its_rows(function: Callable, *arrays: Array):

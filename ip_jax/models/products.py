@@ -19,7 +19,7 @@ from ip_jax.models.quantised import dense, is_quantised
 from ip_jax.models.remat import KEPT
 
 MANY_ROWS, NARROW = 256, 512  # from how many rows on, and below how many columns, a CPU's products are rearranged as below
-FEW_RUNS = 12  # up to how many runs a product is written out for each: more of them take minutes to compile
+FEW_RUNS = 12  # up to how many runs, or rows that lie side by side, a product is written out for each: more of them take minutes to compile
 
 
 def product(spec: str, a: Array, b: Array, dtype) -> Array:
@@ -116,8 +116,8 @@ def lora_products(
 
 
 def run_product(spec: str, a: Array, b: Array, base_dtype) -> Array:
-    """`product` of arrays that both begin with the run axis: one batched product in a's dtype; for many rows of few runs on a CPU one for each run,
-    in the base weights' dtype, because there the batched one is up to three times as slow and has no bfloat16 form.
+    """`product` of arrays that both begin with an axis of runs, or of rows with an adapter each: one batched product in a's dtype; on a CPU, for many
+    positions of few of them, one for each, in the base weights' dtype, because there the batched one is up to three times as slow and has no bfloat16 form.
     """
 
     def one_by_one(a, b):

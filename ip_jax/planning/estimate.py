@@ -64,23 +64,22 @@ def step_flops(workload: Workload) -> float:
     return sum(flops.step_flops(workload.config, workload.sizes.lora, work) for work in works)
 
 
-def steps_of(workload: Workload) -> list[Step]:
-    """The rows of a step that are computed, empty ones too, as formulas take them, those of each shape."""
-    return [
-        Step(flops.shape_work(workload.config, packed.shape, packed.micro_batches * packed.shape.rows), packed.micro_batches, packed.shape.rows, packed.shape.length)
-        for packed in workload.packing
-    ]
+def parts_of_step(workload: Workload) -> list[Step]:
+    """The rows of an average step that are computed, empty ones too, as formulas take them: those of each shape."""
+    shapes = [(packed.shape, packed.micro_batches) for packed in workload.packing]
+    return [Step(flops.shape_work(workload.config, shape, count * shape.rows), count, shape.rows, shape.length) for shape, count in shapes]
 
 
 def formula_cost(workload: Workload, begun: Initial) -> Cost:
     """Cost of an average step on one device by formula."""
-    return formulas.update_cost(workload.sizes, steps_of(workload), begun)
+    return formulas.update_cost(workload.sizes, parts_of_step(workload), begun)
 
 
 def step_memory(workload: Workload, begun: Initial, compiled: Compiled | None) -> dict[str, float]:
     """Bytes on each device while a step runs, by kind."""
     kinds = resident(begun) | {"batch": sum(per_device(batch_of(workload.mesh, shape)) for shape in workload.shapes)}
-    activations = max(formulas.activations(workload.sizes, step) for step in steps_of(workload)) + per_device(begun.state.trained) * 2
+    activations = max(formulas.activations(workload.sizes, step) + formulas.row_adapters(workload.sizes, step) for step in parts_of_step(workload))
+    activations += 2 * per_device(begun.state.trained)
     return running_memory(kinds, activations, compiled)
 
 
@@ -200,7 +199,9 @@ def empty_rows(mesh: Mesh | AbstractMesh, rows: float, stage: str) -> list[str]:
     empty ones alone.
     """
     data = mesh.shape["data"]
-    return [f"{stage}: a step has {rows:.3g} rows for data={data} devices, the others are empty: use --mesh.tensor or --mesh.run, or fewer chips"] if rows < data else []
+    if rows >= data:
+        return []
+    return [f"{stage}: a step has {rows:.3g} rows for data={data} devices, the others are empty: use --mesh.tensor or --mesh.run, or fewer chips"]
 
 
 def _advice(workload: Workload, stage: str, kinds: dict[str, float]) -> list[str]:

@@ -28,7 +28,7 @@ class Step:
 
     work: StepWork
     micro_batches: float
-    micro_rows: int  # of all runs
+    rows: int  # of a micro-batch, of all runs
     length: int
     scores: int = 0
 
@@ -44,7 +44,7 @@ def update_cost(sizes: Sizes, steps: Sequence[Step], begun: Initial) -> Cost:
 
 
 def _gradient_cost(sizes: Sizes, step: Step, begun: Initial) -> Cost:
-    """The model's FLOPs, and where products are made again (remat) 2 more for each token and
+    """Cost of the gradients of these rows: the model's FLOPs, and where products are made again (remat) 2 more for each token and
     weight but those of down; of the traffic the weights, in each micro-batch and pass, and what is kept of the activations, written and
     read; of the collectives each layer's gathering over (run, data), with full training the scattering of its gradients, and over tensor
     the sums of float32 activations behind attention and MLP. To experts that stay where they lie all tokens are sent, and their outputs back.
@@ -108,16 +108,25 @@ def activations(sizes: Sizes, step: Step) -> float:
     in float32 and as much for their gradients, and a chunk of logits. With full remat it lies 7 to 25 % below what XLA:TPU takes for a 7B model.
     """
     config, mesh = sizes.config, sizes.mesh
-    rows = -(-step.micro_rows // _cut(sizes))
+    rows = -(-step.rows // _cut(sizes))
     kept = kept_bytes(config, sizes.remat, _item(sizes.model.weights), _item(sizes.model.activations))
     logits = 3 * 4 * CHUNK_ROWS * config.vocab_size / mesh.size
     return rows * step.length * (kept + layer_bytes(config, mesh.shape["tensor"])) + SCORES * scores(sizes, step) + logits
 
 
+def row_adapters(sizes: Sizes, step: Step) -> float:
+    """Bytes on a device of what each row of a micro-batch is given of its run's adapter where the rows of several runs lie side by side
+    (`models.run_rows`): one layer's and its gradient, with remat "none" all layers'.
+    """
+    if sizes.runs == sizes.mesh.shape["run"]:
+        return 0.0
+    return 4 * -(-step.rows // _cut(sizes)) * lora_params(sizes) * (1 if sizes.remat == "none" else 2 / sizes.config.n_layers)
+
+
 def scores(sizes: Sizes, step: Step) -> float:
     """Bytes of one layer's attention scores of a micro-batch on a device, in float32."""
     mesh = sizes.mesh
-    rows = -(-step.micro_rows // _cut(sizes))
+    rows = -(-step.rows // _cut(sizes))
     return 4 * rows * step.scores * sizes.config.n_heads / mesh.shape["tensor"]
 
 
@@ -251,7 +260,7 @@ def forward_flops(sizes: Sizes, work: StepWork) -> float:
 def score_activations(sizes: Sizes, step: Step) -> float:
     """Bytes of one micro-batch of a pass without a gradient on a device, by formula: one layer's own arrays, and a chunk of logits."""
     config, mesh = sizes.config, sizes.mesh
-    rows = -(-step.micro_rows // _cut(sizes))
+    rows = -(-step.rows // _cut(sizes))
     heads, kv, hidden = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.d_ff * max(config.experts_per_token, 1)
     of_a_layer = 4 * (4 * config.d_model + (3 * heads + 4 * kv + 3 * hidden) / mesh.shape["tensor"])
     return rows * step.length * of_a_layer + SCORES / 2 * scores(sizes, step) + 4 * CHUNK_ROWS * config.vocab_size / mesh.size

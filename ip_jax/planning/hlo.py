@@ -63,9 +63,9 @@ class Cost:
         return Cost(self.flops + other.flops, self.traffic + other.traffic, both, self.opaque + other.opaque, self.open_loops + other.open_loops)
 
     def times(self, n: float) -> "Cost":
-        """The cost of n runs."""
-        repeated = {kind: Collective(n * c.count, n * c.moved) for kind, c in self.collectives.items()}
-        return Cost(n * self.flops, n * self.traffic, repeated, n * self.opaque, n * self.open_loops)
+        """The cost of n runs; counts are rounded up."""
+        repeated = {kind: Collective(math.ceil(n * c.count), n * c.moved) for kind, c in self.collectives.items()}
+        return Cost(n * self.flops, n * self.traffic, repeated, math.ceil(n * self.opaque), math.ceil(n * self.open_loops))
 
     @property
     def moved(self) -> float:

@@ -21,7 +21,7 @@ def print_plan(planned: Planned, console: Console) -> None:
         console.print(_collective_table(planned))
     if opaque := sum(phase.cost.opaque for phase in planned.phases):
         console.print(f"{opaque} custom calls do not say their FLOPs: the compiler's FLOPs and seconds leave these out", style="yellow")
-    if open_loops := sum(phase.cost.open_loops for phase in planned.phases if phase.name.startswith("step")):
+    if open_loops := sum(phase.cost.open_loops for phase in planned.phases if phase.name == "step"):
         console.print(f"{open_loops} loops of a step end by its data: they count as if all experts got equally many tokens", style="yellow")
     if planned.mfu is not None:
         hours = " + ".join(f"{spent:.3g} {stage}" for stage, spent in planned.hours.items())

@@ -56,8 +56,8 @@ class Candidate:
     def record(self) -> dict:
         """As JSON."""
         return {"mesh": self.sizes, "remat": self.workload.sft.remat, "tokens_per_micro_batch": self.workload.sft.tokens_per_micro_batch,
-                "shapes": [dataclasses.asdict(shape) for shape in self.workload.shapes], "cost": dataclasses.asdict(self.cost), "memory": self.memory, "needed": self.needed,
-                "compiled": self.is_compiled}  # fmt: skip
+                "shapes": [dataclasses.asdict(shape) for shape in self.workload.shapes], "cost": dataclasses.asdict(self.cost), "memory": self.memory,
+                "needed": self.needed, "compiled": self.is_compiled}  # fmt: skip
 
 
 def meshes(devices: int, runs: int, heads: int) -> list[tuple[int, int, int]]:

@@ -200,8 +200,9 @@ def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     active = sft.schedule.last_active_step(sft.steps)
     rules = programs.row_rules(programs.Program(mesh, config, sft, model))
     reader = batch_reader(sources[:runs], render, sft.batch_size, active, sft.tokens_per_micro_batch, rules)
+    sampling = _sampling(experiment, config, mesh, tokenizer, runs, len(sources) / runs)
     return Workload(
-        config, model, sft, mesh, runs, len(sources) / runs, active, _packing(reader), _sampling(experiment, config, mesh, tokenizer, runs, len(sources) / runs),
+        config, model, sft, mesh, runs, len(sources) / runs, active, _packing(reader), sampling,
         f"the packing plan of the experiment's own data, {len(sources)} runs",
     )
 

@@ -48,7 +48,7 @@ def sft_step(state: TrainState, frozen, batches: tuple[Batch, ...], *, graphdef,
     """One optimizer step of R runs on micro-batches of one or several shapes: (state, frozen weights, a batch of each shape) -> (state, metrics [R]).
 
     Only response tokens count. Sums and weights travel separately and are divided once, so the result does not depend on
-    micro-batch size, padding, packing or devices. A run whose loss or gradient is not finite is frozen from then on.
+    micro-batch size, padding, packing or devices (but for the router's loss, which is one of micro-batches). A run whose loss or gradient is not finite is frozen from then on.
     """
     runs, blocks = len(state.alive), batches[0].runs.shape[1]
 
@@ -95,7 +95,7 @@ def sft_step(state: TrainState, frozen, batches: tuple[Batch, ...], *, graphdef,
 
 
 def dropout_keys(state: TrainState, micro: Batch) -> jax.Array:
-    """A key for each row [blocks * B]: by its run's seed, the step and its number among the run's rows, so that a run's neighbours have no part in it."""
+    """A key for each row [blocks * B]: by its run's seed, the step and its number among the run's rows. Neighbours have no part in it."""
     key = lambda seed, number: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.step), number)  # noqa: E731
     return jax.vmap(key)(of_each_row(state.dropout_seed, micro.runs), micro.row_numbers.reshape(-1))
 

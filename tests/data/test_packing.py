@@ -234,3 +234,28 @@ def test_published_like_lengths_pack_densely():
     shapes = plan_shapes(lengths, lengths // 2, 8192)
     padded = sum(count * shape.rows * shape.length for step in lengths for count, shape in zip(usage(step, shapes)[0], shapes, strict=True))
     assert lengths.sum() / padded >= 0.9
+
+
+@pytest.mark.parametrize("step", [7, 8])
+def test_one_long_example_costs_little_and_breaks_no_bound(step):
+    """Of a step that others decide for, too: a micro-batch stays within its tokens, and the rest is not padded to it."""
+    lengths = np.random.default_rng(0).integers(80, 120, (300, 8, 2))
+    lengths[step, 3, 1] = 2000
+    shapes = plan_shapes(lengths, lengths // 2, 8192)
+    assert all(shape.rows * shape.length <= 8192 for shape in shapes) and shapes[-1].length == 2000
+    padded = sum(count * shape.rows * shape.length for lengths_of in lengths for count, shape in zip(usage(lengths_of, shapes)[0], shapes, strict=True))
+    assert lengths.sum() / padded > 0.8
+
+
+def test_a_row_longer_than_any_that_was_planned_still_fits():
+    """65 steps, of which one has no part in the plan: its row is longer, though no example is."""
+    lengths = np.full((80, 2, 4), 100)
+    unplanned = next(step for step in range(80) if step not in np.linspace(0, 79, 64).astype(int))
+    lengths[unplanned] = 104
+    lengths[0, 0, 0] = 104  # the longest example is seen
+    shapes = plan_shapes(lengths, lengths // 2, 1680)
+    for step in (0, 1, unplanned):
+        batch = [[Rendered(np.ones(n, np.int32), np.arange(n) >= n // 2) for n in run] for run in lengths[step].tolist()]
+        all_arrays, _ = pack_step(batch, shapes)
+        assert sum((arrays["segment_ids"] > 0).sum() for arrays in all_arrays) == lengths[step].sum()
+    assert all(shape.rows * shape.length <= 1680 for shape in shapes)

@@ -64,7 +64,7 @@ def test_packed_segments_equal_separate_passes():
     params = tiny.random_params(config)
     lengths = (13, 9, 17)
     examples = tiny.random_examples(2, lengths)
-    batch = tiny.pack([[run] for run in examples], length=48, responses=40)
+    batch = tiny.pack([[run] for run in examples], length=48, responses=40, blocks=len(examples))
     np.testing.assert_array_equal(batch.positions[0, :, 0], [[*range(13), *range(9), *range(17), *[0] * 9]] * 2)
     packed, _ = tiny.hidden_states(config, params, batch.tokens[0], positions=batch.positions[0], segment_ids=batch.segment_ids[0])
     assert np.isfinite(packed).all()  # padding too

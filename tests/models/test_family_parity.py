@@ -43,7 +43,7 @@ def adapter_of(adapters, run: int):
 def packed(config, runs: int):
     """(examples, a Batch with one row a run that holds them all)."""
     examples = tiny.random_examples(runs, LENGTHS, config.vocab_size)
-    return examples, tiny.pack([[run] for run in examples], length=ROW, responses=ROW)
+    return examples, tiny.pack([[run] for run in examples], length=ROW, responses=ROW, blocks=len(examples))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in tiny.HF_MODELS if kind not in ONE_EACH])

@@ -170,7 +170,7 @@ def test_step_with_router_loss_equals_torch(kind):
     torch, _ = pytest.importorskip("torch"), pytest.importorskip("peft")
     model = tiny.from_hf(tiny.hf_model(kind, num_hidden_layers=2))
     adapters, examples = tiny.random_lora(model[0], LORA, runs=2), tiny.random_examples(2, LENGTHS, model[0].vocab_size)
-    batches = [tiny.pack([[run[:3], run[3:]] for run in runs], length=40, responses=40, blocks=1) for runs in (examples, examples[1:])]
+    batches = [tiny.pack([[run[:3], run[3:]] for run in runs], length=40, responses=40) for runs in (examples, examples[1:])]
     step, state, base = frozen_step(model, adapters, OPTIONS)
     metrics = jax.device_get(step(state, base, (batches[0],))[1])
     step, state, base = frozen_step(model, tiny.of_run(adapters, 1), OPTIONS)

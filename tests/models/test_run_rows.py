@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ip_jax.models.decoder import causal_attend, split_decoder
 from ip_jax.models.lora import LoraConfig
@@ -66,11 +67,17 @@ def test_mixed_rows_give_the_hidden_states_and_gradients_of_runs_apart():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), found, expected)
 
 
-def test_a_block_of_rows_lies_on_the_devices_of_its_runs():
-    """Nothing is sent: each device takes its rows' values from its own runs."""
-    mesh = make_mesh(run=2, data=4)
-    values = jax.device_put(np.zeros((6, 3), np.float32), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("run")))
-    runs = jax.device_put(RUNS[None], batch_sharding(mesh))
-    with jax.set_mesh(mesh):
-        text = jax.jit(lambda values, runs: of_each_row(values, runs[0])).lower(values, runs).compile().as_text()
-    assert not any(kind in text for kind in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+@pytest.mark.parametrize("axes", [dict(run=2, data=4), dict(run=2, data=2, tensor=2)], ids=str)
+def test_a_block_of_rows_lies_on_the_devices_of_its_runs(axes):
+    """Nothing is sent to give rows what they need. What is cut over tensor stays so, and of gradients each run's sum is added up over data."""
+    mesh = make_mesh(**axes)
+    cut = NamedSharding(mesh, PartitionSpec("run", "tensor" if "tensor" in axes else None))
+    values, runs = jax.device_put(np.zeros((6, 64), np.float32), cut), jax.device_put(RUNS[None], batch_sharding(mesh))
+
+    def sent(function):
+        with jax.set_mesh(mesh):
+            text = jax.jit(function).lower(values, runs).compile().as_text()
+        return {kind for kind in ("all-gather", "all-reduce", "all-to-all", "collective-permute") if f" {kind}" in text}
+
+    assert not sent(lambda values, runs: of_each_row(values, runs[0]).reshape(2, 4, 64))
+    assert sent(jax.grad(lambda values, runs: (of_each_row(values, runs[0]) ** 2).sum())) == {"all-reduce"}

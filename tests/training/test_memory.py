@@ -77,3 +77,11 @@ def test_base_weights_are_never_copied(dtype):
     assert held[8][0] - held[1][0] == pytest.approx(held[8][2] - held[1][2], rel=0.02)
     assert held[8][1] - held[1][1] < copy, (held, copy)
     assert dtype != np.float32 or held[1][1] < copy, (held, copy)
+
+
+def test_more_runs_in_the_same_rows_need_their_adapters_alone():
+    """Eight rows of one run and of eight, side by side: what each run adds is its gradient, their sum, and what becomes of its state."""
+    held = {runs: program(runs, 96, 8 // runs, OPTIONS)[:2] for runs in (1, 8)}
+    one, eight = (compiled.memory_analysis().temp_size_in_bytes for compiled, _ in held.values())
+    adapter = sum(leaf.nbytes for leaf in jax.tree.leaves(held[1][1].trained))
+    assert eight - one < 7 * 4 * adapter < one / 50

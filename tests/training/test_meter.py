@@ -104,7 +104,7 @@ def test_compilations_are_counted_while_open_and_the_cache_is_told_apart(tmp_pat
 
 def test_the_size_of_a_step_leaves_padding_and_empty_micro_batches_out():
     lora = LoraConfig(rank=2, targets=("q",))
-    batch = pack([[run[:2], run[2:], [], []] for run in random_examples(2, (11, 7, 19, 4))], 32, 32, micro_batches=2)
+    batch = pack([[run[:2], run[2:], [], []] for run in random_examples(2, (11, 7, 19, 4))], 32, 32, micro_batches=2, blocks=2)
     arrays = {name: np.asarray(getattr(batch, name)) for name in ("segment_ids", "positions", "response_weight")}
     size = meter.step_size(CONFIG, lora, [arrays, arrays])
     assert (size.tokens, size.padded) == (2 * 2 * 41, 2 * 2 * 2 * 32)

@@ -52,7 +52,7 @@ def fresh_state(adapters, learning_rate, weight_decay=0.01, seeds=None, config=t
 
 
 def one_row_each(examples) -> Batch:
-    return tiny.pack([[[example] for example in run] for run in examples], length=16, responses=16, blocks=1)
+    return tiny.pack([[[example] for example in run] for run in examples], length=16, responses=16)
 
 
 def train(batches, adapters, learning_rate, step=None, **state):
@@ -108,7 +108,7 @@ def test_steps_equal_torch_adamw_on_peft():
     adapters = tiny.random_lora(config, LORA, runs=2)
     rates, decays = (5e-4, 2e-4), (0.1, 0.0)
     examples = [tiny.random_examples(2, LENGTHS, config.vocab_size, seed) for seed in range(4)]
-    batches = [tiny.pack([[run[:2], run[2:]] for run in step], length=24, responses=24, micro_batches=2, blocks=1) for step in examples]
+    batches = [tiny.pack([[run[:2], run[2:]] for run in step], length=24, responses=24, micro_batches=2) for step in examples]
     graphdef, lora, base = split_decoder(config, params, adapters, LORA)
     step, state, ours = compile_sft_step(graphdef, options), jax.device_put(init_state(lora, rates, decays, [0, 1])), []
     for batch in batches:
@@ -273,6 +273,21 @@ def test_dropout_differs_by_run_and_step_and_is_repeatable():
     assert again[0]["loss"][2] == pytest.approx(losses[0, 1], abs=1e-6)
 
 
+def test_dropout_of_a_row_follows_its_run_and_number():
+    """Neither its place among the rows nor its neighbours: run 0 alone, and behind a run with more rows, which fill the first micro-batch."""
+    adapters = jax.tree.map(lambda a: np.repeat(a, 2, axis=0), tiny.random_lora(tiny.CONFIG, LORA, runs=1))
+    ours, theirs = tiny.random_examples(2, LENGTHS)
+    rendered = [[Rendered(np.array(ids, np.int32), np.arange(len(ids)) >= n) for ids, n in run] for run in (ours, [(ids[:4] * 4, 1) for ids, _ in theirs])]
+    shape = dataclasses.replace(ROWS, length=16, segments=2, responses=32, micro_batches=4)
+    step = step_and_base(options=SftOptions(Schedule("constant", total=100), dropout=0.3))
+    losses = []
+    for runs in ([rendered[0]], rendered, rendered[::-1]):
+        batches = tuple(Batch(**arrays) for arrays in pack_step(runs, [shape])[0])
+        _, (metrics,) = train([batches], jax.tree.map(lambda a, runs=runs: a[: len(runs)], adapters), 0.0, step=step, seeds=[4, 4][: len(runs)])
+        losses.append(metrics["loss"])
+    np.testing.assert_allclose([losses[1][0], losses[2][1]], losses[0][0], rtol=1e-6)
+
+
 def test_bfloat16_weights_stay_near_float32():
     """Stated tolerance: 1 % of the loss, 5 % of the gradient's norm."""
     adapters, batch = tiny.random_lora(tiny.CONFIG, LORA, runs=3), one_row_each(tiny.random_examples(3, LENGTHS))
@@ -308,7 +323,7 @@ def test_the_same_inputs_give_the_same_bits():
 def test_the_compiled_step_has_one_product_per_weight_and_direction():
     """3 runs of 2 rows of 16 tokens: 96 rows in every product with a base weight, forward and backward, and no other such product."""
     step, base = step_and_base(DISTINCT)
-    batch = tiny.pack([[[example] for example in run] for run in tiny.random_examples(3, (14, 9))], length=16, responses=12, blocks=1)
+    batch = tiny.pack([[[example] for example in run] for run in tiny.random_examples(3, (14, 9))], length=16, responses=12)
     lowered = step.lower(fresh_state(tiny.random_lora(DISTINCT, LORA, 3), 1e-3, config=DISTINCT), base, (batch,))
     compiled = lowered.compile().as_text()
     dims = {name: tuple(map(int, shape.split(","))) for name, shape in re.findall(r"%?([\w.-]+) = \w+\[([\d,]+)\]", compiled)}
