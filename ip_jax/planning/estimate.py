@@ -185,7 +185,7 @@ def summary(workload: Workload, topology: Topology, phases: list[Phase], memory:
     if workload.programs > 1 and workload.sft.train == "lora":
         held = f"sft.memory_gb {workload.sft.memory_gb:g} holds {workload.runs} runs at once"
         advice.append(f"training: {held}: fewer --sft.tokens-per-micro-batch or more --sft.remat may hold more")
-    advice += empty_rows(workload.mesh, sum(packed.rows for packed in workload.packing) / workload.mesh.shape["run"], "training")
+    advice += empty_rows(workload.mesh, sum(packed.rows for packed in workload.packing) / workload.mesh.shape["run"], "", "training")
     advice += sampling.weights_for_every_token(workload.config, workload.mesh, workload.sampling) if topology.chip else []
     return Planned(
         workload.model.name, topology.name, topology.count, dict(workload.mesh.shape), workload.source,
@@ -194,14 +194,12 @@ def summary(workload: Workload, topology: Topology, phases: list[Phase], memory:
     )
 
 
-def empty_rows(mesh: Mesh | AbstractMesh, rows: float, stage: str) -> list[str]:
-    """What to change where a step has fewer `rows` of each place on the mesh's axis run than the axis data has devices: some devices compute
-    empty ones alone.
-    """
+def empty_rows(mesh: Mesh | AbstractMesh, rows: float, of: str, stage: str) -> list[str]:
+    """What to change where a step has fewer rows (`of` whom) than the mesh's axis data has devices: some devices compute empty ones alone."""
     data = mesh.shape["data"]
     if rows >= data:
         return []
-    return [f"{stage}: a step has {rows:.3g} rows for data={data} devices, the others are empty: use --mesh.tensor or --mesh.run, or fewer chips"]
+    return [f"{stage}: a step has {rows:.3g} rows{of} for data={data} devices, the others are empty: use --mesh.tensor or --mesh.run, or fewer chips"]
 
 
 def _advice(workload: Workload, stage: str, kinds: dict[str, float]) -> list[str]:

@@ -170,7 +170,8 @@ def summary(workload: RlWorkload, topology: Topology, stages: Sequence[Stage]) -
     largest = max(workload.programs, key=lambda program: program.runs)
     grouping = ", ".join(estimate.grouping(program.runs, program.count) for program in workload.programs)
     tokens = int(step_of(largest.sizes, largest.batch(largest.in_use).policy).work.tokens)
-    advice += [line for program in workload.programs for line in estimate.empty_rows(program.kind.mesh, program.batch(program.in_use).policy.tokens.shape[2], "update")]
+    for program in workload.programs:
+        advice += estimate.empty_rows(program.kind.mesh, program.batch(program.in_use).policy.tokens.shape[2], " of each run", "update")
     if topology.chip:
         advice += [line for program in workload.programs for line in sampling.weights_for_every_token(workload.config, program.kind.mesh, [program.sampling])]
     return Planned(

@@ -119,8 +119,8 @@ def test_int8_takes_inputs_of_any_number():
 
 
 @functools.cache
-def batch():
-    return (tiny.pack([[[e] for e in run] for run in tiny.random_examples(2, (14, 9, 12, 10))], length=16, responses=12),)
+def batch(blocks: int = 1):
+    return (tiny.pack([[[e] for e in run] for run in tiny.random_examples(2, (14, 9, 12, 10))], length=16, responses=12, blocks=blocks),)
 
 
 def one_step(params, options=OPTIONS):
@@ -167,7 +167,7 @@ def test_a_mesh_gives_the_results_of_one_device():
     places = state_shardings(mesh, state), base_shardings(mesh, base), batch_sharding(mesh)
     values = base["layers"]["up"]["kernel"].get_value().qvalue
     assert {shard.data.size for shard in values.addressable_shards} == {values.size // 8}
-    sharded, metrics = compile_sft_step(graphdef, OPTIONS, *places)(jax.device_put(state, places[0]), base, jax.device_put(batch(), places[2]))
+    sharded, metrics = compile_sft_step(graphdef, OPTIONS, *places)(jax.device_put(state, places[0]), base, jax.device_put(batch(blocks=2), places[2]))
     trained, _, expected = on_one_device("nf4")
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), jax.device_get((sharded.trained, metrics)), (trained, expected))
 

@@ -143,13 +143,13 @@ def test_decoding_gathers_the_layers_for_every_token_where_they_would_take_too_m
 
 
 def test_empty_rows_are_not_useful_work(capsys, tmp_path):
-    """16 rows a run: on 64 devices three quarters of the rows are empty, and take as long."""
-    said, full = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:16")
+    """16 rows of each of two runs: on 64 devices half of the rows are empty, and take as long."""
+    said, full = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:32")
     assert not full["advice"]
     said, padded = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:64")
-    assert padded["mfu"] == pytest.approx(full["mfu"] / 4) and padded["tokens_per_step"] == full["tokens_per_step"] == 2 * 16 * 2048
+    assert padded["mfu"] == pytest.approx(full["mfu"] / 2, rel=0.02) and padded["tokens_per_step"] == full["tokens_per_step"] == 2 * 16 * 2048
     assert padded["phases"][0]["cost"]["flops"] == full["phases"][0]["cost"]["flops"]
-    assert "a step has 16 rows of each run for data=64 devices" in padded["advice"][0] and "others are" in said
+    assert "a step has 32 rows for data=64 devices" in padded["advice"][0] and "others are" in said
     _, by_tensor = planned(capsys, tmp_path, "sft_shapes", "--topology", "h100:64", "--mesh.tensor", "4")
     assert not by_tensor["advice"]
 
@@ -164,7 +164,7 @@ def test_search_by_formula_ranks_what_fits_first(capsys, tmp_path):
     assert fitting == sorted(fitting, reverse=True)
     times = [c.seconds(topology) for c, fits in zip(found, fitting, strict=True) if fits]
     assert "none" in {c.workload.sft.remat for c in found} and all(list(c.memory) == ["training", "sampling"] for c in found)
-    assert times == sorted(times) and len({(c.sizes, c.workload.sft.remat, c.shape) for c in found}) == len(found)
+    assert times == sorted(times) and len({(c.sizes, c.workload.sft.remat, c.workload.shapes) for c in found}) == len(found)
 
 
 def test_search_tries_every_remat_policy(capsys, tmp_path):
