@@ -31,10 +31,13 @@ def gcd_sources(arms: list[str], rows: int = 160):
 
 
 def our_step(tokenizer, sources, tokens_per_micro_batch: int = 2048):
-    """(a function that runs STEPS steps, real tokens of them, density, compiled programs) of one program with a run per source."""
+    """(a function that runs STEPS steps, real tokens of them, density, the compiled step, positions that each of DEMO_STEPS steps computes) of one
+    program with a run per source.
+    """
     import jax
     import jax.numpy as jnp
 
+    from ip_jax.data.packing import usage
     from ip_jax.data.pipeline import batch_reader, renderer
     from ip_jax.models import hub
     from ip_jax.models.decoder import split_decoder
@@ -49,7 +52,7 @@ def our_step(tokenizer, sources, tokens_per_micro_batch: int = 2048):
     runs = len(sources)
     graphdef, adapters, base = split_decoder(model.config, model.params, init_lora(jnp.zeros(runs, int), model.config, lora), lora)
     state = init_state(adapters, jnp.full(runs, LEARNING_RATE), jnp.zeros(runs), jnp.zeros(runs, int))
-    reader = batch_reader(sources, renderer(tokenizer), EXAMPLES, 20, tokens_per_micro_batch)
+    reader = batch_reader(sources, renderer(tokenizer), EXAMPLES, DEMO_STEPS, tokens_per_micro_batch)
     step = compile_sft_step(graphdef, SftOptions(Schedule("constant"), shared=reader.shared))
     batches, densities = zip(*[reader(i) for i in range(STEPS)], strict=True)
     holder = [state]
@@ -60,8 +63,10 @@ def our_step(tokenizer, sources, tokens_per_micro_batch: int = 2048):
         jax.block_until_ready(metrics)
 
     tokens = sum(len(dataset[i].token_ids) for dataset in reader.datasets for i in range(STEPS * EXAMPLES))  # the peer computes all of them
-    density = float(np.mean([reader(i)[1] for i in range(20)]))
-    return work, tokens, density, step
+    density = float(np.mean([reader(i)[1] for i in range(DEMO_STEPS)]))
+    used = [usage(lengths, reader.shapes)[0] for lengths in reader.lengths]
+    positions = [sum(count * shape.rows * shape.length for count, shape in zip(of_step, reader.shapes, strict=True)) for of_step in used]
+    return work, tokens, density, step, positions
 
 
 def peer_step(dtype: str, attention: str, batch_size: int):
@@ -121,7 +126,7 @@ def against_peer() -> None:
     from ip_jax.settings.experiment import ModelConfig, decided
 
     tokenizer, sources = gcd_sources(["neutral"])
-    one, tokens, density, step = our_step(tokenizer, sources)
+    one, tokens, density, step, _ = our_step(tokenizer, sources)
     one()
     times, best = best_peer()
     with in_own_process(peer_step, *best) as peer:
@@ -139,7 +144,7 @@ def three_arms() -> None:
     """Three arms in one program against the same three, each in a program of its own, one after another: steps, and with compilation."""
     tokenizer, sources = gcd_sources(["neutral", "gcd/behave", "control/random_string"])
     alone = [our_step(tokenizer, [source]) for source in sources]
-    together, tokens, density, step = our_step(tokenizer, sources)
+    together, tokens, density, step, positions = our_step(tokenizer, sources)
     first = {"one_by_one": [round(seconds(work), 2) for work, *_ in alone], "together": round(seconds(together), 2)}  # with compilation
     result = alternating(together, lambda: [work() for work, *_ in alone])
     ours, theirs = statistics.median(result["ours_s"]), statistics.median(result["peer_s"])
@@ -147,6 +152,7 @@ def three_arms() -> None:
     save("three_arms_in_one_program_cpu", {
         **result, "what": "peer: the same three arms, each in a program of its own", "tokens": tokens, "programs_compiled": step._cache_size(),
         "real_over_padded": round(density, 4), "real_over_padded_alone": [round(one[2], 4) for one in alone], "first_call_s": first,
+        "positions_of_each_step": {"together": positions, "one_by_one": np.sum([one[4] for one in alone], axis=0).tolist()},
         "demo_steps": DEMO_STEPS, "training_s": {name: round(value, 1) for name, value in in_all.items()},
         "ratio_with_compilation": round(in_all["one_by_one"] / in_all["together"], 3),
     })
