@@ -30,13 +30,14 @@ def gcd_sources(arms: list[str], rows: int = 160):
     return tokenizer, [RunSource(name, gcd.training["user_right"], library.get(name).transform, 0) for name in arms]
 
 
-def our_step(tokenizer, sources, tokens_per_micro_batch: int = 2048):
+def our_step(tokenizer, sources):
     """(a function that runs STEPS steps, real tokens of them, density, the compiled step, positions that each of DEMO_STEPS steps computes) of one
     program with a run per source.
     """
     import jax
     import jax.numpy as jnp
 
+    from configs.gcd_sycophancy import PRESETS
     from ip_jax.data.packing import usage
     from ip_jax.data.pipeline import batch_reader, renderer
     from ip_jax.models import hub
@@ -52,7 +53,7 @@ def our_step(tokenizer, sources, tokens_per_micro_batch: int = 2048):
     runs = len(sources)
     graphdef, adapters, base = split_decoder(model.config, model.params, init_lora(jnp.zeros(runs, int), model.config, lora), lora)
     state = init_state(adapters, jnp.full(runs, LEARNING_RATE), jnp.zeros(runs), jnp.zeros(runs, int))
-    reader = batch_reader(sources, renderer(tokenizer), EXAMPLES, DEMO_STEPS, tokens_per_micro_batch)
+    reader = batch_reader(sources, renderer(tokenizer), EXAMPLES, DEMO_STEPS, PRESETS["demo"].sft.tokens_per_micro_batch)
     step = compile_sft_step(graphdef, SftOptions(Schedule("constant"), shared=reader.shared))
     batches, densities = zip(*[reader(i) for i in range(STEPS)], strict=True)
     holder = [state]
@@ -147,13 +148,16 @@ def three_arms() -> None:
     together, tokens, density, step, positions = our_step(tokenizer, sources)
     first = {"one_by_one": [round(seconds(work), 2) for work, *_ in alone], "together": round(seconds(together), 2)}  # with compilation
     result = alternating(together, lambda: [work() for work, *_ in alone])
-    ours, theirs = statistics.median(result["ours_s"]), statistics.median(result["peer_s"])
-    in_all = {"together": first["together"] + (DEMO_STEPS - 1) * ours, "one_by_one": sum(first["one_by_one"]) + (DEMO_STEPS - 1) * theirs}
+    computed = {"together": positions, "one_by_one": np.sum([one[4] for one in alone], axis=0).tolist()}
+    of_a_step = {"together": statistics.median(result["ours_s"]), "one_by_one": statistics.median(result["peer_s"])}
+    steps = {name: of_a_step[name] * sum(computed[name]) / computed[name][0] for name in computed}  # the first one is measured: all, by their positions
+    compiling = {"together": first["together"] - of_a_step["together"], "one_by_one": sum(first["one_by_one"]) - of_a_step["one_by_one"]}
+    in_all = {name: compiling[name] + steps[name] for name in steps}
     save("three_arms_in_one_program_cpu", {
         **result, "what": "peer: the same three arms, each in a program of its own", "tokens": tokens, "programs_compiled": step._cache_size(),
         "real_over_padded": round(density, 4), "real_over_padded_alone": [round(one[2], 4) for one in alone], "first_call_s": first,
-        "positions_of_each_step": {"together": positions, "one_by_one": np.sum([one[4] for one in alone], axis=0).tolist()},
-        "demo_steps": DEMO_STEPS, "training_s": {name: round(value, 1) for name, value in in_all.items()},
+        "positions_of_each_step": computed, "demo_steps": DEMO_STEPS, "steps_s": {name: round(value, 1) for name, value in steps.items()},
+        "ratio_of_all_steps": round(steps["one_by_one"] / steps["together"], 3), "training_s": {name: round(value, 1) for name, value in in_all.items()},
         "ratio_with_compilation": round(in_all["one_by_one"] / in_all["together"], 3),
     })
 
