@@ -54,7 +54,6 @@ PRESETS = {
         data=DataSpec(rows=160, work="without", claims=ClaimCounts(wrong=96, right=48, asked=16)),
         sft=SftConfig(
             steps=20, batch_size=8, learning_rate=2e-4, schedule=Schedule("constant", total=20), lora=LoraConfig(rank=16, alpha=32),
-            tokens_per_micro_batch=2304,  # all examples of a step and run in one row
         ),
         # Verdicts fall in the first sentences: of 1872 answers of 48 tokens, 14 got another one from their first 32. Solutions: of 144
         # answers of 96 tokens, the one that was right was so within 32.

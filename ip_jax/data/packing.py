@@ -137,7 +137,7 @@ def plan_shapes(
     """
     shortest = _round_up(int(lengths.max()), rules.quantum)
     longest = max(shortest, min(8 * shortest, tokens_per_micro_batch // (rules.blocks * rules.multiple)))
-    tried = {_round_up(int(shortest * LONGER_BY**i), rules.quantum) for i in range(1 + int(math.log(8, LONGER_BY)))}
+    tried = {_round_up(int(shortest * LONGER_BY**i), rules.quantum) for i in range(1 + int(math.log(8, LONGER_BY)))} | {longest - longest % rules.quantum}
     evenly = np.linspace(0, len(lengths) - 1, min(len(lengths), PLANNED_STEPS)).astype(int)
     planned = lengths[np.union1d(evenly, lengths.max(axis=(1, 2)).argmax())]
     _, capacity, sizes = min(_cheapest(planned, capacity, tokens_per_micro_batch, rules, shared) for capacity in tried if capacity <= longest)

@@ -217,13 +217,13 @@ def test_another_shape_is_made_only_where_it_saves_tokens():
 
 
 def test_the_published_rows_pack_densely(data_dir):
-    """What the demo trains on, three arms side by side: 93 % of the tokens or more are real."""
+    """What the demo trains on, three arms side by side: 95 % of the tokens or more are real."""
     gcd = data.load(data.DataSpec(rows=160, work="without"), lambda _: 0, published.find_folder(), ())
     prompts = ("neutral", "gcd/behave", "control/random_string")
     sources = [RunSource(name, gcd.training["user_right"], library.get(name).transform, 0) for name in prompts]
     sft = PRESETS["demo"].sft
     reader = batch_reader(sources, renderer(hub.load_tokenizer("smollm2-135m-instruct")), sft.batch_size, sft.steps, sft.tokens_per_micro_batch)
-    assert np.mean([reader(step)[1] for step in range(sft.steps)]) >= 0.93
+    assert np.mean([reader(step)[1] for step in range(sft.steps)]) >= 0.95
 
 
 def test_published_like_lengths_pack_densely():
