@@ -189,6 +189,20 @@ def test_sharded_over_data_each_device_does_its_part(costs):
     assert costs["eight"][1].argument_size_in_bytes < costs["one"][1].argument_size_in_bytes
 
 
+def test_a_step_costs_what_it_has_of_each_shape_on_average():
+    """Of two shapes one and a half micro-batches of four, and one of two: the compiled program, which could do all, counts as what is done."""
+    config = dataclasses.replace(CONFIG, n_layers=1)
+    shapes = [dataclasses.replace(SHAPE, length=length, segment_length=length, micro_batches=most) for length, most in ((32, 4), (64, 2))]
+    packing = tuple(Packed(shape, used, 8 * used) for shape, used in zip(shapes, (1.5, 1), strict=True))
+    planned = dataclasses.replace(work(make_mesh(), config), packing=packing)
+    tokens = 8 * (1.5 * 32 + 64)
+    assert estimate.step_tokens(planned) == tokens
+    found, formula = programs.compile_step(planned).cost, estimate.formula_cost(planned, programs.initial(planned))
+    of_layer, adapters, vocabulary = 4 * LAYER * tokens, 6 * 4 * (2 * 256 + 2 * 160 + 3 * 512) * tokens, 4 * 512 * 128 * 8 * 32 * 2.5
+    assert found.flops == pytest.approx(of_layer + adapters + vocabulary, rel=0.06)  # attention is beside these
+    assert formula.flops == estimate.step_flops(planned) == pytest.approx(of_layer + adapters + vocabulary, rel=0.05)
+
+
 @pytest.mark.parametrize("said", [
     "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm. Exceeded hbm capacity by 2.75G.",
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.50G) exceeds available HBM (15.75G).",
