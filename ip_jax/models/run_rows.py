@@ -6,7 +6,6 @@ runs. Dims: R runs, B rows of a block. `runs`, int32 [blocks, B], says for each 
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -32,7 +31,7 @@ def _of_each_row(values, runs):
 def _of_each_row_bwd(residuals, d_rows):
     runs, count = residuals
     rows = constrain(d_rows.reshape(*runs.shape, *d_rows.shape[1:]), BY_ROW, PartitionSpec.UNCONSTRAINED)
-    return sum_of_each_run(rows, runs, count), np.zeros(runs.shape, jax.dtypes.float0)
+    return sum_of_each_run(rows, runs, count), None
 
 
 _of_each_row.defvjp(lambda values, runs: (_taken(values, runs), (runs, len(values))), _of_each_row_bwd)

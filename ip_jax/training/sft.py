@@ -47,8 +47,9 @@ def decoder_states(trained, frozen, options: SftOptions) -> tuple:
 def sft_step(state: TrainState, frozen, batches: tuple[Batch, ...], *, graphdef, options: SftOptions) -> tuple[TrainState, dict]:
     """One optimizer step of R runs on micro-batches of one or several shapes: (state, frozen weights, a batch of each shape) -> (state, metrics [R]).
 
-    Only response tokens count. Sums and weights travel separately and are divided once, so the result does not depend on
-    micro-batch size, padding, packing or devices (but for the router's loss, which is one of micro-batches). A run whose loss or gradient is not finite is frozen from then on.
+    Only response tokens count. Sums and weights travel separately and are divided once, so the result does not depend on micro-batch
+    size, padding, packing or devices (but for the router's loss, which is one of micro-batches). A run whose loss or gradient is not
+    finite is frozen from then on.
     """
     runs, blocks = len(state.alive), batches[0].runs.shape[1]
 
