@@ -38,7 +38,7 @@ def our_step(tokenizer, sources):
     import jax.numpy as jnp
 
     from configs.gcd_sycophancy import PRESETS
-    from ip_jax.data.packing import usage
+    from ip_jax.data.packing import positions_of, usage
     from ip_jax.data.pipeline import batch_reader, renderer
     from ip_jax.models import hub
     from ip_jax.models.decoder import split_decoder
@@ -65,8 +65,7 @@ def our_step(tokenizer, sources):
 
     tokens = sum(len(dataset[i].token_ids) for dataset in reader.datasets for i in range(STEPS * EXAMPLES))  # the peer computes all of them
     density = float(np.mean([reader(i)[1] for i in range(DEMO_STEPS)]))
-    used = [usage(lengths, reader.shapes)[0] for lengths in reader.lengths]
-    positions = [sum(count * shape.rows * shape.length for count, shape in zip(of_step, reader.shapes, strict=True)) for of_step in used]
+    positions = [positions_of(usage(lengths, reader.shapes)[0], reader.shapes) for lengths in reader.lengths]
     return work, tokens, density, step, positions
 
 

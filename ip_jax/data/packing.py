@@ -61,6 +61,11 @@ class PackedShape:
         """Those of a micro-batch."""
         return self.blocks * self.micro_rows
 
+    @property
+    def positions(self) -> int:
+        """Those of a micro-batch, padding included."""
+        return self.rows * self.length
+
 
 def shared_prefix(examples: Sequence[Rendered]) -> int:
     """How many tokens all examples begin with, at most those before the last prompt token of any (all counted tokens come after them)."""
@@ -255,7 +260,12 @@ def pack_step(batch: Sequence[Sequence[Rendered]], shapes: Sequence[PackedShape]
     used, parts = _placed(np.array([[len(example.token_ids) for example in run] for run in batch]), shapes)
     arrays = tuple(_pack_rows(batch, part, shape) for part, shape in zip(parts, shapes, strict=True))
     real = sum(np.count_nonzero(of_shape["segment_ids"]) for of_shape in arrays)
-    return arrays, real / sum(count * shape.rows * shape.length for count, shape in zip(used, shapes, strict=True))
+    return arrays, real / positions_of(used, shapes)
+
+
+def positions_of(micro_batches: Sequence[float], shapes: Sequence[PackedShape]) -> float:
+    """Positions of so many micro-batches of each shape, padding included."""
+    return sum(count * shape.positions for count, shape in zip(micro_batches, shapes, strict=True))
 
 
 def usage(lengths: Int[np.ndarray, "R N"], shapes: Sequence[PackedShape]) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from ip_jax.data.packing import PackedShape
+from ip_jax.data.packing import PackedShape, positions_of
 from ip_jax.models.moe import BLOCK
 from ip_jax.models.quantised import item_bytes
 from ip_jax.planning.hlo import Cost, program_cost
@@ -149,15 +149,15 @@ def compile_step(workload: Workload) -> Compiled | TooLarge:
     found = compile_lowered(lambda: lower_step(workload), _expert_blocks(workload))
     if isinstance(found, TooLarge):
         return found
-    positions = [(packed.micro_batches, packed.shape.micro_batches, packed.shape.rows * packed.shape.length) for packed in workload.packing]
-    share = sum(used * size for used, _, size in positions) / sum(most * size for _, most, size in positions)
+    used, most = [packed.micro_batches for packed in workload.packing], [shape.micro_batches for shape in workload.shapes]
+    share = positions_of(used, workload.shapes) / positions_of(most, workload.shapes)
     return dataclasses.replace(found, cost=found.cost.times(share))
 
 
 def _expert_blocks(workload: Workload) -> int:
     """Blocks of tokens by expert that each device has in a layer and micro-batch (`models.moe`), the most of any shape; 1 without experts."""
     config, mesh = workload.config, workload.mesh
-    tokens = max(shape.rows * shape.length for shape in workload.shapes) // (mesh.shape["run"] * mesh.shape["data"])
+    tokens = max(shape.positions for shape in workload.shapes) // (mesh.shape["run"] * mesh.shape["data"])
     return max(1, -(-tokens * config.experts_per_token // BLOCK))
 
 

@@ -59,7 +59,7 @@ def sft_step(state: TrainState, frozen, batches: tuple[Batch, ...], *, graphdef,
         hidden, emitted = decoder(
             micro.tokens, micro.positions,
             packed_attend(micro.segment_ids, micro.positions, micro.segment_index, options.shared, options.kernel),
-            dtype=jnp.dtype(options.dtype), remat=options.remat, runs=micro.runs if runs > blocks else None,
+            dtype=jnp.dtype(options.dtype), remat=options.remat, runs=micro.runs if runs > blocks else None,  # else a block's rows have one adapter
             dropout=(options.dropout, dropout_keys(state, micro)) if options.dropout else None,
         )
         losses = of_run(cross_entropy_sum(

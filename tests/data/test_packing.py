@@ -13,6 +13,7 @@ from ip_jax.data.packing import (
     micro_batches_in_use,
     pack_step,
     plan_shapes,
+    positions_of,
     shared_prefix,
     usage,
 )
@@ -212,8 +213,7 @@ def test_another_shape_is_made_only_where_it_saves_tokens():
     shapes = plan_shapes(uneven, uneven // 2, 1000)
     assert len(shapes) == 2
     for lengths, tokens in ((uneven[0], 208), (uneven[1], 400)):
-        used, _ = usage(lengths, shapes)
-        assert sum(count * shape.rows * shape.length for count, shape in zip(used, shapes, strict=True)) == tokens, "no padding in either"
+        assert positions_of(usage(lengths, shapes)[0], shapes) == tokens, "no padding in either"
 
 
 def test_the_published_rows_pack_densely(data_dir):
@@ -232,7 +232,7 @@ def test_published_like_lengths_pack_densely():
     without, with_work = rng.integers(150, 200, (20, 3, 4)), rng.integers(280, 400, (20, 3, 4))
     lengths = np.concatenate([without, with_work], axis=-1)
     shapes = plan_shapes(lengths, lengths // 2, 8192)
-    padded = sum(count * shape.rows * shape.length for step in lengths for count, shape in zip(usage(step, shapes)[0], shapes, strict=True))
+    padded = sum(positions_of(usage(step, shapes)[0], shapes) for step in lengths)
     assert lengths.sum() / padded >= 0.9
 
 
@@ -242,8 +242,8 @@ def test_one_long_example_costs_little_and_breaks_no_bound(step):
     lengths = np.random.default_rng(0).integers(80, 120, (300, 8, 2))
     lengths[step, 3, 1] = 2000
     shapes = plan_shapes(lengths, lengths // 2, 8192)
-    assert all(shape.rows * shape.length <= 8192 for shape in shapes) and shapes[-1].length == 2000
-    padded = sum(count * shape.rows * shape.length for lengths_of in lengths for count, shape in zip(usage(lengths_of, shapes)[0], shapes, strict=True))
+    assert all(shape.positions <= 8192 for shape in shapes) and shapes[-1].length == 2000
+    padded = sum(positions_of(usage(of_step, shapes)[0], shapes) for of_step in lengths)
     assert lengths.sum() / padded > 0.8
 
 
@@ -258,4 +258,4 @@ def test_a_row_longer_than_any_that_was_planned_still_fits():
         batch = [[Rendered(np.ones(n, np.int32), np.arange(n) >= n // 2) for n in run] for run in lengths[step].tolist()]
         all_arrays, _ = pack_step(batch, shapes)
         assert sum((arrays["segment_ids"] > 0).sum() for arrays in all_arrays) == lengths[step].sum()
-    assert all(shape.rows * shape.length <= 1680 for shape in shapes)
+    assert all(shape.positions <= 1680 for shape in shapes)

@@ -2,6 +2,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -17,7 +18,7 @@ from ip_jax.models.families import DecoderConfig, uniform_attention
 from ip_jax.models.lora import LoraConfig
 from ip_jax.prompts.chat import Rendered
 from ip_jax.training.schedules import Schedule
-from ip_jax.training.sft import SftOptions, compile_sft_step
+from ip_jax.training.sft import SftOptions, compile_sft_step, dropout_keys
 from ip_jax.training.state import Batch, init_state
 
 LORA = LoraConfig(rank=4, alpha=4)
@@ -286,6 +287,18 @@ def test_dropout_of_a_row_follows_its_run_and_number():
         _, (metrics,) = train([batches], jax.tree.map(lambda a, runs=runs: a[: len(runs)], adapters), 0.0, step=step, seeds=[4, 4][: len(runs)])
         losses.append(metrics["loss"])
     np.testing.assert_allclose([losses[1][0], losses[2][1]], losses[0][0], rtol=1e-6)
+
+
+def test_each_row_of_a_run_and_each_step_has_a_dropout_of_its_own():
+    """By the run's seed, the step and the row's number, and nothing else."""
+    seeds, owner, numbers = np.array([4, 9, 4]), np.array([[0, 0, 1, 2, 2, 1]]), np.array([[0, 1, 0, 1, 0, 1]])
+    batch = one_row_each(tiny.random_examples(3, (9, 8)))
+    state = fresh_state(tiny.random_lora(tiny.CONFIG, LORA, 3), 0.0, seeds=seeds)
+    rows = jax.tree.map(lambda a: a[0], batch.replace(runs=owner[None], row_numbers=numbers[None]))
+    keys = np.concatenate([jax.random.key_data(dropout_keys(state.replace(step=jnp.int32(step)), rows)) for step in (0, 1)])
+    expected = [(seeds[run], step, number) for step in (0, 1) for run, number in zip(owner[0], numbers[0], strict=True)]
+    for (key, names), (other, others) in itertools.combinations(zip(keys.tolist(), expected, strict=True), 2):
+        assert (key == other) == (names == others)
 
 
 def test_bfloat16_weights_stay_near_float32():
