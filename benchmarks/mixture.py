@@ -26,7 +26,7 @@ def form(implementation, inputs, with_gradient: bool):
     """A function that runs the compiled mixture once: forward, or forward and the gradient of x."""
 
     def run(x, weights, chosen, experts):
-        mixture = functools.partial(moe.mixture, jax.nn.silu)
+        mixture = functools.partial(moe.mixture, jax.nn.silu, "auto")
         if not with_gradient:
             return mixture(x, weights, chosen, experts)
         y, vjp = jax.vjp(lambda x: mixture(x, weights, chosen, experts), x)
@@ -44,7 +44,7 @@ def main() -> None:
     for dtype in ("float32", "bfloat16"):
         for name, (tokens, with_gradient) in CASES.items():
             inputs = arguments(tokens, dtype)
-            works = (form(implementation, inputs, with_gradient) for implementation in (moe._one_by_one, moe._together))
+            works = (form(implementation, inputs, with_gradient) for implementation in (moe._one_by_one, functools.partial(moe._together, moe._ragged)))
             result[f"{name}_{dtype}"] = alternating(*works)
     save("mixture_cpu", result)
 

@@ -31,7 +31,10 @@ from ip_jax.training.sharding import make_mesh
 CONFIG = TINY.large.decoder_config()
 BATCH, LENGTH = 2, 7
 STEP = {"tokens_per_s": 300.0, "lower_s": 1.0, "compile_s": 4.0, "cache_hits": 0, "peak_bytes": 3 * 2**30, "planned_bytes": 2**30}
-ROWS = {"compilation", "sft_speed", "sft_memory", "sampling_2", "sampling_4", "runs_together", "rl_iteration", "rl_rollout", "rl_update"}
+ROWS = {
+    "compilation", "sft_speed", "sft_memory", "sampling_2", "sampling_4", "runs_together", "experts_training", "experts_decoding", "rl_iteration",
+    "rl_rollout", "rl_update",
+}  # fmt: skip
 TOO_LARGE = {"error": "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."}
 
 
@@ -148,7 +151,7 @@ def test_a_program_that_was_compiled_again_is_not_from_the_cache():
 def test_where_nothing_fits_every_row_says_so():
     run, _ = by_measure({
         "measure_step": TOO_LARGE, "measure_training": STEP, "measure_runs": TOO_LARGE, "measure_sampling": TOO_LARGE, "measure_generation": TOO_LARGE,
-        "measure_iteration": TOO_LARGE, "measure_loop": TOO_LARGE,
+        "measure_mixture": TOO_LARGE, "measure_iteration": TOO_LARGE, "measure_loop": TOO_LARGE,
     })  # fmt: skip
     found = {name: row for benchmark in rows.BENCHMARKS.values() for name, row in benchmark(run, TINY)}
     assert set(found) == ROWS
@@ -247,6 +250,6 @@ def test_a_tiny_run_measures_everything():
             found[json.loads(line)["name"]] = json.loads(line)
     assert {re.sub("_cpu$", "", name) for name in found} == ROWS
     assert all(row.get("measured") for name, row in found.items() if name != "sft_memory_cpu")  # a CPU does not tell its bytes in use
-    assert all(found[name]["ratio"] > 0 for name in ("sft_speed_cpu", "sampling_2_cpu", "sampling_4_cpu", "runs_together_cpu", "rl_iteration_cpu"))
+    assert all(found[name]["ratio"] > 0 for name in ("sft_speed_cpu", "sampling_2_cpu", "sampling_4_cpu", "runs_together_cpu", "experts_training_cpu", "experts_decoding_cpu", "rl_iteration_cpu"))
     assert found["rl_rollout_cpu"]["share"] + found["rl_update_cpu"]["share"] == pytest.approx(1, abs=0.002)
     assert found["compilation_cpu"]["from_cache_s"] > 0

@@ -4,7 +4,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 
-from benchmarks.gpu import reinforced, sampling, training
+from benchmarks.gpu import experts, reinforced, sampling, training
 from benchmarks.gpu.sizes import Sizes
 
 Run = Callable[..., dict]  # run(measure, *arguments, **environment): see common.result_in_own_process
@@ -84,6 +84,18 @@ def runs_together(run: Run, sizes: Sizes) -> Iterator[tuple[str, dict]]:
         }  # fmt: skip
 
 
+def mixture(run: Run, sizes: Sizes) -> Iterator[tuple[str, dict]]:
+    """One layer's mixture of experts: the Pallas kernel against XLA's products."""
+    for name, tokens, with_gradient in zip(("training", "decoding"), sizes.mixture_tokens, (True, False), strict=True):
+        ours = run(experts.measure_mixture, sizes, tokens, with_gradient)
+        passes = "forward and back through the activations" if with_gradient else "forward"
+        row = {"what": f"one layer's experts, {tokens} tokens, {passes}: model.experts = pallas against auto", "unit": "TFLOP/s", "target": None}
+        measured = {} if "error" in ours else {
+            "measured": ours["tflops_per_s"], "peer": ours["auto_tflops_per_s"], "ratio": ours["ratio"], "ratio_target": None, "ours": ours,
+        }  # fmt: skip
+        yield f"experts_{name}", row | (measured or ours)
+
+
 def reinforcement(run: Run, sizes: Sizes) -> Iterator[tuple[str, dict]]:
     """One iteration of reinforcement learning against HF generate and PEFT: the whole, its rollout and its update, which both sides measure once."""
     ours = run(reinforced.measure_iteration, sizes, XLA_CLIENT_MEM_FRACTION="0.93")
@@ -103,7 +115,7 @@ def reinforcement(run: Run, sizes: Sizes) -> Iterator[tuple[str, dict]]:
 
 BENCHMARKS: dict[str, Callable[[Run, Sizes], Iterator[tuple[str, dict]]]] = {
     "training": speed_and_compilation, "memory": memory, "sampling": sampling_rates, "runs": runs_together,
-    "rl": reinforcement,
+    "experts": mixture, "rl": reinforcement,
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 import dataclasses
 
 from configs.rl_shapes import PRESETS
-from configs.sft_shapes import QWEN2_7B
+from configs.sft_shapes import MIXTRAL_8X7B, QWEN2_7B
 from ip_jax.planning.workload import HfFields
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.estimators import Kl
@@ -54,6 +54,7 @@ class Sizes:
     platform: str | None
     large: HfFields
     small: HfFields
+    mixture: HfFields
     reinforced: RlSizes
     segment: int = 512  # tokens of one example, all of them in the loss but the first
     segments: int = 4  # examples of one packed row
@@ -70,6 +71,7 @@ class Sizes:
     runs: int = 12
     examples: int = 8  # of one step and run
     lengths: tuple[int, int] = (150, 260)  # of GCD examples, in tokens
+    mixture_tokens: tuple[int, int] = (16_384, 64)  # of a micro-batch in training, of a decoding step
 
     @property
     def row(self) -> int:
@@ -84,7 +86,7 @@ _REINFORCED = RlSizes(
     dataclasses.replace(_PUBLISHED.rl, max_new_tokens=512, max_length=2048, top_p=1.0),
     dataclasses.replace(_PUBLISHED.algorithm, kl=Kl()),
 )
-FULL = Sizes("gpu", QWEN2_7B, SMOLLM2, _REINFORCED)
+FULL = Sizes("gpu", QWEN2_7B, SMOLLM2, MIXTRAL_8X7B, _REINFORCED)
 _SMALL = dict(vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
 _SMALL_REINFORCED = RlSizes(
     dataclasses.replace(_PUBLISHED.hf, head_dim=16, **_SMALL),
@@ -92,7 +94,8 @@ _SMALL_REINFORCED = RlSizes(
     _REINFORCED.algorithm, prompt=16, peer_batches=(8, 4), peer_rows=(4, 2),
 )  # fmt: skip
 TINY = Sizes(
-    None, dataclasses.replace(QWEN2_7B, **_SMALL), dataclasses.replace(SMOLLM2, **_SMALL), _SMALL_REINFORCED, segment=16,
+    None, dataclasses.replace(QWEN2_7B, **_SMALL), dataclasses.replace(SMOLLM2, **_SMALL), dataclasses.replace(MIXTRAL_8X7B, **_SMALL),
+    _SMALL_REINFORCED, segment=16,
     speed=(("products", 2), ("full", 2)), memory_rows=2, steps=2, repeats=2, peer_rows=(1, 2), prompt=16, new=8, batches=(2, 4), copied=2**20,
-    matmul=128, runs=3, examples=2, lengths=(8, 24),
+    matmul=128, runs=3, examples=2, lengths=(8, 24), mixture_tokens=(64, 4),
 )  # fmt: skip

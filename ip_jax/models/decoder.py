@@ -217,7 +217,7 @@ def expert_mlps(layer: Layers, config: DecoderConfig, h, _):
     """(each token's mixture of gated MLPs of h [R, B, T, D], the router's probabilities [R, B, T, E])."""
     probabilities, weights, chosen = route(h, layer.router[...], config.experts_per_token)
     experts = layer.expert_gate[...], layer.expert_up[...], layer.expert_down[...]
-    return mixture(ACTIVATIONS[config.activation], h, weights, chosen, experts), probabilities
+    return mixture(ACTIVATIONS[config.activation], config.experts_kernel, h, weights, chosen, experts), probabilities
 
 
 def _projection_keys(rate: float, keys):

@@ -101,6 +101,7 @@ class DecoderConfig:
     norm_offset: float = 0.0  # Gemma stores norm weights as w - 1: multiply by (1 + w)
     n_experts: int = 0  # 0: one MLP for all tokens; else each token's MLP is a mixture of
     experts_per_token: int = 0  # so many of n_experts
+    experts_kernel: str = "auto"  # how they are multiplied: see `expert_kernel.choose_experts`
     logit_softcap: float | None = None  # c: a next-token logit z becomes c * tanh(z / c)
 
     @property

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ip_jax.models import expert_kernel
 from ip_jax.models.placement import BY_ROW, EXPERTS_IN, EXPERTS_OUT, fitting, mesh_axes
 from ip_jax.models.products import as_bits, from_bits, product
 
@@ -50,28 +51,29 @@ def load_balancing_loss(
     return n_experts * jnp.sum(frequency * probability, axis=-1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def mixture(
-    activation: Callable, x: Float[Array, "R B T D"], weights: Float[Array, "R B T J"], chosen: Int[Array, "R B T J"], experts: Experts
+    activation: Callable, kernel: str, x: Float[Array, "R B T D"], weights: Float[Array, "R B T J"], chosen: Int[Array, "R B T J"], experts: Experts
 ) -> Float[Array, "R B T D"]:
-    """Each token's weighted sum of the gated MLPs of its chosen experts, in x's dtype.
+    """Each token's weighted sum of the gated MLPs of its chosen experts, in x's dtype, by the products of `kernel`: "auto" (XLA's) or "pallas"
+    (`models.expert_kernel`).
 
     On a mesh a device holds the experts of its place on the axes `run` and `data`, as far as they divide E, and a part of F by `tensor`.
     It collects the tokens of the devices along these axes, adds up what its own experts make of them, and each device gets back the sum
     for its own tokens. So experts stay where they lie; along an axis that does not divide E their weights are gathered when they are used.
     The backward pass makes the hidden states of the experts again: nothing of size P x F is kept.
     """
-    (out,), _ = _on_mesh(functools.partial(_forward, activation), x, weights, chosen, experts)
+    (out,), _ = _on_mesh(functools.partial(_forward, activation, kernel), x, weights, chosen, experts)
     return out
 
 
-def _mixture_fwd(activation, x, weights, chosen, experts):
-    return mixture(activation, x, weights, chosen, experts), (x, weights, chosen, experts)
+def _mixture_fwd(activation, kernel, x, weights, chosen, experts):
+    return mixture(activation, kernel, x, weights, chosen, experts), (x, weights, chosen, experts)
 
 
-def _mixture_bwd(activation, residuals, d_out):
+def _mixture_bwd(activation, kernel, residuals, d_out):
     x, weights, chosen, experts = residuals
-    (d_x, d_weights), d_experts = _on_mesh(functools.partial(_backward, activation), x, weights, chosen, experts, d_out)
+    (d_x, d_weights), d_experts = _on_mesh(functools.partial(_backward, activation, kernel), x, weights, chosen, experts, d_out)
     return d_x, d_weights, None, tuple(d_experts)
 
 
@@ -147,10 +149,11 @@ class _Layout:
     chunk: int = flax.struct.field(pytree_node=False)  # rows
 
     @classmethod
-    def of(cls, chosen: Int[Array, "M J"], n_experts: int) -> "_Layout":
+    def of(cls, chosen: Int[Array, "M J"], n_experts: int, kernel: str) -> "_Layout":
         """Choices keep their order within an expert."""
         chosen = chosen.reshape(-1)
-        chunk = min(LONGEST_CHUNK, max(8, 1 << (chosen.size // n_experts).bit_length()))
+        shortest = expert_kernel.SMALLEST if kernel == "pallas" else 8
+        chunk = min(LONGEST_CHUNK, max(shortest, 1 << (chosen.size // n_experts).bit_length()))
         n_rows = (chosen.size // chunk + n_experts) * chunk  # enough however the choices fall
         n_rows = n_rows if n_rows <= BLOCK else -(-n_rows // BLOCK) * BLOCK
         is_chosen = chosen[:, None] == jnp.arange(n_experts)
@@ -175,19 +178,19 @@ def _taken(rows, index):
     return jnp.take(rows, index, axis=0, mode="fill", fill_value=0)
 
 
-def _forward(activation, x: Float[Array, "M D"], weights: Float[Array, "M J"], chosen: Int[Array, "M J"], experts: Experts):
+def _forward(activation, kernel, x: Float[Array, "M D"], weights: Float[Array, "M J"], chosen: Int[Array, "M J"], experts: Experts):
     """([sum of each token's experts here, in x's dtype], [])."""
 
     def mlp(of, x, weight, gate, up, down):
         hidden = activation(of.product(x, gate)) * of.product(x, up)
         return (of.product(hidden, down) * weight,), ()
 
-    layout, per_token = _Layout.of(chosen, len(experts[0])), weights.shape[1]
-    (out,), _ = _by_expert(mlp, layout.rows_of(x, weights), experts, layout, [(x.shape[1], x.dtype)])
+    layout, per_token = _Layout.of(chosen, len(experts[0]), kernel), weights.shape[1]
+    (out,), _ = _by_expert(mlp, kernel, layout.rows_of(x, weights), experts, layout, [(x.shape[1], x.dtype)])
     return [layout.at_choices(out, per_token).sum(axis=1).astype(x.dtype)], []
 
 
-def _backward(activation, x: Float[Array, "M D"], weights: Float[Array, "M J"], chosen: Int[Array, "M J"], experts: Experts, d_out):
+def _backward(activation, kernel, x: Float[Array, "M D"], weights: Float[Array, "M J"], chosen: Int[Array, "M J"], experts: Experts, d_out):
     """([gradients of x and weights], gradients of the experts)."""
 
     def mlp(of, x, weight, d_out, gate, up, down):
@@ -198,9 +201,9 @@ def _backward(activation, x: Float[Array, "M D"], weights: Float[Array, "M J"], 
         d_experts = of.outer(x, d_gate), of.outer(x, d_up), of.outer(hidden * weight, d_out)
         return (d_x, jnp.sum(d_hidden * hidden, axis=-1, keepdims=True)), d_experts
 
-    layout, per_token = _Layout.of(chosen, len(experts[0])), weights.shape[1]
+    layout, per_token = _Layout.of(chosen, len(experts[0]), kernel), weights.shape[1]
     rows = *layout.rows_of(x, weights), layout.rows_of(d_out, weights)[0]
-    (d_x, d_weight), d_experts = _by_expert(mlp, rows, experts, layout, [(x.shape[1], x.dtype), (1, weights.dtype)])
+    (d_x, d_weight), d_experts = _by_expert(mlp, kernel, rows, experts, layout, [(x.shape[1], x.dtype), (1, weights.dtype)])
     d_tokens = [layout.at_choices(d_x, per_token).sum(axis=1).astype(x.dtype), layout.at_choices(d_weight, per_token)[..., 0]]
     return d_tokens, [gradient.astype(kernel.dtype) for gradient, kernel in zip(d_experts, experts, strict=True)]
 
@@ -213,29 +216,50 @@ class _Products(NamedTuple):
     outer: Callable  # (x [P, I], d [P, O]) -> [.., I, O], the gradient of the kernel
 
 
-def _by_expert(mlp, rows, experts: Experts, layout: _Layout, outputs: list[tuple[int, jnp.dtype]]):
+def _by_expert(mlp, kernel: str, rows, experts: Experts, layout: _Layout, outputs: list[tuple[int, jnp.dtype]]):
     """mlp(products, *rows, *experts): its results by row (their widths and dtypes in `outputs`) and by expert."""
-    together, one_by_one = (functools.partial(form, mlp, outputs) for form in (_together, _one_by_one))
+    if kernel == "pallas":
+        return _together(_in_kernel, mlp, outputs, rows, experts, layout)
+    # elsewhere XLA's grouped product multiplies every row with every expert
+    together, one_by_one = functools.partial(_together, _ragged, mlp, outputs), functools.partial(_one_by_one, mlp, outputs)
     return jax.lax.platform_dependent(rows, experts, layout, tpu=together, default=one_by_one)
 
 
-def _together(mlp, outputs, rows, experts: Experts, layout: _Layout):
-    """Block by block, all experts in one grouped product, which TPUs have; elsewhere XLA multiplies every row with every expert."""
-    first, last = layout.first * layout.chunk, (layout.first + layout.count) * layout.chunk
+def _together(grouped: Callable, mlp, outputs, rows, experts: Experts, layout: _Layout):
+    """Block by block, all experts in one grouped product: `grouped`(layout, first row of a block, its rows, dtype) gives the products."""
     size = min(BLOCK, len(layout.choice))
 
     def block(start, rows):
-        inside = jnp.clip(last - start, 0, size) - jnp.clip(first - start, 0, size)
-        return mlp(_ragged(inside, experts[0].dtype), *rows, *experts)
+        return mlp(grouped(layout, start, size, experts[0].dtype), *rows, *experts)
 
     nothing = _nothing(functools.partial(block, 0), rows, size, outputs)
-    return _block_by_block(block, rows, nothing, (0, -(-last[-1] // size)), size)
+    used = (layout.first[-1] + layout.count[-1]) * layout.chunk
+    return _block_by_block(block, rows, nothing, (0, -(-used // size)), size)
 
 
-def _ragged(group_sizes: Int[Array, " E"], dtype) -> _Products:
+def _within(layout: _Layout, start, size: int) -> tuple[Int[Array, " E"], Int[Array, " E"]]:
+    """Where each expert's rows begin and end in the block of `size` rows from `start` on."""
+    first, last = layout.first * layout.chunk, (layout.first + layout.count) * layout.chunk
+    return jnp.clip(first - start, 0, size), jnp.clip(last - start, 0, size)
+
+
+def _in_kernel(layout: _Layout, start, size: int, dtype) -> _Products:
+    first, last = _within(layout, start, size)
+    chunk = start // layout.chunk + jnp.arange(size // layout.chunk)
+    expert = jnp.sum(chunk[:, None] >= layout.first + layout.count, axis=1, dtype=jnp.int32)
+    return _Products(
+        lambda x, kernel: expert_kernel.product(x.astype(dtype), kernel, expert),
+        lambda d, kernel: expert_kernel.transposed(d.astype(dtype), kernel, expert),
+        lambda x, d: expert_kernel.outer(x.astype(dtype), d.astype(dtype), first, last, layout.chunk),
+    )
+
+
+def _ragged(layout: _Layout, start, size: int, dtype) -> _Products:
+    first, last = _within(layout, start, size)
+
     def grouped(contracting, groups, a, b):
         numbers = jax.lax.RaggedDotDimensionNumbers((contracting, ((), ())), (0,), groups)
-        return jax.lax.ragged_dot_general(a.astype(dtype), b.astype(dtype), group_sizes, numbers, preferred_element_type=jnp.float32)
+        return jax.lax.ragged_dot_general(a.astype(dtype), b.astype(dtype), last - first, numbers, preferred_element_type=jnp.float32)
 
     kinds = ((((1,), (1,)), (0,)), (((1,), (2,)), (0,)), (((0,), (0,)), ()))
     return _Products(*(functools.partial(grouped, *kind) for kind in kinds))

@@ -10,6 +10,7 @@ from ip_jax.planning.workload import abstract_base
 from ip_jax.rl.rows import Rows
 from ip_jax.rl.step import RlBatch
 from ip_jax.settings import reinforced_programs as programs
+from ip_jax.settings.programs import with_experts
 from ip_jax.training.sharding import state_shardings
 
 
@@ -40,7 +41,8 @@ def initial(program: Program) -> Begun:
 
 def untrained_decoder(workload: RlWorkload) -> tuple:
     """(graphdef, adapters, weights) of the model as it comes, as shapes on its mesh."""
-    return split_decoder(workload.config, abstract_base(workload.config, workload.model, workload.untrained_mesh))
+    config = with_experts(workload.untrained_mesh, workload.config, workload.model)
+    return split_decoder(config, abstract_base(config, workload.model, workload.untrained_mesh))
 
 
 def on_mesh(program: Program, rows: Rows | RlBatch) -> Rows | RlBatch:

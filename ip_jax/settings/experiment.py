@@ -54,8 +54,9 @@ class ModelConfig:
     "auto" are decided by `decided`.
 
     `quantised`: the projections of the frozen base in 4 ("nf4") or 8 ("int8") bits, or None. `attention`: training's kernel (auto, xla,
-    splash, cudnn, pallas; see docs/kernels.md). `thinking`: what the chat template gets as `enable_thinking` wherever something is rendered, or
-    None for its own default (Qwen3's: the model thinks); an exported model has the template as it came.
+    splash, cudnn, pallas; see docs/kernels.md). `experts`: the products of a mixture of experts (auto, pallas; see docs/mixtral.md). `thinking`: what
+    the chat template gets as `enable_thinking` wherever something is rendered, or None for its own default (Qwen3's: the model thinks); an exported
+    model has the template as it came.
     """
 
     name: str = "smollm2-135m-instruct"
@@ -64,6 +65,7 @@ class ModelConfig:
     activations: str = "float32"
     quantised: str | None = None
     attention: str = "auto"
+    experts: str = "auto"
     thinking: bool | None = None
 
     def __post_init__(self):

@@ -15,6 +15,7 @@ from ip_jax.data.packing import ROW_QUANTUM, RowRules
 from ip_jax.models import kernels
 from ip_jax.models.chips import chip_of
 from ip_jax.models.decoder import split_decoder
+from ip_jax.models.expert_kernel import choose_experts
 from ip_jax.models.families import DecoderConfig, param_shapes
 from ip_jax.models.lora import init_lora
 from ip_jax.models.peft import Adapter, replace_runs
@@ -50,7 +51,8 @@ def initial_state(
     """
     sft, runs, numbers, full = program.sft, len(seeds), jnp.array(seeds), program.sft.train == "full"
     adapters = None if full else evaluate(functools.partial(init_lora, config=program.config, lora=sft.lora), numbers)
-    graphdef, adapters, weights = split_decoder(program.config, params, adapters and replace_runs(adapters, starts), sft.lora)
+    config = with_experts(program.mesh, program.config, program.model)
+    graphdef, adapters, weights = split_decoder(config, params, adapters and replace_runs(adapters, starts), sft.lora)
 
     def start(trained) -> TrainState:
         trained = full_weights(trained) if full else trained
@@ -59,6 +61,12 @@ def initial_state(
     trained, frozen = (weights, adapters) if full else (adapters, weights)
     places = state_shardings(program.mesh, jax.eval_shape(start, trained), sft.train)
     return graphdef, evaluate(jax.jit(start, out_shardings=places), trained), frozen
+
+
+def with_experts(mesh: Mesh | AbstractMesh, config: DecoderConfig, model: ModelConfig) -> DecoderConfig:
+    """`config` with the products of a mixture of experts as the experiment wants them. Raises ValueError as `expert_kernel.choose_experts`."""
+    chosen = choose_experts(model.experts, _device(mesh), config, model.weights, mesh.shape["tensor"])
+    return dataclasses.replace(config, experts_kernel=chosen)
 
 
 def attention_kernel(program: Program) -> str:

@@ -43,7 +43,7 @@ from ip_jax.settings.grading import TooManyFailures, check_failures
 from ip_jax.settings.live_table import ArmRow, live_arms, over_seeds
 from ip_jax.settings.measuring import measuring_couplings
 from ip_jax.settings.observer import UNWATCHED, Watch, observer_of
-from ip_jax.settings.programs import layers_fit_whole
+from ip_jax.settings.programs import layers_fit_whole, with_experts
 from ip_jax.settings.programs import sampler_options as eval_sampler_options
 from ip_jax.settings.reinforced_plan import Reinforced
 from ip_jax.settings.rollout_records import Grader, Recorded, part_path, read_iteration, roll_out, write_iteration
@@ -107,7 +107,7 @@ def run_reinforced(experiment: Reinforced, folder: epath.Path, display: Display,
             display.console.print("what was begun as one program goes on as one, of more runs than rl.runs_per_program: with another --out it is cut")
         if untrained:
             alone = dataclasses.replace(session, mesh=mesh_for(mesh, 1))
-            graphdef, adapters, weights = split_decoder(model.config, model.params)
+            graphdef, adapters, weights = split_decoder(with_experts(alone.mesh, model.config, experiment.model), model.params)
             weights = jax.device_put(weights, base_shardings(alone.mesh, weights))
             for sweep in untrained:
                 _evaluate(alone, functools.partial(sample, graphdef, adapters, weights), sweep)
@@ -128,7 +128,8 @@ def prepare(experiment: Reinforced, folder: epath.Path) -> tuple[list[Run], Mesh
     if model.quantised:
         check_quantisable(model.quantised, config)
     mesh = make_mesh(**mesh_sizes(experiment.mesh, jax.devices(), config.n_heads))
-    programs.attention_kernel(mesh, config, model, experiment.rl)  # refuses one that cannot be
+    programs.attention_kernel(mesh, config, model, experiment.rl)  # both refuse what cannot be
+    with_experts(mesh, config, model)
     record = plan.folder_record(experiment, hub.fingerprint(model.name, model.revision), default_system_text(tokenizer))
     runs = plan.runs_of(experiment, record["identity"])
     plan.rollout_plan(experiment, runs, tokenizer)  # renders everything once: what does not fit is refused here

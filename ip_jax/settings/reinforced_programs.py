@@ -20,7 +20,7 @@ from ip_jax.rl.rollout import PROMPT_QUANTUM
 from ip_jax.rl.rows import Rows
 from ip_jax.rl.step import RlBatch, RlOptions, compile_rl_step
 from ip_jax.settings.experiment import ModelConfig
-from ip_jax.settings.programs import call, chosen_kernel
+from ip_jax.settings.programs import call, chosen_kernel, with_experts
 from ip_jax.settings.reinforced_plan import RlConfig
 from ip_jax.training.sharding import base_shardings, batch_sharding, replicated, state_shardings
 from ip_jax.training.state import TrainState, init_state
@@ -71,9 +71,10 @@ def decoders(
     `params` may be jax.ShapeDtypeStruct and all that is given are shapes.
     """
     rl, numbers = kind.rl, jnp.array(seeds)
+    config = with_experts(kind.mesh, kind.config, kind.model)
     adapters = evaluate(lambda seeds: init_lora(seeds, kind.config, rl.lora), numbers)
-    policy, trained, frozen = split_decoder(kind.config, params, adapters, rl.lora)
-    reference, _, reference_frozen = split_decoder(kind.config, params)
+    policy, trained, frozen = split_decoder(config, params, adapters, rl.lora)
+    reference, _, reference_frozen = split_decoder(config, params)
 
     def start(trained) -> TrainState:
         return init_state(trained, jnp.array(rates), jnp.full(len(seeds), rl.weight_decay), numbers)

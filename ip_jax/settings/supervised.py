@@ -120,7 +120,9 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     plan.check_training(experiment.sft, experiment.model, experiment.arms, config)
     plan.check_evaluations(experiment, tokenizer)
     mesh = mesh_sizes(experiment.mesh, jax.devices(), config.n_heads)
-    programs.attention_kernel(programs.Program(make_mesh(**mesh), config, experiment.sft, experiment.model))  # refuses one that cannot be
+    program = programs.Program(make_mesh(**mesh), config, experiment.sft, experiment.model)
+    programs.attention_kernel(program)  # both refuse what cannot be
+    programs.with_experts(program.mesh, config, experiment.model)
     render = renderer(tokenizer, experiment.sft.train_on)
     sources, dropped = plan.training_sources(experiment, render)
     starts = plan.starts_of(experiment)

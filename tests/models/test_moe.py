@@ -68,10 +68,10 @@ def assert_close(found, expected, atol=2e-5):
 def test_mixture_equals_every_expert_on_every_token(n_experts, per_token, form, monkeypatch):
     """Both forms, also where a chunk is far shorter than an expert's tokens, and where one expert has them all."""
     if form == "together":
-        monkeypatch.setattr(moe, "_one_by_one", moe._together)
+        monkeypatch.setattr(moe, "_one_by_one", functools.partial(moe._together, moe._ragged))
         monkeypatch.setattr(moe, "BLOCK", 32)
     monkeypatch.setattr(moe, "LONGEST_CHUNK", 8)
-    our_mixture = functools.partial(moe.mixture, jax.nn.silu)
+    our_mixture = functools.partial(moe.mixture, jax.nn.silu, "auto")
     x, weights, chosen, experts, pull = random_mixture(n_experts, per_token)
     for choice in (chosen, np.broadcast_to(np.arange(per_token)[::-1] + 1, chosen.shape)):
         expected = result_and_gradients(every_expert_on_every_token, x, weights, choice, experts, pull)
@@ -82,7 +82,7 @@ def test_mixture_equals_every_expert_on_every_token(n_experts, per_token, form, 
 def test_grouped_products_are_for_tpus(platform, grouped):
     """Elsewhere XLA multiplies every row with every expert."""
     x, weights, chosen, experts, _ = random_mixture(8, 2)
-    traced = jax.jit(functools.partial(moe.mixture, jax.nn.silu)).trace(x, weights, chosen, experts)
+    traced = jax.jit(functools.partial(moe.mixture, jax.nn.silu, "auto")).trace(x, weights, chosen, experts)
     assert ("chlo.ragged_dot" in traced.lower(lowering_platforms=(platform,)).as_text()) == grouped
 
 
@@ -97,7 +97,7 @@ def test_any_mesh_gives_the_mixture_of_one_device(axes, shape):
         x, weights, chosen, experts, pull = random_mixture(n_experts, 2, shape)
         expected = result_and_gradients(every_expert_on_every_token, x, weights, chosen, experts, pull)
         with jax.set_mesh(make_mesh(**axes)):
-            assert_close(result_and_gradients(functools.partial(moe.mixture, jax.nn.silu), x, weights, chosen, experts, pull), expected)
+            assert_close(result_and_gradients(functools.partial(moe.mixture, jax.nn.silu, "auto"), x, weights, chosen, experts, pull), expected)
 
 
 def test_no_device_gathers_all_experts():
@@ -106,7 +106,7 @@ def test_no_device_gathers_all_experts():
         x, weights, chosen, experts, pull = random_mixture(n_experts, 2, CUT)
 
         def pulled(x, experts, weights=weights, chosen=chosen, pull=pull):
-            return (moe.mixture(jax.nn.silu, x, weights, chosen, experts) * pull).sum()
+            return (moe.mixture(jax.nn.silu, "auto", x, weights, chosen, experts) * pull).sum()
 
         mesh = make_mesh(**axes)
         cuts = EXPERTS_IN, EXPERTS_IN, EXPERTS_OUT
@@ -124,7 +124,7 @@ def test_frozen_experts_cost_no_gradient():
 
     def gradients(argnums) -> int:
         """How many products of the compiled gradient have the shape of an expert's weights."""
-        pulled = lambda x, experts: (moe.mixture(jax.nn.silu, x, weights, chosen, experts) * pull).sum()  # noqa: E731
+        pulled = lambda x, experts: (moe.mixture(jax.nn.silu, "auto", x, weights, chosen, experts) * pull).sum()  # noqa: E731
         text = jax.jit(jax.grad(pulled, argnums)).lower(x, experts).compile().as_text()
         return len(re.findall(r"= f32\[(?:16,24|24,16)\]\S* dot\(", text))
 
