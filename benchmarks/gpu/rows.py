@@ -86,9 +86,9 @@ def runs_together(run: Run, sizes: Sizes) -> Iterator[tuple[str, dict]]:
 
 def mixture(run: Run, sizes: Sizes) -> Iterator[tuple[str, dict]]:
     """One layer's mixture of experts: the Pallas kernel against XLA's products."""
-    for name, tokens, with_gradient in zip(("training", "decoding"), sizes.mixture_tokens, (True, False), strict=True):
-        ours = run(experts.measure_mixture, sizes, tokens, with_gradient)
-        passes = "forward and back through the activations" if with_gradient else "forward"
+    for name, tokens, calls, with_gradient in zip(("training", "decoding"), sizes.mixture_tokens, sizes.mixture_calls, (True, False), strict=True):
+        ours = run(experts.measure_mixture, sizes, tokens, calls, with_gradient)
+        passes = "forward and back to tokens and router" if with_gradient else "forward"
         row = {"what": f"one layer's experts, {tokens} tokens, {passes}: model.experts = pallas against auto", "unit": "TFLOP/s", "target": None}
         measured = {} if "error" in ours else {
             "measured": ours["tflops_per_s"], "peer": ours["auto_tflops_per_s"], "ratio": ours["ratio"], "ratio_target": None, "ours": ours,

@@ -72,6 +72,7 @@ class Sizes:
     examples: int = 8  # of one step and run
     lengths: tuple[int, int] = (150, 260)  # of GCD examples, in tokens
     mixture_tokens: tuple[int, int] = (16_384, 64)  # of a micro-batch in training, of a decoding step
+    mixture_calls: tuple[int, int] = (10, 300)  # of either, timed together
 
     @property
     def row(self) -> int:
@@ -97,5 +98,5 @@ TINY = Sizes(
     None, dataclasses.replace(QWEN2_7B, **_SMALL), dataclasses.replace(SMOLLM2, **_SMALL), dataclasses.replace(MIXTRAL_8X7B, **_SMALL),
     _SMALL_REINFORCED, segment=16,
     speed=(("products", 2), ("full", 2)), memory_rows=2, steps=2, repeats=2, peer_rows=(1, 2), prompt=16, new=8, batches=(2, 4), copied=2**20,
-    matmul=128, runs=3, examples=2, lengths=(8, 24), mixture_tokens=(64, 4),
+    matmul=128, runs=3, examples=2, lengths=(8, 24), mixture_tokens=(64, 4), mixture_calls=(2, 2),
 )  # fmt: skip

@@ -31,7 +31,8 @@ def choose_experts(wanted: str, device: jax.Device, config: DecoderConfig, dtype
         raise ValueError(f"experts 'pallas' runs on a GPU, and the mesh is made of {device.platform.upper()} devices")
     if dtype not in DTYPES:
         raise ValueError(f"experts 'pallas' works in {' or '.join(DTYPES)}, not in {dtype}")
-    for name, size in (("width", config.d_model), ("hidden dimension of a device", config.d_ff // tensor)):
+    hidden = config.d_ff if config.d_ff % tensor else config.d_ff // tensor  # what does not divide is not cut
+    for name, size in (("width", config.d_model), ("hidden dimension of a device", hidden)):
         if size % SMALLEST:
             raise ValueError(f"experts 'pallas' needs a {name} that is a multiple of {SMALLEST}, not {size}")
     return wanted

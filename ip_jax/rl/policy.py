@@ -1,6 +1,6 @@
 """Log-probabilities and entropies of completion tokens under the prompts of their rows, at the sampling temperature.
 
-Logits are divided by the temperature on both sides, the sampler's and this one, and no top-p is applied.
+The temperature is the sampler's, and no top-p is applied.
 """
 import jax
 import jax.numpy as jnp

@@ -44,49 +44,50 @@ def choose_tokens(
     inverse = 1 / jnp.where(greedy, 1.0, jnp.maximum(temperature, TINY_TEMPERATURE))[..., None]
     classes = _classes(logits)
     # Without the barriers XLA adds a reduction over the whole vocabulary for what is reduced twice: half of the time that choosing takes on a CPU.
-    class_max = jax.lax.optimization_barrier(classes.max(axis=-2)) * inverse
-    largest = class_max.max(axis=-1)
-    scaled = lambda: classes * inverse[..., None]  # noqa: E731  (made anew where it is used: cheaper than to write it)
-    mass = jax.lax.optimization_barrier(jnp.exp(scaled() - largest[..., None, None]).sum(axis=-2))
+    class_max = jax.lax.optimization_barrier(classes.max(axis=-2))
+    largest = class_max.max(axis=-1, keepdims=True)
+    relative = lambda logits: (logits - largest) * inverse  # noqa: E731  (log of the unnormalised probability; made anew where it is used)
+    by_class = lambda: (classes - largest[..., None]) * inverse[..., None]  # noqa: E731
+    mass = jax.lax.optimization_barrier(jnp.exp(by_class()).sum(axis=-2))
     total = mass.sum(axis=-1)
 
     def sampled_class():
-        cutoff = jax.lax.cond(
-            jnp.any(top_p < 1), lambda: top_p_cutoff(logits * inverse, largest, total, top_p, candidates), lambda: jnp.full_like(largest, -jnp.inf)
-        )
-        kept = jax.lax.cond(jnp.any(top_p < 1), lambda: _kept_mass(scaled(), largest, cutoff), lambda: mass)
+        everything = jnp.full_like(total, -jnp.inf)
+        truncates = jnp.any(top_p < 1)
+        cutoff = jax.lax.cond(truncates, lambda: top_p_cutoff(relative(logits), total, top_p, candidates), lambda: everything)
+        kept = jax.lax.cond(truncates, lambda: _kept_mass(by_class(), cutoff), lambda: mass)
         chosen, rest = _inverse_cdf(kept, uniform)
         return jnp.where(greedy, jnp.argmax(class_max, axis=-1), chosen), rest, cutoff
 
     def greedy_class():
-        return jnp.argmax(class_max, axis=-1), jnp.zeros_like(largest), jnp.full_like(largest, -jnp.inf)
+        return jnp.argmax(class_max, axis=-1), jnp.zeros_like(total), jnp.full_like(total, -jnp.inf)
 
     lane, rest, cutoff = jax.lax.cond(jnp.all(greedy), greedy_class, sampled_class)
-    members = jnp.take_along_axis(classes, lane[..., None, None], axis=-1)[..., 0] * inverse
-    weights = jnp.where(members >= cutoff[..., None], jnp.exp(members - largest[..., None]), 0)
+    members = relative(jnp.take_along_axis(classes, lane[..., None, None], axis=-1)[..., 0])
+    weights = jnp.where(members >= cutoff[..., None], jnp.exp(members), 0)
     index = jnp.where(greedy, jnp.argmax(members, axis=-1), _inverse_cdf(weights, rest, fraction=False)[0])
-    log_prob = jnp.take_along_axis(members, index[..., None], axis=-1)[..., 0] - largest - jnp.log(total)
+    log_prob = jnp.take_along_axis(members, index[..., None], axis=-1)[..., 0] - jnp.log(total)
     return (index * classes.shape[-1] + lane).astype(jnp.int32), log_prob
 
 
 def top_p_cutoff(
-    scaled: Float[Array, "*rows V"], largest: Float[Array, "*rows"], total: Float[Array, "*rows"], top_p: Float[Array, "*rows"],
-    candidates: int,
+    relative: Float[Array, "*rows V"], total: Float[Array, "*rows"], top_p: Float[Array, "*rows"], candidates: int
 ) -> Float[Array, "*rows"]:
-    """The smallest kept logit: a token stays while the mass before it is below top_p (Holtzman et al. 2020), with every tie at the edge.
+    """The smallest kept one of `relative`, the logarithms of probabilities x `total`: a token stays while the mass before it is below top_p
+    (Holtzman et al. 2020), with every tie at the edge.
 
     Rows with top_p >= 1 keep all (-inf).
     """
 
     def cutoff(count):
-        values = jax.lax.top_k(scaled, count)[0]
-        probability = jnp.exp(values - largest[..., None]) / total[..., None]
+        values = jax.lax.top_k(relative, count)[0]
+        probability = jnp.exp(values) / total[..., None]
         before = jnp.cumsum(probability, axis=-1) - probability
         edge = jnp.where(before < top_p[..., None], values, jnp.inf).min(axis=-1)
         captured = before[..., -1] + probability[..., -1] >= top_p
         return jnp.where(top_p < 1, edge, -jnp.inf), jnp.all(captured | (top_p >= 1))
 
-    size = scaled.shape[-1]
+    size = relative.shape[-1]
     edge, captured = cutoff(min(candidates, size))
     return edge if candidates >= size else jax.lax.cond(captured, lambda: edge, lambda: cutoff(size)[0])
 
@@ -99,9 +100,8 @@ def _classes(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows W C"]:
     return logits.reshape(*logits.shape[:-1], -1, lanes)
 
 
-def _kept_mass(classes, largest, cutoff):
-    kept = jnp.where(classes >= cutoff[..., None, None], jnp.exp(classes - largest[..., None, None]), 0)
-    return kept.sum(axis=-2)
+def _kept_mass(by_class, cutoff):
+    return jnp.where(by_class >= cutoff[..., None, None], jnp.exp(by_class), 0).sum(axis=-2)
 
 
 def _inverse_cdf(weights: Float[Array, "*rows N"], target: Float[Array, "*rows"], fraction: bool = True):

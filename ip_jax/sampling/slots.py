@@ -22,7 +22,6 @@ from jaxtyping import Array, Bool, Float, Int
 from ip_jax.models.decoder import decoder_layer, rms_norm
 from ip_jax.models.families import Rope
 from ip_jax.models.placement import BY_ROW, EVERYWHERE, FSDP, VOCABULARY, constrain, each_its_rows
-from ip_jax.models.products import as_bits, from_bits
 from ip_jax.models.rope import Tables, rope_tables
 from ip_jax.sampling.attention import prompt_attend, token_attend
 from ip_jax.sampling.randomness import choose_tokens, row_keys, token_uniforms
@@ -257,7 +256,7 @@ def _sampled(slots: Slots, x: Array) -> Array:
 def _run_layers(decoder, layers, tokens: Int[Array, "R B T"], ropes, attend, caches, dtype):
     """Final-norm hidden states [R, B, T, D] and what `attend` emitted at each layer, as `Decoder.__call__` but layer by layer."""
     config = decoder.config
-    x = from_bits(jnp.take(as_bits(decoder.embed[...]), tokens, axis=0)).astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
+    x = jnp.take(decoder.embed[...], tokens, axis=0).astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
     layer_def = _split_layers(decoder)[0]
     emitted = []
     for (lora, base), cache, kind in zip(layers, caches, config.layer_kinds, strict=True):

@@ -10,6 +10,7 @@ from sampling_models import TINY, full_logits, one_run, prompts
 from ip_jax.sampling import slots
 from ip_jax.sampling.plan import make_plan
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
+from ip_jax.training.sharding import make_mesh
 
 OPTIONS = SamplerOptions(stop_ids=(-1,), slots=8, prefill_prompts=4, prompt_buckets=(16, 32, 64))
 
@@ -170,6 +171,14 @@ def test_another_prefill_length_pays_where_it_saves_a_third(lengths, expected):
     queue = [Request(prompt, i) for length in lengths for i, prompt in enumerate(prompts(2, length))]
     plan = make_plan([queue], SamplerOptions(stop_ids=(), prefill_prompts=2 * len(lengths)))
     assert plan.prefill_lengths == expected
+
+
+@pytest.mark.parametrize("count, slots, data, expected", [(60, 64, 1, 15), (16, 64, 1, 16), (17, 64, 1, 9), (60, 64, 4, 16), (18, 64, 4, 12), (60, 32, 1, 16)])
+def test_prompts_that_begin_together_do_so_in_equal_refills(count, slots, data, expected):
+    """Of at most 16 prompts and whole for each device; where prompts wait for free slots, refills are as large as they may be."""
+    mesh = make_mesh(data=data)
+    plan = make_plan([[Request(prompt, i) for i, prompt in enumerate(prompts(count, 20))]], SamplerOptions(stop_ids=(), slots=slots, mesh=mesh))
+    assert plan.prefill_prompts == expected
 
 
 @pytest.mark.parametrize("n_samples", [1, 2])

@@ -11,7 +11,7 @@ from ip_jax.models.decoder import packed_attend
 from ip_jax.models.families import AttentionKind, DecoderConfig, uniform_attention
 from ip_jax.settings import supervised
 from ip_jax.settings.experiment import ModelConfig, SftConfig
-from ip_jax.settings.programs import Program, attention_kernel, chosen_kernel, layers_fit_whole, row_rules
+from ip_jax.settings.programs import Program, attention_kernel, chosen_kernel, layers_fit_whole, row_rules, with_experts
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import AXES
 
@@ -75,6 +75,14 @@ def test_layers_are_whole_while_sampling_where_they_leave_half_of_the_memory(kin
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=AbstractDevice(kind, None, "gpu"))
     config = DecoderConfig("qwen2", 152064, 3584, 18944, layers, 28, 4, 128, PLAIN, 1e-5, 1024, False)
     assert layers_fit_whole(mesh, config, ModelConfig("x", weights="bfloat16", quantised=quantised)) is whole
+
+
+def test_the_kernel_of_experts_goes_into_the_decoders_config():
+    """And so into every program that is made of it: steps, passes, sampling."""
+    asked = program("gpu")
+    config = dataclasses.replace(asked.config, n_experts=8, experts_per_token=2)
+    for wanted in ("auto", "pallas"):
+        assert with_experts(asked.mesh, config, dataclasses.replace(asked.model, experts=wanted)).experts_kernel == wanted
 
 
 def test_experts_do_not_count_because_they_stay():

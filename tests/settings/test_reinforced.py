@@ -349,11 +349,15 @@ def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(model, tmp_path)
     refused("the arm a holds <function", (RlArm("a", "a", train_prompt=PromptDistribution((by_hand,))),))
 
 
-def test_a_kernel_that_the_devices_lack_is_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kernel, sentence", [
+    (dict(attention="splash"), "attention 'splash' runs on a TPU, and the mesh is made of CPU devices"),
+    (dict(experts="pallas"), "experts 'pallas' is for a mixture of experts, and llama has none"),
+])  # fmt: skip
+def test_a_kernel_that_cannot_be_is_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch, kernel, sentence):
     monkeypatch.setattr(reinforced, "load_base", None)
     named = make(model, ARMS)
-    named = dataclasses.replace(named, model=dataclasses.replace(named.model, attention="splash"))
-    with pytest.raises(ValueError, match="attention 'splash' runs on a TPU, and the mesh is made of CPU devices"):
+    named = dataclasses.replace(named, model=dataclasses.replace(named.model, **kernel))
+    with pytest.raises(ValueError, match=sentence):
         run(named, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 

@@ -118,6 +118,7 @@ def test_a_quantised_base_on_a_mesh(model, tmp_path):
     (dict(model={"quantised": "nf4"}, config={"d_ff": 40}), "the weights down have 40 inputs, which blocks of 16 do not divide: choose int8"),
     (dict(model={"quantised": "int8"}, config={"n_experts": 3}, sft={"lora": LoraConfig(targets=("q",))}), "a mixture of experts, whose experts cannot be quantised"),
     (dict(model={"attention": "splash"}), "attention 'splash' runs on a TPU, and the mesh is made of CPU devices"),
+    (dict(model={"experts": "pallas"}), "experts 'pallas' is for a mixture of experts, and llama has none"),
 ])  # fmt: skip
 def test_what_cannot_run_is_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr("ip_jax.settings.experiment.check_quantised", lambda kind: None)  # whether qwix is there is not asked here
