@@ -44,10 +44,11 @@ def test_on_any_mesh(mesh):
     assert_equals_every_expert((2, 8, 3), 8, 2, **mesh)
 
 
+@pytest.mark.parametrize("chunk", [256, 16])
 @pytest.mark.parametrize("step", [expert_kernel.product, expert_kernel.transposed, expert_kernel.outer], ids=lambda step: step.__name__)
-def test_it_lowers_for_a_gpu(step):
-    """To Triton, for Mixtral-8x7B's own sizes. It is not compiled, and nothing is run."""
-    rows, width, hidden, chunk = 8192, 4096, 14336, 256
+def test_it_lowers_for_a_gpu(step, chunk):
+    """To Triton, for Mixtral-8x7B's own sizes, in training and where few tokens are decoded. It is not compiled, and nothing is run."""
+    rows, width, hidden = 32 * chunk, 4096, 14336
     x, d, kernels = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, width), (rows, hidden), (8, width, hidden)))
     of_chunks, of_experts = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (rows // chunk, 8))
     given = {

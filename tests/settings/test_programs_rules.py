@@ -5,13 +5,27 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from configs.rl_shapes import PRESETS
 from ip_jax.models.decoder import packed_attend
 from ip_jax.models.families import AttentionKind, DecoderConfig, uniform_attention
+from ip_jax.models.lora import LoraConfig
+from ip_jax.planning.reinforced_programs import untrained_decoder
+from ip_jax.planning.workload import abstract_base
+from ip_jax.rl.algorithm import Algorithm
 from ip_jax.settings import supervised
 from ip_jax.settings.experiment import ModelConfig, SftConfig
-from ip_jax.settings.programs import Program, attention_kernel, chosen_kernel, layers_fit_whole, row_rules, with_experts
+from ip_jax.settings.programs import (
+    Program,
+    attention_kernel,
+    chosen_kernel,
+    initial_state,
+    layers_fit_whole,
+    row_rules,
+)
+from ip_jax.settings.reinforced_programs import Kind, decoders
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import AXES
 
@@ -77,12 +91,23 @@ def test_layers_are_whole_while_sampling_where_they_leave_half_of_the_memory(kin
     assert layers_fit_whole(mesh, config, ModelConfig("x", weights="bfloat16", quantised=quantised)) is whole
 
 
-def test_the_kernel_of_experts_goes_into_the_decoders_config():
-    """And so into every program that is made of it: steps, passes, sampling."""
-    asked = program("gpu")
-    config = dataclasses.replace(asked.config, n_experts=8, experts_per_token=2)
-    for wanted in ("auto", "pallas"):
-        assert with_experts(asked.mesh, config, dataclasses.replace(asked.model, experts=wanted)).experts_kernel == wanted
+@pytest.mark.parametrize("wanted", ["auto", "pallas"])
+def test_the_kernel_of_experts_is_in_every_decoder(wanted):
+    """And so in every program that is made of them: steps, passes, sampling."""
+    lora = LoraConfig(targets=("q", "k", "v", "o"))
+    asked = program("gpu", sft=dataclasses.replace(SFT, lora=lora))
+    asked = dataclasses.replace(
+        asked, config=dataclasses.replace(asked.config, n_experts=8, experts_per_token=2), model=dataclasses.replace(asked.model, experts=wanted)
+    )
+    params = abstract_base(asked.config, asked.model, asked.mesh)
+    rl = dataclasses.replace(PRESETS["qwen3-4b"].rl, lora=lora)
+    graph, state, frozen = initial_state(asked, params, [0], evaluate=jax.eval_shape)
+    rl_decoders, start = decoders(Kind(asked.mesh, asked.config, rl, asked.model, Algorithm()), params, [0], [1e-4], jax.eval_shape)
+    untrained = untrained_decoder(types.SimpleNamespace(config=asked.config, model=asked.model, untrained_mesh=asked.mesh))
+    split = [
+        (graph, state.trained, frozen), (rl_decoders.policy, start().trained, rl_decoders.frozen), (rl_decoders.reference, {}, rl_decoders.reference_frozen), untrained,
+    ]
+    assert [nnx.merge(*parts).config.experts_kernel for parts in split] == [wanted] * 4
 
 
 def test_experts_do_not_count_because_they_stay():
