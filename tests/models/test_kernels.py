@@ -233,3 +233,12 @@ def test_splash_compiles_for_a_tpu(heads, length, options, dtype, tpu_topology):
     q, k = of(kv_heads, groups, head_dim), of(kv_heads, head_dim)
     compiled = jax.jit(on_mesh, in_shardings=NamedSharding(mesh, PartitionSpec("run", "data"))).lower(q, k, k, q, *ints).compile()
     assert compiled.as_text().count("tpu_custom_call") >= 3  # forward, dq and dkv kernels
+
+
+@pytest.mark.parametrize(("kernel", "window"), [("cudnn", None), ("cudnn", 70), ("pallas", None)])
+def test_kernels_of_gpus_lower_for_cuda(kernel, window):
+    """Values and gradients, to custom calls. They are not compiled."""
+    inputs = [jnp.asarray(x, jnp.bfloat16) for x in arrays(1, 2, 64)]
+    this = KernelAttention(kernel, scale=0.17, window=window)
+    text = jax.jit(lambda *x: context_and_gradients(this, *x)).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    assert {"cudnn": "__cudnn$fmha", "pallas": "triton"}[kernel] in text

@@ -9,12 +9,13 @@ import fsspec
 import jax
 import orbax.checkpoint as ocp
 import pytest
+import tiny_reinforced
 from etils import epath
 from fsspec.spec import AbstractFileSystem
 from rich.console import Console
 from tiny_experiment import make_experiment, write_model
 
-from ip_jax.settings import supervised
+from ip_jax.settings import reinforced, supervised
 from ip_jax.settings.display import Display
 from ip_jax.settings.trained import trained_runs
 from ip_jax.training import checkpoint
@@ -114,10 +115,17 @@ def small(model, **sft):
     return make_experiment(model, arms=("untrained", "neutral"), sft=dict(steps=2, checkpoint_every=1) | sft, evaluation=dict(full_steps=(0, 2), neutral_steps=()))
 
 
-def run(experiment, folder) -> str:
+def run(experiment, folder, engine=supervised.run_supervised) -> str:
     printed = io.StringIO()
-    supervised.run_supervised(experiment, folder, Display(Console(file=printed, width=200)))
+    engine(experiment, folder, Display(Console(file=printed, width=200)))
     return printed.getvalue()
+
+
+def files_of_both(remote: epath.Path, local: epath.Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """What lies in the two folders, by name."""
+    prefix = f"{remote}/".removeprefix("gs://")
+    theirs = {str(path.relative_to(local)): path.read_bytes() for path in local.glob("**/*") if path.is_file()}
+    return {name.removeprefix(prefix): data for name, data in Bucket.objects.items()}, theirs
 
 
 @pytest.mark.slow
@@ -126,8 +134,7 @@ def test_an_experiment_writes_there_what_it_writes_to_a_disk(bucket, local_check
     remote, local = epath.Path("gs://bucket/results/out"), epath.Path(tmp_path / "out")
     run(small(model), remote)
     run(small(model), local)
-    ours = {name.removeprefix("bucket/results/out/"): data for name, data in bucket.objects.items()}
-    theirs = {str(path.relative_to(local)): path.read_bytes() for path in tmp_path.joinpath("out").rglob("*") if path.is_file()}
+    ours, theirs = files_of_both(remote, local)
     assert ours.keys() == theirs.keys() and len(theirs) == 12
     differing = {name.partition("/")[0] for name in theirs if ours[name] != theirs[name]}
     assert differing == {"environment.json", "timing"}, "which have times in them"
@@ -142,6 +149,23 @@ def test_an_experiment_writes_there_what_it_writes_to_a_disk(bucket, local_check
     assert bucket.written == ["bucket/results/out/config.json", "bucket/results/out/transcripts.parquet"]
     with pytest.raises(ValueError, match="the results folder gs://bucket/results/out belongs to another config"):
         run(small(model, learning_rate=1.0), remote)
+
+
+@pytest.mark.slow
+def test_reinforcement_learning_writes_there_what_it_writes_to_a_disk(bucket, local_checkpoints, compiled_once, monkeypatch, tmp_path):
+    """Every rollout, table and adapter."""
+    monkeypatch.setattr(reinforced, "make_mesh", lambda **_: make_mesh())
+    experiment = tiny_reinforced.make(write_model(tmp_path / "model"), tiny_reinforced.ARMS[:1], iterations=2, checkpoint_every=1)
+    remote, local = epath.Path("gs://bucket/results/out"), epath.Path(tmp_path / "out")
+    for folder in (remote, local):
+        run(experiment, folder, reinforced.run_reinforced)
+    ours, theirs = files_of_both(remote, local)
+    assert ours.keys() == theirs.keys() and any(name.startswith("rollouts/") for name in ours)
+    differing = {name.partition("/")[0] for name in theirs if ours[name] != theirs[name]}
+    assert differing == {"environment.json", "timing"}, "which have times in them"
+    del bucket.written[:]
+    assert "every run is complete: nothing to train or evaluate" in run(experiment, remote, reinforced.run_reinforced)
+    assert not any(name.startswith("bucket/results/out/rollouts/") for name in bucket.written)
 
 
 def test_a_folder_with_other_things_is_refused(bucket, local_checkpoints, tmp_path):
