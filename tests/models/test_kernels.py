@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ip_jax.data.packing import segment_index
@@ -236,8 +237,10 @@ def test_splash_compiles_for_a_tpu(heads, length, options, dtype, tpu_topology):
 
 
 @pytest.mark.parametrize(("kernel", "window"), [("cudnn", None), ("cudnn", 70), ("pallas", None)])
-def test_kernels_of_gpus_lower_for_cuda(kernel, window):
-    """Values and gradients, to custom calls. They are not compiled."""
+def test_kernels_of_gpus_lower_for_cuda(kernel, window, monkeypatch):
+    """Values and gradients, to custom calls. They are not compiled. cuDNN, which is not here, is asked for its version and for the GPU's kind."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
     inputs = [jnp.asarray(x, jnp.bfloat16) for x in arrays(1, 2, 64)]
     this = KernelAttention(kernel, scale=0.17, window=window)
     text = jax.jit(lambda *x: context_and_gradients(this, *x)).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()

@@ -13,7 +13,6 @@ from ip_jax.planning.programs import TooLarge
 
 SMALL = "--model", "smollm2-135m-instruct"  # in place of models whose tokenizers are on the hub
 GENERATED = "--eval-sets", "generated"
-SUPERVISED, REINFORCED = ["prefill", "decoding a token", "step"], ["decoding a token", "prefill", "update"]
 
 
 def presets(config: str) -> list[str]:
@@ -23,8 +22,8 @@ def presets(config: str) -> list[str]:
 PLANS = [
     *(pytest.param("sft_shapes", name, (), id=f"sft_shapes {name}") for name in presets("sft_shapes")),
     *(pytest.param("rl_shapes", name, (), id=f"rl_shapes {name}") for name in presets("rl_shapes")),
-    *(pytest.param("gcd_sycophancy", name, (*SMALL, *GENERATED), id=f"gcd_sycophancy {name}", marks=pytest.mark.slow) for name in presets("gcd_sycophancy")),
-    *(pytest.param("gcd_approval", name, (*SMALL, "--published", "False"), id=f"gcd_approval {name}", marks=pytest.mark.slow) for name in presets("gcd_approval")),
+    *(pytest.param("gcd_sycophancy", name, (*SMALL, *GENERATED, "--sft.max-length", "512"), id=f"gcd_sycophancy {name}", marks=pytest.mark.slow) for name in presets("gcd_sycophancy")),
+    *(pytest.param("gcd_approval", name, (*SMALL, "--model.thinking", "None", "--no-published"), id=f"gcd_approval {name}", marks=pytest.mark.slow) for name in presets("gcd_approval")),
 ]
 
 
@@ -32,9 +31,10 @@ PLANS = [
 def test_every_preset_has_a_plan_that_fits_eight_h200(config, preset, options, capsys, tmp_path):
     said, record = planned(capsys, tmp_path, config, "--preset", preset, "--topology", "h200:8", *options)
     assert record["fits"] and "fits" in said and "chip-hours" in said
-    phases = {phase["name"]: phase for phase in record["phases"]}
-    assert set(phases) >= set(REINFORCED if config in ("rl_shapes", "gcd_approval") else SUPERVISED)
-    assert all(phase["times"] > 0 and max(phase["seconds"].values()) > 0 and phase["cost"]["flops"] > 0 for phase in phases.values())
+    learns = "update" if config in ("rl_shapes", "gcd_approval") else "step"
+    for part in (learns, "prefill", "decoding a token"):
+        assert any(part in phase["name"] for phase in record["phases"])
+    assert all(phase["times"] > 0 and max(phase["seconds"].values()) > 0 and phase["cost"]["flops"] > 0 for phase in record["phases"])
     assert all(kinds["weights"] > 0 for kinds in record["memory"].values()) and sum(record["hours"].values()) > 0
 
 
@@ -47,6 +47,7 @@ def tiny_shapes():
     )
 
 
+@pytest.mark.slow
 def test_a_compiler_has_the_last_word_on_a_candidate(monkeypatch):
     """Its bytes and FLOPs stand in place of the formulas', and what it refuses comes last."""
     found, real = [], command.compile_step
