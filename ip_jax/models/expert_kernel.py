@@ -1,4 +1,4 @@
-"""Products of rows that are laid out by expert, as one Pallas kernel for GPUs: the loop over experts of `moe.py` without its launches.
+"""Products of rows that are laid out by expert, as one Pallas kernel for GPUs, in place of the loop over experts of `moe.py`.
 
 Every chunk of rows has one expert (`moe.py` lays them out so). One program of the kernel multiplies a tile of one chunk's rows with a tile of
 that expert's matrix; chunks of no expert cost nothing, and their results have no meaning. On a CPU the kernel is interpreted (tests).

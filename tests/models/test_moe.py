@@ -63,12 +63,13 @@ def assert_close(found, expected, atol=2e-5):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), found, expected)
 
 
-@pytest.mark.parametrize("form", ["one by one", "together"])
+@pytest.mark.parametrize("form", ["one by one", "together", "together in one block"])
 @pytest.mark.parametrize(("n_experts", "per_token"), [(3, 1), (8, 2)])
 def test_mixture_equals_every_expert_on_every_token(n_experts, per_token, form, monkeypatch):
-    """Both forms, also where a chunk is far shorter than an expert's tokens, and where one expert has them all."""
-    if form == "together":
+    """All forms, also where a chunk is far shorter than an expert's tokens, and where one expert has them all."""
+    if form != "one by one":
         monkeypatch.setattr(moe, "_one_by_one", functools.partial(moe._together, moe._ragged))
+    if form == "together":
         monkeypatch.setattr(moe, "BLOCK", 32)
     monkeypatch.setattr(moe, "LONGEST_CHUNK", 8)
     our_mixture = functools.partial(moe.mixture, jax.nn.silu, "auto")
