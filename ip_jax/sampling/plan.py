@@ -130,7 +130,9 @@ def make_plan(requests: Sequence[Sequence[Request]], options: SamplerOptions) ->
     longest, groups = max(map(len, queues)), max(1, options.slots // rows)
     if longest <= groups:  # all begin together: in refills that are equally full
         prefill_prompts = _round_up(-(-longest // -(-longest // prefill_prompts)), spread)
-    groups = longest if longest <= groups else _round_up(groups, min(prefill_prompts, groups))  # whole refills
+        groups = longest
+    else:
+        groups = _round_up(groups, min(prefill_prompts, groups))  # whole refills
     groups = _round_up(groups, spread)
     prompts = [prompt for queue in queues for group in queue for prompt in group.prompts]
     prefix = _shared_prefix(prompts) if longest > prefill_prompts else np.zeros(0, np.int32)
