@@ -19,7 +19,7 @@ from ip_jax.models.kernels import KernelAttention, packing
 from ip_jax.models.lora import TARGETS, LoraConfig
 from ip_jax.models.moe import mixture, route
 from ip_jax.models.placement import BY_ROW, constrain
-from ip_jax.models.products import as_bits, base_products, from_bits, kept, lora_products, product, row_sum
+from ip_jax.models.products import as_bits, base_products, entry, from_bits, kept, lora_products, product, row_sum
 from ip_jax.models.remat import rematerialised
 from ip_jax.models.rope import apply_rope, rope_tables
 from ip_jax.models.run_rows import of_each_row
@@ -107,25 +107,27 @@ class Decoder(nnx.Module):
 
     def __call__(
         self, tokens: Int[Array, "R B T"], positions: Int[Array, "R B T"], attend: Attend, cache=None, *, dtype=jnp.float32,
-        remat: str = "products", dropout=None, runs: Int[Array, "R B"] | None = None,
+        remat: str = "products", dropout=None, runs: Int[Array, "R B"] | None = None, forward_only: bool = False,
     ) -> tuple[Float[Array, "R B T D"], Emitted]:
         """Final-norm hidden states and the stacked emissions of the layers ([L, ...]).
 
         `cache` is a pytree of [L, ...] arrays whose slice goes to `attend`; `remat` names what the backward pass keeps (`models.remat`);
         `dropout` is (rate, keys [R] or, for rows apart, [R*B]) or None. Where rows of several runs lie side by side, the first axis is one of
-        blocks of runs, and `runs` says whose each row is (see `models.run_rows`). Beside adapters the layers' weights have no gradient.
+        blocks of runs, and `runs` says whose each row is (see `models.run_rows`). The layers' weights have no gradient beside adapters, nor
+        in a pass that is `forward_only`.
         """
         config = self.config
         x = jnp.take(self.embed[...], tokens, axis=0).astype(dtype) * jnp.asarray(config.embedding_scale, dtype)
         ropes = {rope: rope_tables(positions, rope, config.head_dim) for rope in config.ropes}
         graphdef, lora, base = nnx.split(self.layers, nnx.LoRAParam, nnx.Param)
         lora = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), lora)
+        stack, base = (base, None) if forward_only else (None, base)
         if jax.tree.leaves(lora):  # else the weights themselves may be trained, and bits have no gradient
             base = as_bits(base)
 
         def layer(kind: AttentionKind, x, scanned):
             lora, base, cache, index = scanned
-            base = from_bits(base)
+            base = entry(stack, index) if forward_only else from_bits(base)
             lora = lora if runs is None else jax.tree.map(lambda a: of_each_row(a, runs), lora)
             layer_dropout = dropout and (dropout[0], jax.vmap(lambda key: jax.random.fold_in(key, index))(dropout[1]))
             x = constrain(x, BY_ROW)  # else the partitioner may cut x as the weights are cut and send activations about

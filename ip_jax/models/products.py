@@ -12,7 +12,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ip_jax.models.placement import on_one_cpu
 from ip_jax.models.quantised import dense, is_quantised
@@ -40,6 +40,21 @@ def as_bits(tree):
 def from_bits(tree):
     """The inverse of `as_bits`."""
     return jax.tree.map(lambda a: jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a, tree)
+
+
+def entry(stack, index: Int[Array, ""]):
+    """Entry `index` of each leaf [L, ...] of a stack, for loops without a gradient. On a CPU as bits, and the bits behind a barrier: else XLA makes
+    those of the whole stack before the loop.
+    """
+
+    def at(stack, index):
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stack)
+
+    def as_bits_at(stack, index):
+        stack, index = jax.lax.optimization_barrier((stack, index))
+        return from_bits(at(as_bits(stack), index))
+
+    return on_one_cpu(as_bits_at, at, stack, index)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

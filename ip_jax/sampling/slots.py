@@ -98,7 +98,7 @@ def start_slots(graphdef, lora, base, prefix: Int[Array, " X"], *, shape: SlotSh
         tokens = jnp.broadcast_to(prefix, (shape.runs, 1, length))
         nothing = jnp.zeros((layers, shape.runs, 1, kv, size, 0), dtype), jnp.zeros((layers, shape.runs, 1, kv, 0, size), dtype)
         positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-        _, emitted = decoder(tokens, positions, prompt_attend(dtype), nothing, dtype=jnp.dtype(dtype))
+        _, emitted = decoder(tokens, positions, prompt_attend(dtype), nothing, dtype=jnp.dtype(dtype), forward_only=True)
         k, v = emitted.attention
         prompt_k = tuple(cache.at[..., :length].set(new) for cache, new in zip(prompt_k, k, strict=True))
         prompt_v = tuple(cache.at[..., :length, :].set(new) for cache, new in zip(prompt_v, v, strict=True))
@@ -150,7 +150,7 @@ def prefill(graphdef, lora, base, slots: Slots, refill: Refill, *, prefix: int, 
     shared = jnp.stack([x[:, :1, :, :, :prefix] for x in slots.prompt_k]), jnp.stack([x[:, :1, :, :prefix] for x in slots.prompt_v])
     positions = jnp.broadcast_to(jnp.arange(prefix, end), refill.prompt.shape)
     decoder = nnx.merge(graphdef, lora, base)
-    _, emitted = decoder(refill.prompt, positions, prompt_attend(slots.prompt_k[0].dtype), shared, dtype=jnp.dtype(dtype))
+    _, emitted = decoder(refill.prompt, positions, prompt_attend(slots.prompt_k[0].dtype), shared, dtype=jnp.dtype(dtype), forward_only=True)
     new_k, new_v = emitted.attention
     run = jnp.arange(refill.group.shape[0])[:, None]
     place = lambda old, new: old.at[run, refill.group].set(new, mode="drop")  # noqa: E731
