@@ -3,6 +3,7 @@
 Sources: llama.cpp's convert_hf_to_gguf.py (tensor names, the row permutation of q and k), src/llama-vocab.cpp (what each value
 of tokenizer.ggml.pre means), gguf's constants (metadata keys).
 """
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +59,19 @@ class GgufFile:
 
 
 def open_gguf(path: Path | str) -> GgufFile:
-    """Read the metadata and map the tensors. Raises ValueError when the file is not a complete GGUF file."""
+    """Read the metadata and map the tensors. Raises ValueError when the file is not a complete GGUF file.
+
+    The gguf library takes seconds for a vocabulary of 49,152 tokens: the last file is read again only when it has changed.
+    """
+    path = Path(path)
+    found = path.stat()
+    return _read(path, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _read(path: Path, changed: int, size: int) -> GgufFile:
     from gguf import GGUFReader
 
-    path = Path(path)
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:

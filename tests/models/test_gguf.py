@@ -195,6 +195,15 @@ def test_damaged_files(tiny, tmp_path):
         gguf.open_gguf(cut)
 
 
+def test_a_file_is_read_again_only_when_it_has_changed(tiny, tmp_path):
+    config, weights = tiny
+    path = write_gguf(tmp_path / "m.gguf", config, weights)
+    first = gguf.open_gguf(path)
+    assert gguf.open_gguf(str(path)) is first
+    write_gguf(path, config, weights, pre="smollm")
+    assert gguf.open_gguf(path).metadata["tokenizer.ggml.pre"] == "smollm" != first.metadata["tokenizer.ggml.pre"]
+
+
 def test_refused_contents(tiny, tmp_path):
     config, weights = tiny
     path = tmp_path / "odd.gguf"
