@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from ip_jax.data.packing import segment_index
 from ip_jax.models import hf
 from ip_jax.models.decoder import causal_attend, packed_attend, split_decoder
 from ip_jax.models.families import DecoderConfig, RopeScaling, param_shapes, uniform_attention
 from ip_jax.models.lora import LoraConfig, projection_shapes
+from ip_jax.training.sharding import AXES
 from ip_jax.training.state import Batch
 
 SIZES = dict(
@@ -48,6 +50,8 @@ HF_MODELS = {
     "gemma3": ("Gemma3", dict(head_dim=24, sliding_window=5, num_hidden_layers=7, layer_types=PATTERN, **GEMMA_3)),  # two periods and a layer
     "gemma3-odd": ("Gemma3", dict(head_dim=8, sliding_window=9, num_key_value_heads=1, vocab_size=97, num_hidden_layers=2, final_logit_softcapping=3.0, **GEMMA_3)),
 }  # fmt: skip
+# one GPU that is not there: from jax 0.11 on Pallas asks which one it lowers for
+H200 = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=AbstractDevice("NVIDIA H200", None, "gpu"))
 CONFIG = DecoderConfig("llama", 101, 32, 48, 3, 4, 2, 16, uniform_attention(16, 1000.0), 1e-5, 256, True)
 SCALED_ROPE = RopeScaling(8.0, 1.0, 4.0, 32)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models as tiny
 from jax.sharding import AbstractDevice
 from test_moe import MESHES, assert_close, every_expert_on_every_token, random_mixture, result_and_gradients
 
@@ -55,8 +56,9 @@ def test_it_lowers_for_a_gpu(step, chunk):
         expert_kernel.product: (x, kernels, of_chunks), expert_kernel.transposed: (d, kernels, of_chunks),
         expert_kernel.outer: (x, d, of_experts, of_experts),
     }[step]  # fmt: skip
-    traced = jax.jit(functools.partial(step, chunk=chunk) if step is expert_kernel.outer else step).trace(*given)
-    assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    with jax.sharding.use_abstract_mesh(tiny.H200):
+        traced = jax.jit(functools.partial(step, chunk=chunk) if step is expert_kernel.outer else step).trace(*given)
+        assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 MIXTRAL = DecoderConfig("mixtral", 512, 64, 96, 2, 4, 2, 16, uniform_attention(16, 1e4), 1e-5, 1024, False, n_experts=8, experts_per_token=2)
