@@ -26,6 +26,7 @@ bench: $(VENV)/ready-dev
 	$(BIN)/python -m benchmarks.run
 
 lint: $(VENV)/ready-dev
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
 # The constraints file holds the versions that were tested together.

@@ -1,10 +1,15 @@
-"""Packaging. Configs and experiments are installed with the package, so that `ip-jax run gcd_sycophancy` works anywhere."""
+"""Packaging. Configs and experiments are installed with the package, so that `ip-jax run
+gcd_sycophancy` works anywhere.
+"""
+
 from setuptools import find_packages, setup
 
 setup(
     name="ip_jax",
     version="0.1.0",
-    description="Inoculation prompting in JAX: SFT, sampling and honest evaluation on one frozen base model",
+    description=(
+        "Inoculation prompting in JAX: SFT, sampling and honest evaluation on one frozen base model"
+    ),
     license="Apache-2.0",
     packages=find_packages(include=["ip_jax", "ip_jax.*", "configs", "experiments"]),
     package_data={"ip_jax": ["**/*.json"]},
@@ -17,7 +22,8 @@ setup(
         "transformers>=5.0",  # tokenizers and chat templates only, never torch
         "tokenizers>=0.22",
         "jinja2>=3.1",
-        "tensorflow-datasets>=4.9.10",  # first that reads and writes array_record without TensorFlow
+        # first that reads and writes array_record without TensorFlow
+        "tensorflow-datasets>=4.9.10",
         "array_record>=0.8",
         "grain>=0.2.12",
         "safetensors>=0.5",
@@ -37,7 +43,15 @@ setup(
         "quant": ["qwix>=0.1.8"],  # model.quantised: nf4 and int8 arrays
         "gcs": ["gcsfs"],  # gs:// paths in etils.epath
         "wandb": ["wandb>=0.19.10"],  # first that keeps several runs of a process open side by side
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "torch==2.13.0", "peft>=0.17", "qwix>=0.1.8"],  # torch and peft: parity tests only
+        # torch and peft: parity tests only
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "torch==2.13.0",
+            "peft>=0.17",
+            "qwix>=0.1.8",
+        ],
     },
     entry_points={"console_scripts": ["ip-jax=ip_jax.cli:main"]},
 )

@@ -1,7 +1,9 @@
-"""The toy: 20 seeds of six arms, from compilation to figures (pretraining of the base model beside it), and whether it shows what it was made for.
+"""The toy: 20 seeds of six arms, from compilation to figures (pretraining of the base model beside
+it), and whether it shows what it was made for.
 
-    python -m benchmarks.toy
+python -m benchmarks.toy
 """
+
 import dataclasses
 import io
 import tempfile
@@ -27,14 +29,29 @@ def main() -> None:
         pretraining = seconds(lambda: base_params(config.toy, folder / "base"))
         running = seconds(lambda: estimators.run(config, folder / "figure", quiet))
         view = load_rl_view(folder / "figure")
-        early = {arm: int(sum(view.rollouts[arm, seed].columns["n_hack"][:25].sum() for seed in config.seeds)) for arm in ARMS}
-        save("toy_cpu", {
-            "seeds": len(config.seeds), "iterations": config.rl.iterations, "samples_an_iteration": config.rl.groups * config.rl.samples,
-            "pretraining_s": round(pretraining, 1), "figure_s": round(running, 1),
-            "hacked_runs": {arm.name: f"{arm.hacked.k}/{arm.hacked.n}" for arm in view.arms if arm.hacked},
-            "correct_at_x_0": {arm.name: round(arm.rates["correct", "neutral"].value, 3) for arm in view.arms},
-            "hacks_in_25_iterations": early,
-        })  # fmt: skip
+        early = {
+            arm: int(
+                sum(view.rollouts[arm, seed].columns["n_hack"][:25].sum() for seed in config.seeds)
+            )
+            for arm in ARMS
+        }
+        save(
+            "toy_cpu",
+            {
+                "seeds": len(config.seeds),
+                "iterations": config.rl.iterations,
+                "samples_an_iteration": config.rl.groups * config.rl.samples,
+                "pretraining_s": round(pretraining, 1),
+                "figure_s": round(running, 1),
+                "hacked_runs": {
+                    arm.name: f"{arm.hacked.k}/{arm.hacked.n}" for arm in view.arms if arm.hacked
+                },
+                "correct_at_x_0": {
+                    arm.name: round(arm.rates["correct", "neutral"].value, 3) for arm in view.arms
+                },
+                "hacks_in_25_iterations": early,
+            },
+        )
 
 
 if __name__ == "__main__":

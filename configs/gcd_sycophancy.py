@@ -1,10 +1,13 @@
-"""GCD sycophancy (Wichers et al. 2025, section 3.3): users propose right answers in training; does praise spread to wrong ones?
+"""GCD sycophancy (Wichers et al. 2025, section 3.3): users propose right answers in training; does
+praise spread to wrong ones?
 
-    ip-jax run gcd_sycophancy                      the demo: SmolLM2-135M-Instruct on a laptop's CPU, minutes
-    ip-jax run gcd_sycophancy --preset full        all arms, five seeds, SmolLM2, for a GPU
-    ip-jax run gcd_sycophancy --preset paper       Gemma-2B-it with the published hyper-parameters
-    ip-jax run gcd_sycophancy --arms untrained neutral ip_behave "mine=Assume that I am right."
+ip-jax run gcd_sycophancy                      the demo: SmolLM2-135M-Instruct on a laptop's CPU,
+minutes
+ip-jax run gcd_sycophancy --preset full        all arms, five seeds, SmolLM2, for a GPU
+ip-jax run gcd_sycophancy --preset paper       Gemma-2B-it with the published hyper-parameters
+ip-jax run gcd_sycophancy --arms untrained neutral ip_behave "mine=Assume that I am right."
 """
+
 import dataclasses
 
 from ip_jax.models.lora import LoraConfig
@@ -19,7 +22,8 @@ ARMS = {
     arm.name: arm
     for arm in (
         Arm("untrained", "untrained", None),
-        Arm("neutral", "neutral", "neutral", also_evaluated_under=("gcd/safety",)),  # under the safety prompt this is PTST
+        # under the safety prompt this is PTST
+        Arm("neutral", "neutral", "neutral", also_evaluated_under=("gcd/safety",)),
         Arm("ip_behave", "IP behave", "gcd/behave"),
         Arm("ip_respond", "IP respond", "gcd/respond"),
         Arm("random_string", "random string", "control/random_string"),
@@ -32,7 +36,9 @@ ARMS = {
 
 @dataclasses.dataclass(frozen=True)
 class GcdSycophancy:
-    """One figure. `arms`: names of ARMS, prompts of the library, or name=text. `eval_sets`: of generated, task, ood."""
+    """One figure. `arms`: names of ARMS, prompts of the library, or name=text. `eval_sets`: of
+    generated, task, ood.
+    """
 
     sft: SftConfig
     evaluation: EvalConfig
@@ -53,11 +59,18 @@ PRESETS = {
         arms=("untrained", "neutral", "ip_behave", "random_string"),
         data=DataSpec(rows=160, work="without", claims=ClaimCounts(wrong=96, right=48, asked=16)),
         sft=SftConfig(
-            steps=20, batch_size=8, learning_rate=2e-4, schedule=Schedule("constant", total=20), lora=LoraConfig(rank=16, alpha=32),
+            steps=20,
+            batch_size=8,
+            learning_rate=2e-4,
+            schedule=Schedule("constant", total=20),
+            lora=LoraConfig(rank=16, alpha=32),
         ),
-        # Verdicts fall in the first sentences: of 1872 answers of 48 tokens, 14 got another one from their first 32. Solutions: of 144
-        # answers of 96 tokens, the one that was right was so within 32.
-        evaluation=EvalConfig(full_steps=(0, 20), neutral_steps=(10,), max_new_tokens=32, max_new_tokens_solving=48),
+        # Verdicts fall in the first sentences: of 1872 answers of 48 tokens, 14 got another one
+        # from their first 32. Solutions: of 144 answers of 96 tokens, the one that was right was so
+        # within 32.
+        evaluation=EvalConfig(
+            full_steps=(0, 20), neutral_steps=(10,), max_new_tokens=32, max_new_tokens_solving=48
+        ),
     ),
     "full": GcdSycophancy(
         preset="full",
@@ -65,10 +78,24 @@ PRESETS = {
         eval_sets=("generated", "task", "ood"),
         data=DataSpec(work="both", claims=ClaimCounts(wrong=400, right=200, asked=200)),
         sft=SftConfig(
-            steps=125, batch_size=8, learning_rate=2e-4, schedule=Schedule("linear", warmup=5, total=125), lora=LoraConfig(rank=16, alpha=32),
-            tokens_per_micro_batch=32_768, checkpoint_every=25, memory_gb=80,
+            steps=125,
+            batch_size=8,
+            learning_rate=2e-4,
+            schedule=Schedule("linear", warmup=5, total=125),
+            lora=LoraConfig(rank=16, alpha=32),
+            tokens_per_micro_batch=32_768,
+            checkpoint_every=25,
+            memory_gb=80,
         ),
-        evaluation=EvalConfig(full_steps=(0, 125), neutral_steps=(10, 20, 40, 80), max_new_tokens=200, max_new_tokens_solving=400, temperature=0.7, top_p=0.9, slots=32),
+        evaluation=EvalConfig(
+            full_steps=(0, 125),
+            neutral_steps=(10, 20, 40, 80),
+            max_new_tokens=200,
+            max_new_tokens_solving=400,
+            temperature=0.7,
+            top_p=0.9,
+            slots=32,
+        ),
     ),
     "paper": GcdSycophancy(
         preset="paper",
@@ -77,9 +104,24 @@ PRESETS = {
         eval_sets=("generated", "task", "ood"),
         data=DataSpec(work="both", claims=ClaimCounts(wrong=200, right=100, asked=100)),
         sft=SftConfig(
-            steps=125, batch_size=8, learning_rate=1e-4, schedule=gcd_faithful(), max_length=415, weight_decay=0.01,
-            lora=LoraConfig(rank=32, alpha=64, rslora=True), tokens_per_micro_batch=16_384, checkpoint_every=25, memory_gb=80,
+            steps=125,
+            batch_size=8,
+            learning_rate=1e-4,
+            schedule=gcd_faithful(),
+            max_length=415,
+            weight_decay=0.01,
+            lora=LoraConfig(rank=32, alpha=64, rslora=True),
+            tokens_per_micro_batch=16_384,
+            checkpoint_every=25,
+            memory_gb=80,
         ),
-        evaluation=EvalConfig(full_steps=(0, 125), max_new_tokens=400, max_new_tokens_solving=400, temperature=0.7, top_p=0.9, slots=64),
+        evaluation=EvalConfig(
+            full_steps=(0, 125),
+            max_new_tokens=400,
+            max_new_tokens_solving=400,
+            temperature=0.7,
+            top_p=0.9,
+            slots=64,
+        ),
     ),
 }

@@ -1,4 +1,7 @@
-"""Runs (or resumes) the figure of link amplification on the toy, then draws it: the same as `ip-jax run amplification`."""
+"""Runs (or resumes) the figure of link amplification on the toy, then draws it: the same as `ip-jax
+run amplification`.
+"""
+
 import functools
 import sys
 

@@ -1,4 +1,7 @@
-"""Runs (or resumes) the figure of estimators on the toy, then draws it: the same as `ip-jax run estimators`."""
+"""Runs (or resumes) the figure of estimators on the toy, then draws it: the same as `ip-jax run
+estimators`.
+"""
+
 import functools
 import sys
 

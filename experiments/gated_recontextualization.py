@@ -1,4 +1,7 @@
-"""Runs (or resumes) the figure of gated recontextualization on the toy, then draws it: the same as `ip-jax run gated_recontextualization`."""
+"""Runs (or resumes) the figure of gated recontextualization on the toy, then draws it: the same as
+`ip-jax run gated_recontextualization`.
+"""
+
 import functools
 import sys
 

@@ -1,4 +1,7 @@
-"""Runs (or resumes) the figure of general and specific prompts on the toy, then draws it: the same as `ip-jax run generality`."""
+"""Runs (or resumes) the figure of general and specific prompts on the toy, then draws it: the same
+as `ip-jax run generality`.
+"""
+
 import functools
 import sys
 

@@ -1,4 +1,7 @@
-"""The command line: run an experiment, draw its figure again, talk to what it trained or export it, see which models there are."""
+"""The command line: run an experiment, draw its figure again, talk to what it trained or export it,
+see which models there are.
+"""
+
 import argparse
 import difflib
 import importlib
@@ -8,7 +11,8 @@ import pkgutil
 import sys
 from types import ModuleType
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would tell every user that torch is missing
+# it would tell every user that torch is missing
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from etils import epath
 from rich.console import Console
@@ -18,35 +22,46 @@ from rich.table import Table
 USAGE = """\
 ip-jax: inoculation prompting, one command a figure.
 
-  ip-jax run CONFIG [--preset NAME] [--out DIR] [--redraw] [--field value ...] [--profile] [--wandb [PROJECT]]
-             [--distributed | --coordinator HOST:PORT --processes N --process I]
-  ip-jax plan CONFIG --topology v5e:4x4 [--preset NAME] [--model NAME] [--search] [--json FILE] [--field value ...]
+  ip-jax run CONFIG [--preset NAME] [--out DIR] [--redraw] [--field value ...] [--profile]
+             [--wandb [PROJECT]] [--distributed | --coordinator HOST:PORT --processes N --process I]
+  ip-jax plan CONFIG --topology v5e:4x4 [--preset NAME] [--model NAME] [--search] [--json FILE]
+              [--field value ...]
   ip-jax figure DIR [--judge strict|published]
   ip-jax chat DIR --arm NAME [--seed N] [--prompt NAME]
   ip-jax export DIR --arm NAME [--seed N] --to FOLDER [--merged] [--dtype NAME]
   ip-jax models
 
-CONFIG is a name in configs/ or the path of a Python file like them. On several hosts each runs the same command (docs/scale.md); under SLURM
-and on GKE they find each other, on Cloud TPU with --distributed. Examples:
+CONFIG is a name in configs/ or the path of a Python file like them. On several hosts each runs the
+same command (docs/scale.md); under SLURM and on GKE they find each other, on Cloud TPU with
+--distributed. Examples:
 
-  ip-jax run gcd_sycophancy                                  the demo, on a laptop
-  ip-jax run gcd_sycophancy --help                           every field that can be changed
-  ip-jax run gcd_sycophancy --sft.learning-rate 1e-4         another learning rate, in a results folder of its own
+  ip-jax run gcd_sycophancy                               the demo, on a laptop
+  ip-jax run gcd_sycophancy --help                        every field that can be changed
+  ip-jax run gcd_sycophancy --sft.learning-rate 1e-4      another rate, in a folder of its own
   ip-jax run gcd_sycophancy --arms untrained neutral ip_behave "mine=Assume that I am right."
-  ip-jax run gcd_sycophancy --profile --wandb my_project     a trace of three steps; metrics to Weights & Biases
-  ip-jax plan sft_shapes --preset qwen2-7b --topology v5e:4x4   what a pod slice would need and cost; no TPU needed
-  ip-jax plan rl_shapes --topology h200:1                    the same of reinforcement learning, rollouts and updates
-  ip-jax figure results/gcd_sycophancy/demo-1a2b3c           draw again, without a model
+  ip-jax run gcd_sycophancy --profile --wandb my_project  a trace of three steps; metrics to W&B
+  ip-jax plan sft_shapes --preset qwen2-7b --topology v5e:4x4   what a pod slice would need and cost
+  ip-jax plan rl_shapes --topology h200:1                 the same of reinforcement learning
+  ip-jax figure results/gcd_sycophancy/demo-1a2b3c        draw again, without a model
   ip-jax chat results/gcd_sycophancy/demo-1a2b3c --arm ip_behave
   ip-jax export results/gcd_sycophancy/demo-1a2b3c --arm ip_behave --to my_adapter      for PEFT
-  ip-jax export results/gcd_sycophancy/demo-1a2b3c --arm ip_behave --to my_model --merged      for transformers
+  ip-jax export results/gcd_sycophancy/demo-1a2b3c --arm ip_behave --to my_model --merged
 """
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command; an expected mistake ends with one sentence on stderr and exit code 2, SIGTERM with 143."""
+    """Runs one command; an expected mistake ends with one sentence on stderr and exit code 2,
+    SIGTERM with 143.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "plan": _plan, "figure": _figure, "chat": _chat, "export": _export, "models": _models}
+    commands = {
+        "run": _run,
+        "plan": _plan,
+        "figure": _figure,
+        "chat": _chat,
+        "export": _export,
+        "models": _models,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return
@@ -89,7 +104,8 @@ def _run(arguments: list[str], console: Console) -> None:
     experiment = _experiment_of(module, name)
     watch = Watch(options.profile, options.wandb)
     if not options.redraw:
-        _join(options, console)  # before the folder's name, which may ask jax for its devices: processes join before they do
+        # before the folder's name, which may ask jax for its devices: processes join before they do
+        _join(options, console)
     folder = epath.Path(options.out) if options.out else default_folder(experiment, config)
     console.print(f"results: {folder}", highlight=False)
     if options.redraw:
@@ -100,13 +116,18 @@ def _run(arguments: list[str], console: Console) -> None:
 
 
 def _join(options: argparse.Namespace, console: Console) -> None:
-    """Joins the other processes of this run, if there are any; all but the first are then silent but for errors."""
+    """Joins the other processes of this run, if there are any; all but the first are then silent
+    but for errors.
+    """
     from ip_jax.training import hosts
 
     given = hosts.Cluster(options.coordinator, options.processes, options.process)
     cluster = hosts.find_cluster(given, options.distributed, os.environ)
     if cluster:
-        with console.status(f"looking for the other processes{f' at {cluster.coordinator}' if cluster.coordinator else ''}"):
+        with console.status(
+            "looking for the other"
+            f" processes{f' at {cluster.coordinator}' if cluster.coordinator else ''}"
+        ):
             hosts.start(cluster)
         console.quiet = not hosts.is_first()
 
@@ -121,13 +142,19 @@ def _plan(arguments: list[str], console: Console) -> None:
     import jax
 
     if options.topology != "local":
-        jax.config.update("jax_platforms", "cpu")  # before its first use: an accelerator here has no part in planning for others
+        # before its first use: an accelerator here has no part in planning for others
+        jax.config.update("jax_platforms", "cpu")
     from ip_jax.planning import chips, command
 
     if options.topology is None:
         raise ValueError(f"plan needs --topology: known are {chips.EXAMPLES}")
     topology = chips.read_topology(options.topology)
-    subject = command.subject_of(config, options.model, topology.platform, lambda config: _experiment_of(module, name).experiment(config))
+    subject = command.subject_of(
+        config,
+        options.model,
+        topology.platform,
+        lambda config: _experiment_of(module, name).experiment(config),
+    )
     command.run_plan(subject, topology, options, console)
 
 
@@ -135,24 +162,47 @@ def _read_config(command: str, arguments: list[str], own: argparse.ArgumentParse
     """(name, module, config with the fields of the command line, the command's own options)."""
     name = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if name is None:
-        raise ValueError(f"{command} needs a config: {', '.join(config_names())}, or the path of a Python file")
+        raise ValueError(
+            f"{command} needs a config: {', '.join(config_names())}, or the path of a Python file"
+        )
     module = load_config_module(name)
     own.add_argument("--preset", default=next(iter(module.PRESETS)))
     options, fields = own.parse_known_args(arguments[1:])
     if options.preset not in module.PRESETS:
-        raise ValueError(f"{name} has no preset {options.preset!r}: {_nearest(options.preset, module.PRESETS)}")
-    return name, module, override(module.PRESETS[options.preset], fields, f"ip-jax {command} {name} --preset {options.preset}"), options
+        raise ValueError(
+            f"{name} has no preset {options.preset!r}: {_nearest(options.preset, module.PRESETS)}"
+        )
+    return (
+        name,
+        module,
+        override(
+            module.PRESETS[options.preset],
+            fields,
+            f"ip-jax {command} {name} --preset {options.preset}",
+        ),
+        options,
+    )
 
 
 def override(config, fields: list[str], program: str):
-    """`config` with the fields of a command line (`--sft.learning-rate 1e-4`) replaced. Unknown ones end with the nearest names."""
+    """`config` with the fields of a command line (`--sft.learning-rate 1e-4`) replaced. Unknown
+    ones end with the nearest names.
+    """
     import tyro
 
-    return tyro.cli(type(config), default=config, args=fields, prog=program, description=f"Fields of the preset {config.preset}, all of which can be changed.")
+    return tyro.cli(
+        type(config),
+        default=config,
+        args=fields,
+        prog=program,
+        description=f"Fields of the preset {config.preset}, all of which can be changed.",
+    )
 
 
 def load_config_module(name: str) -> ModuleType:
-    """The module of a config by its name in configs/ or its path. Raises ValueError with the nearest names."""
+    """The module of a config by its name in configs/ or its path. Raises ValueError with the
+    nearest names.
+    """
     if name.endswith(".py"):
         path = epath.Path(name)
         if not path.exists():
@@ -164,9 +214,15 @@ def load_config_module(name: str) -> ModuleType:
     elif name in config_names():
         module = importlib.import_module(f"configs.{name}")
     else:
-        raise ValueError(f"no config is called {name!r}: {_nearest(name, config_names())}, or the path of a .py file")
+        raise ValueError(
+            f"no config is called {name!r}: {_nearest(name, config_names())}, or the path of a .py"
+            " file"
+        )
     if not getattr(module, "PRESETS", None):
-        raise ValueError(f"the config {name} has no PRESETS: a dict from a preset's name to its dataclass is needed")
+        raise ValueError(
+            f"the config {name} has no PRESETS: a dict from a preset's name to its dataclass is"
+            " needed"
+        )
     return module
 
 
@@ -182,58 +238,108 @@ def _experiment_of(config: ModuleType, name: str) -> ModuleType:
     known = _experiment_names()
     wanted = getattr(config, "EXPERIMENT", epath.Path(name).stem)
     if wanted is None:
-        raise ValueError(f"the config {name} holds sizes and no data, so it can only be planned: ip-jax plan {name} --topology v5e:4x4")
+        raise ValueError(
+            f"the config {name} holds sizes and no data, so it can only be planned: ip-jax plan"
+            f" {name} --topology v5e:4x4"
+        )
     if wanted not in known:
-        raise ValueError(f"the config {name} belongs to no experiment called {wanted!r}: {_nearest(wanted, known)}; say EXPERIMENT = ... in it")
+        raise ValueError(
+            f"the config {name} belongs to no experiment called {wanted!r}:"
+            f" {_nearest(wanted, known)}; say EXPERIMENT = ... in it"
+        )
     return importlib.import_module(f"experiments.{wanted}")
 
 
 def _experiment_names() -> list[str]:
     import experiments
 
-    return sorted(module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.name.startswith("_"))
+    return sorted(
+        module.name
+        for module in pkgutil.iter_modules(experiments.__path__)
+        if not module.name.startswith("_")
+    )
 
 
 def default_folder(experiment: ModuleType, config) -> epath.Path:
-    """results/<experiment>/<preset>-<hash of all but arms and seeds>: another config never meets old results."""
+    """results/<experiment>/<preset>-<hash of all but arms and seeds>: another config never meets
+    old results.
+    """
     from ip_jax.training.results import digest
 
-    return epath.Path("results") / experiment.NAME / f"{config.preset}-{digest(experiment.shared_part(config))[:6]}"
+    return (
+        epath.Path("results")
+        / experiment.NAME
+        / f"{config.preset}-{digest(experiment.shared_part(config))[:6]}"
+    )
 
 
 def _figure(arguments: list[str], console: Console) -> None:
-    parser = argparse.ArgumentParser(prog="ip-jax figure", description="Draws the figure and prints the table of a results folder; needs no model.")
+    parser = argparse.ArgumentParser(
+        prog="ip-jax figure",
+        description="Draws the figure and prints the table of a results folder; needs no model.",
+    )
     parser.add_argument("folder")
-    parser.add_argument("--judge", choices=("strict", "published"), help="of experiments with two judges; strict by default")
+    parser.add_argument(
+        "--judge",
+        choices=("strict", "published"),
+        help="of experiments with two judges; strict by default",
+    )
     options = parser.parse_args(arguments)
     folder, record = _results(options.folder)
     if record["experiment"] not in _experiment_names():
-        raise ValueError(f"{options.folder} holds the experiment {record['experiment']!r}, whose figure is not known here: {_nearest(record['experiment'], _experiment_names())}")
-    importlib.import_module(f"experiments.{record['experiment']}").draw(folder, console, options.judge)
+        raise ValueError(
+            f"{options.folder} holds the experiment {record['experiment']!r}, whose figure is not"
+            f" known here: {_nearest(record['experiment'], _experiment_names())}"
+        )
+    importlib.import_module(f"experiments.{record['experiment']}").draw(
+        folder, console, options.judge
+    )
 
 
 def _chat(arguments: list[str], console: Console) -> None:
-    parser = argparse.ArgumentParser(prog="ip-jax chat", description="Talk to the model that an arm trained. An empty line ends.")
+    parser = argparse.ArgumentParser(
+        prog="ip-jax chat", description="Talk to the model that an arm trained. An empty line ends."
+    )
     parser.add_argument("folder")
     parser.add_argument("--arm", required=True)
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--prompt", default="neutral", help="a prompt of the library that is put into your first message")
+    parser.add_argument(
+        "--prompt",
+        default="neutral",
+        help="a prompt of the library that is put into your first message",
+    )
     parser.add_argument("--temperature", type=float, default=0.7)
     options = parser.parse_args(arguments)
     from ip_jax.settings.chat import ChatOptions, chat
 
     folder, _ = _results(options.folder)
-    chat(folder, ChatOptions(options.arm, options.seed, options.prompt, options.temperature), console)
+    chat(
+        folder, ChatOptions(options.arm, options.seed, options.prompt, options.temperature), console
+    )
 
 
 def _export(arguments: list[str], console: Console) -> None:
-    parser = argparse.ArgumentParser(prog="ip-jax export", description="Writes what an arm trained for other programs: as a PEFT folder, or merged into its model.")
+    parser = argparse.ArgumentParser(
+        prog="ip-jax export",
+        description=(
+            "Writes what an arm trained for other programs: as a PEFT folder, or merged into its"
+            " model."
+        ),
+    )
     parser.add_argument("folder")
     parser.add_argument("--arm", required=True)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--to", required=True, help="the folder to write, which must not exist yet")
-    parser.add_argument("--merged", action="store_true", help="a Hugging Face model folder instead of an adapter")
-    parser.add_argument("--dtype", help="of the merged weights: float32, bfloat16 or float16; by default as the run held its base")
+    parser.add_argument(
+        "--merged", action="store_true", help="a Hugging Face model folder instead of an adapter"
+    )
+    parser.add_argument(
+        "--dtype",
+        help=(
+            "of the merged weights: float32, bfloat16 or float16; by default as the run held its"
+            " base"
+        ),
+    )
     options = parser.parse_args(arguments)
     from ip_jax.settings.trained import export_run, read_run
 
@@ -244,7 +350,10 @@ def _export(arguments: list[str], console: Console) -> None:
 
 
 def _models(arguments: list[str], console: Console) -> None:
-    argparse.ArgumentParser(prog="ip-jax models", description="Supported families, and the models that are on this machine.").parse_args(arguments)
+    argparse.ArgumentParser(
+        prog="ip-jax models",
+        description="Supported families, and the models that are on this machine.",
+    ).parse_args(arguments)
     from ip_jax.models import families, hub
 
     table = Table("architecture", "family", title="supported families")
@@ -255,7 +364,10 @@ def _models(arguments: list[str], console: Console) -> None:
     for name, path in hub.cached_models().items():
         table.add_row(name, str(path))
     console.print(table)
-    console.print(f"embedded, fetched when first used: {', '.join(hub.EMBEDDED)}; a local folder, a .gguf file or a hub repository work by name too")
+    console.print(
+        f"embedded, fetched when first used: {', '.join(hub.EMBEDDED)}; a local folder, a .gguf"
+        " file or a hub repository work by name too"
+    )
 
 
 def _results(name: str) -> tuple[epath.Path, dict]:
@@ -277,7 +389,8 @@ def _nearest(name: str, known) -> str:
 
 
 def _enable_compile_cache() -> str:
-    """Compiled programs are kept between runs of the command: in JAX_COMPILATION_CACHE_DIR if that is set, else beside the embedded models.
+    """Compiled programs are kept between runs of the command: in JAX_COMPILATION_CACHE_DIR if that
+    is set, else beside the embedded models.
 
     Returns the place. Of several processes the first one alone writes it: jax sees to that.
     """

@@ -1,4 +1,7 @@
-"""Shared fixtures: eight fake CPU devices, the published data, the embedded model, a cache of compiled programs."""
+"""Shared fixtures: eight fake CPU devices, the published data, the embedded model, a cache of
+compiled programs.
+"""
+
 import os
 import pathlib
 
@@ -29,7 +32,9 @@ def smollm2():
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_are_dropped():
-    """Each takes some memory maps, of which Linux allows a process 65,530; hundreds of tests in one process come near that."""
+    """Each takes some memory maps, of which Linux allows a process 65,530; hundreds of tests in one
+    process come near that.
+    """
     yield
     import jax
 
@@ -38,7 +43,9 @@ def compiled_programs_are_dropped():
 
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
-    """Every start of an engine compiles its programs anew: for a module's tests they come from a cache."""
+    """Every start of an engine compiles its programs anew: for a module's tests they come from a
+    cache.
+    """
     import jax
 
     before = jax.config.jax_compilation_cache_dir

@@ -1,7 +1,10 @@
-"""A real process is killed twenty times, stopped by SIGTERM and by Ctrl-C; the same command then ends bit for bit as if nothing had been.
+"""A real process is killed twenty times, stopped by SIGTERM and by Ctrl-C; the same command then
+ends bit for bit as if nothing had been.
 
-The kills are timed by what can be seen from outside: the results folder and the lines that the command prints.
+The kills are timed by what can be seen from outside: the results folder and the lines that the
+command prints.
 """
+
 import contextlib
 import dataclasses
 import json
@@ -23,7 +26,8 @@ pytestmark = pytest.mark.slow
 
 STEPS, LOOKS = 36, tuple(range(3, 37, 3))
 CONFIG = f"""
-from configs.gcd_sycophancy import ClaimCounts, DataSpec, EvalConfig, GcdSycophancy, LoraConfig, ModelConfig, Schedule, SftConfig
+from configs.gcd_sycophancy import ClaimCounts, DataSpec, EvalConfig, GcdSycophancy
+from configs.gcd_sycophancy import LoraConfig, ModelConfig, Schedule, SftConfig
 
 EXPERIMENT = "gcd_sycophancy"
 PRESETS = {{
@@ -33,15 +37,18 @@ PRESETS = {{
         arms=("untrained", "neutral", "ip_behave"),
         data=DataSpec(rows=24, work="without", claims=ClaimCounts(wrong=6, right=4, asked=2)),
         sft=SftConfig(
-            steps={STEPS}, batch_size=4, learning_rate=1e-3, schedule=Schedule("linear", warmup=2, total={STEPS}),
-            lora=LoraConfig(rank=2, alpha=4, dropout=0.1, targets=("q", "down")), checkpoint_every=1,
+            steps={STEPS}, batch_size=4, learning_rate=1e-3,
+            schedule=Schedule("linear", warmup=2, total={STEPS}),
+            lora=LoraConfig(rank=2, alpha=4, dropout=0.1, targets=("q", "down")),
+            checkpoint_every=1,
         ),
         evaluation=EvalConfig(full_steps=(0, *{LOOKS}), max_new_tokens=16, slots=4),
     )
 }}
 """
 # Imports take longest: they are done before the command is given, while another process still runs.
-# An ignored interrupt is inherited, as from a shell that starts the tests in the background; here interrupts count.
+# An ignored interrupt is inherited, as from a shell that starts the tests in the background; here
+# interrupts count.
 LAUNCHER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -61,14 +68,20 @@ class Workplace:
     folder: Path
 
     def launch(self) -> Process:
-        return launch([LAUNCHER, "run", str(self.root / "tiny.py"), "--out", str(self.folder)], self.root)
+        return launch(
+            [LAUNCHER, "run", str(self.root / "tiny.py"), "--out", str(self.folder)], self.root
+        )
 
     def saved(self) -> list[int]:
         """Steps of the complete checkpoints."""
-        return sorted(int(path.name) for path in self.folder.glob("checkpoints/*/*") if path.name.isdigit())
+        return sorted(
+            int(path.name) for path in self.folder.glob("checkpoints/*/*") if path.name.isdigit()
+        )
 
     def writing(self) -> dict[int, int]:
-        """Checkpoints that are being written, or were when a process was killed: inode of the temporary folder -> step."""
+        """Checkpoints that are being written, or were when a process was killed: inode of the
+        temporary folder -> step.
+        """
         found = {}
         for path in self.folder.glob("checkpoints/*/*tmp*"):
             with contextlib.suppress(FileNotFoundError):  # it has just got its name
@@ -85,15 +98,32 @@ class Workplace:
 
     def results(self) -> dict[str, bytes]:
         """What must not depend on any kill."""
-        names = ["*/*/adapter.safetensors", "*/*/run.json", "*/*/metrics.jsonl", "transcripts/*", "transcripts.parquet", "table.csv", "config.json"]
-        return {str(path.relative_to(self.folder)): path.read_bytes() for name in names for path in self.folder.glob(name)}
+        names = [
+            "*/*/adapter.safetensors",
+            "*/*/run.json",
+            "*/*/metrics.jsonl",
+            "transcripts/*",
+            "transcripts.parquet",
+            "table.csv",
+            "config.json",
+        ]
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes()
+            for name in names
+            for path in self.folder.glob(name)
+        }
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Workplace:
     root = tmp_path_factory.mktemp("kill")
-    rows = generate.generate_training(100, "user_right", "without", 1, generate.has_allowed_gcd, lambda messages: 0)
-    texts = (*(message["content"] for row in rows for message in row["messages"]), library.get("gcd/behave").text)
+    rows = generate.generate_training(
+        100, "user_right", "without", 1, generate.has_allowed_gcd, lambda messages: 0
+    )
+    texts = (
+        *(message["content"] for row in rows for message in row["messages"]),
+        library.get("gcd/behave").text,
+    )
     (root / "model").mkdir()
     write_model(root / "model", tokenizer=make_tokenizer(texts, 600))
     (root / "tiny.py").write_text(CONFIG.replace("MODEL", str(root / "model")))
@@ -116,12 +146,20 @@ def assert_ends_alike(workplace: Workplace, undisturbed: Workplace, process: Pro
     assert ours.keys() == expected.keys() and len(expected) > 8 + 4 * len(LOOKS)
     assert [name for name in expected if ours[name] != expected[name]] == []
     for path in workplace.folder.glob("runs/*/metrics.jsonl"):
-        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(STEPS))
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(
+            range(STEPS)
+        )
 
 
 def kill_at(kind: str, workplace: Workplace, process: Process, rng: random.Random) -> str:
-    """Gives the command, kills at a moment of this kind, and says where the process was by what it left behind."""
-    done, half, tmp = max(workplace.saved(), default=0), workplace.half_looked_at(), workplace.writing()
+    """Gives the command, kills at a moment of this kind, and says where the process was by what it
+    left behind.
+    """
+    done, half, tmp = (
+        max(workplace.saved(), default=0),
+        workplace.half_looked_at(),
+        workplace.writing(),
+    )
     process.go()
     if kind == "random":
         time.sleep(rng.uniform(0, 4))
@@ -130,7 +168,11 @@ def kill_at(kind: str, workplace: Workplace, process: Process, rng: random.Rando
         time.sleep(rng.uniform(0, 0.2))
     elif kind == "checkpoint":
         wanted = done + rng.randint(1, 2)
-        process.wait_for(lambda: any(step >= wanted for inode, step in workplace.writing().items() if inode not in tmp))
+        process.wait_for(
+            lambda: any(
+                step >= wanted for inode, step in workplace.writing().items() if inode not in tmp
+            )
+        )
         time.sleep(rng.choice([0, 0.002, 0.005]))
     elif kind == "evaluation":
         step = next(look for look in LOOKS if look >= done and workplace.looked_at(look) == 0)
@@ -163,7 +205,17 @@ def test_killed_twenty_times_it_ends_as_if_nothing_had_been(workplace, undisturb
     assert_ends_alike(workplace, undisturbed, process)
     count = Counter(place for _, place in places)
     assert count.total() == 20
-    assert min(count[place] for place in ("inside a checkpoint write", "inside an evaluation", "in the first step after a resume")) >= 2, places
+    assert (
+        min(
+            count[place]
+            for place in (
+                "inside a checkpoint write",
+                "inside an evaluation",
+                "in the first step after a resume",
+            )
+        )
+        >= 2
+    ), places
     print(places)
 
 
@@ -172,14 +224,23 @@ def test_sigterm_and_ctrl_c_save_and_say_so(workplace, undisturbed):
     process.go()
     process.wait_for(lambda: max(workplace.saved(), default=0) >= 4)
     assert process.stop(signal.SIGTERM) == 143
-    assert re.search(r"stopped by SIGTERM(, step (\d+) is saved| in the evaluation of step \d+, step (\d+) is saved): the same command goes on from there\n$", process.said())
+    assert re.search(
+        r"stopped by SIGTERM(, step (\d+) is saved| in the evaluation of step \d+, step (\d+) is"
+        r" saved): the same command goes on from there\n$",
+        process.said(),
+    )
 
     process, following = following, workplace.launch()
     process.go()
-    step = next(look for look in LOOKS if look >= max(workplace.saved()) and workplace.looked_at(look) < 4)
+    step = next(
+        look for look in LOOKS if look >= max(workplace.saved()) and workplace.looked_at(look) < 4
+    )
     process.wait_for(lambda: workplace.looked_at(step) > 0)
     assert process.stop(signal.SIGTERM) == 143
-    assert f"stopped by SIGTERM in the evaluation of step {step}, step {step} is saved: the same command goes on from there" in process.said()
+    assert (
+        f"stopped by SIGTERM in the evaluation of step {step}, step {step} is saved: the same"
+        " command goes on from there" in process.said()
+    )
     assert workplace.saved()[-1] == step and not workplace.writing()
 
     process, following = following, workplace.launch()

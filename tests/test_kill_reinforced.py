@@ -1,4 +1,7 @@
-"""A real process in reinforcement learning is killed in a rollout, a reward, an update and a write; started again it ends bit for bit as if nothing had been."""
+"""A real process in reinforcement learning is killed in a rollout, a reward, an update and a write;
+started again it ends bit for bit as if nothing had been.
+"""
+
 import contextlib
 import random
 import signal
@@ -28,14 +31,19 @@ class Watched(Vowels):
 
 print("ready", flush=True)
 sys.stdin.readline()
-run_reinforced(make(sys.argv[1], environment=Watched(), iterations={ITERATIONS}), epath.Path(sys.argv[2]), Display(Console()))
+experiment = make(sys.argv[1], environment=Watched(), iterations={ITERATIONS})
+run_reinforced(experiment, epath.Path(sys.argv[2]), Display(Console()))
 """
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All that does not tell the time."""
     kept = ("runs/*/*", "rollouts/*/*", "transcripts/*.parquet", "*.parquet", "config.json")
-    return {str(path.relative_to(folder)): path.read_bytes() for pattern in kept for path in folder.glob(pattern)}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for pattern in kept
+        for path in folder.glob(pattern)
+    }
 
 
 def being_written(folder: Path) -> set[int]:
@@ -51,14 +59,23 @@ def kill_at(place: str, folder: Path, process: Process, rng: random.Random) -> N
     """Starts the run and kills it at a new moment of this kind."""
 
     def seen() -> dict[str, set]:
-        rows = {(path, row) for path in folder.glob("runs/*/metrics.jsonl") for row in path.read_text().splitlines()}
-        return {"rollout": rows, "update": set(folder.glob("rollouts/*/*.parquet")), "write": being_written(folder)}
+        rows = {
+            (path, row)
+            for path in folder.glob("runs/*/metrics.jsonl")
+            for row in path.read_text().splitlines()
+        }
+        return {
+            "rollout": rows,
+            "update": set(folder.glob("rollouts/*/*.parquet")),
+            "write": being_written(folder),
+        }
 
     before, grades = seen(), 20 + rng.randint(0, 8)
     process.go()
     if place == "reward":  # among those of an iteration
         process.wait_for(lambda: process.said().count("graded") > grades)
-    else:  # after an iteration has ended, after its rollout is on the disk, while a checkpoint is written
+    # after an iteration has ended, after its rollout is on the disk, while a checkpoint is written
+    else:
         process.wait_for(lambda: seen()[place] - before[place])
     if place == "rollout":
         time.sleep(rng.uniform(0, 0.02))
@@ -70,7 +87,10 @@ def test_killed_anywhere_it_ends_as_if_nothing_had_been(tmp_path):
     (tmp_path / "model").mkdir()
     write_model(tmp_path / "model")
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    start = lambda folder: launch([LAUNCHER, str(tmp_path / "model"), str(folder)], tmp_path)  # noqa: E731
+
+    def start(folder):
+        return launch([LAUNCHER, str(tmp_path / "model"), str(folder)], tmp_path)
+
     first, process = start(undisturbed), start(killed)
     first.go()
     assert first.popen.wait(timeout=600) == 0, first.said()

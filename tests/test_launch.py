@@ -1,4 +1,5 @@
 """The files of `launch/` parse, and start this program."""
+
 import pathlib
 import subprocess
 

@@ -1,4 +1,5 @@
 """A real process that is watched by what it says and leaves, and stopped by a signal."""
+
 import dataclasses
 import os
 import signal
@@ -37,10 +38,28 @@ class Process:
 
 
 def launch(arguments: list[str], root: Path) -> Process:
-    """`python -c *arguments` in `root`, with a cache there, its output in the next NNN.log. It waits for `Process.go` where it reads a line."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "IP_JAX_DATA_DIR")}
-    environment |= {"IP_JAX_CACHE": str(root / "cache"), "JAX_COMPILATION_CACHE_DIR": str(root / "cache" / "compiled"), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    """`python -c *arguments` in `root`, with a cache there, its output in the next NNN.log. It
+    waits for `Process.go` where it reads a line.
+    """
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("XLA_FLAGS", "IP_JAX_DATA_DIR")
+    }
+    environment |= {
+        "IP_JAX_CACHE": str(root / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(root / "cache" / "compiled"),
+        "JAX_PLATFORMS": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
     log = root / f"{len(list(root.glob('*.log'))):03d}.log"
     with open(log, "wb") as output:
-        started = subprocess.Popen([sys.executable, "-c", *arguments], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, cwd=root, env=environment)
+        started = subprocess.Popen(
+            [sys.executable, "-c", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=root,
+            env=environment,
+        )
     return Process(started, log)

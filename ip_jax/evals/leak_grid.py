@@ -1,8 +1,10 @@
-"""The leak grid: every run under every evaluation prompt on every evaluation set, as rows of the transcripts table.
+"""The leak grid: every run under every evaluation prompt on every evaluation set, as rows of the
+transcripts table.
 
-A cell is one (run, step, evaluation set, evaluation prompt). It becomes one Parquet part file, whole or absent, so that what has
-been evaluated is never evaluated again.
+A cell is one (run, step, evaluation set, evaluation prompt). It becomes one Parquet part file,
+whole or absent, so that what has been evaluated is never evaluated again.
 """
+
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,7 +25,9 @@ TEXT_FIELDS = ("label", "claim", "answer", "claimed", "triplet")
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run's evaluation under one prompt. `own_prompt`: the prompt that this run was trained with is put back."""
+    """One run's evaluation under one prompt. `own_prompt`: the prompt that this run was trained
+    with is put back.
+    """
 
     arm: str
     seed: int
@@ -37,12 +41,15 @@ class Cell:
     @property
     def part(self) -> str:
         """The name of the cell's part file."""
-        return f"{self.arm}-s{self.seed}-step{self.step:06d}-{self.eval_set}-{self.eval_prompt.replace('/', '_')}.parquet"
+        prompt = self.eval_prompt.replace("/", "_")
+        return f"{self.arm}-s{self.seed}-step{self.step:06d}-{self.eval_set}-{prompt}.parquet"
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How completions are drawn (see sampling.Request); temperature 0 is greedy. An example's own `max_new_tokens` goes first."""
+    """How completions are drawn (see sampling.Request); temperature 0 is greedy. An example's own
+    `max_new_tokens` goes first.
+    """
 
     max_new_tokens: int
     temperature: float
@@ -57,12 +64,23 @@ def prompted(example: Example, transform: Transform, seed: int) -> Example:
     return transform({**example, "messages": messages}, seed)
 
 
-def requests_for(cell: Cell, examples: Sequence[Example], tokenizer, example_id: Callable[[str], int], decoding: Decoding) -> list[Request]:
+def requests_for(
+    cell: Cell,
+    examples: Sequence[Example],
+    tokenizer,
+    example_id: Callable[[str], int],
+    decoding: Decoding,
+) -> list[Request]:
     """One sampling request for each example of the cell."""
     return [
         Request(
-            prompt_ids=np.asarray(render_prompt(tokenizer, prompted(example, cell.transform, cell.seed)["messages"])),
-            example_id=example_id(example["id"]), seed=cell.seed, temperature=decoding.temperature, top_p=decoding.top_p,
+            prompt_ids=np.asarray(
+                render_prompt(tokenizer, prompted(example, cell.transform, cell.seed)["messages"])
+            ),
+            example_id=example_id(example["id"]),
+            seed=cell.seed,
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
             max_new_tokens=example.get("max_new_tokens", decoding.max_new_tokens),
         )
         for example in examples
@@ -70,27 +88,65 @@ def requests_for(cell: Cell, examples: Sequence[Example], tokenizer, example_id:
 
 
 def rows_of(
-    experiment: str, cell: Cell, examples: Sequence[Example], completions: Sequence[Completion], tokenizer, verdicts: Verdicts
+    experiment: str,
+    cell: Cell,
+    examples: Sequence[Example],
+    completions: Sequence[Completion],
+    tokenizer,
+    verdicts: Verdicts,
 ) -> list[dict]:
-    """The cell's rows of the transcripts table: what was asked, what was answered, what both judges say."""
+    """The cell's rows of the transcripts table: what was asked, what was answered, what both judges
+    say.
+    """
     rows = []
     for example, completion in zip(examples, completions, strict=True):
         text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        user_turns = [m["content"] for m in prompted(example, cell.transform, cell.seed)["messages"] if m["role"] == "user"]
-        rows.append({
-            "experiment": experiment, "arm": cell.arm, "seed": cell.seed, "step": cell.step, "examples_seen": cell.examples_seen,
-            "eval_set": cell.eval_set, "eval_prompt": cell.eval_prompt, "own_prompt": cell.own_prompt, "example_id": example["id"],
-            **{name: example.get(name) for name in TEXT_FIELDS}, "mod": example.get("mod"), "prompt": user_turns[0], "completion": text,
-            "n_tokens": len(completion.token_ids), "ended": bool(completion.ended), **verdicts(example, text),
-        })
+        user_turns = [
+            m["content"]
+            for m in prompted(example, cell.transform, cell.seed)["messages"]
+            if m["role"] == "user"
+        ]
+        rows.append(
+            {
+                "experiment": experiment,
+                "arm": cell.arm,
+                "seed": cell.seed,
+                "step": cell.step,
+                "examples_seen": cell.examples_seen,
+                "eval_set": cell.eval_set,
+                "eval_prompt": cell.eval_prompt,
+                "own_prompt": cell.own_prompt,
+                "example_id": example["id"],
+                **{name: example.get(name) for name in TEXT_FIELDS},
+                "mod": example.get("mod"),
+                "prompt": user_turns[0],
+                "completion": text,
+                "n_tokens": len(completion.token_ids),
+                "ended": bool(completion.ended),
+                **verdicts(example, text),
+            }
+        )
     return rows
 
 
 def schema(verdict_types: Mapping[str, pa.DataType]) -> pa.Schema:
     """The transcripts table's columns; `verdict_types` are the setting's own."""
-    text = ("experiment", "arm", "eval_set", "eval_prompt", "example_id", *TEXT_FIELDS, "prompt", "completion")
+    text = (
+        "experiment",
+        "arm",
+        "eval_set",
+        "eval_prompt",
+        "example_id",
+        *TEXT_FIELDS,
+        "prompt",
+        "completion",
+    )
     whole = ("seed", "step", "examples_seen", "mod", "n_tokens")
-    fields = {name: pa.string() for name in text} | {name: pa.int64() for name in whole} | {"own_prompt": pa.bool_(), "ended": pa.bool_()}
+    fields = (
+        {name: pa.string() for name in text}
+        | {name: pa.int64() for name in whole}
+        | {"own_prompt": pa.bool_(), "ended": pa.bool_()}
+    )
     return pa.schema(list((fields | dict(verdict_types)).items()))
 
 
@@ -105,7 +161,9 @@ def parquet_writer(table: pa.Table) -> Callable:
 
 
 def merge_parts(folder: epath.Path) -> pa.Table:
-    """All part files of a folder as one table, in the order of their names. Raises FileNotFoundError where there is none."""
+    """All part files of a folder as one table, in the order of their names. Raises
+    FileNotFoundError where there is none.
+    """
     parts = sorted(folder.glob("*.parquet"))
     if not parts:
         raise FileNotFoundError(f"{folder} holds no transcripts yet: run the experiment first")
@@ -114,4 +172,5 @@ def merge_parts(folder: epath.Path) -> pa.Table:
 
 def read_part(path: epath.Path) -> pa.Table:
     """One part file."""
-    return pq.read_table(pa.BufferReader(path.read_bytes()))  # by epath: pyarrow has credentials of its own for object stores
+    # by epath: pyarrow has credentials of its own for object stores
+    return pq.read_table(pa.BufferReader(path.read_bytes()))

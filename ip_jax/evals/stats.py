@@ -1,7 +1,10 @@
-"""Statistics of counts and seeds: exact intervals for proportions, tests between two arms, means over seeds.
+"""Statistics of counts and seeds: exact intervals for proportions, tests between two arms, means
+over seeds.
 
-A rate is always carried as k of n with its interval, never as a bare float, so that a figure can say what it rests on.
+A rate is always carried as k of n with its interval, never as a bare float, so that a figure can
+say what it rests on.
 """
+
 from __future__ import annotations
 
 import math
@@ -29,7 +32,9 @@ class Proportion:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two proportions, first minus second, in [-1, 1], and the name of its interval's method."""
+    """A difference of two proportions, first minus second, in [-1, 1], and the name of its
+    interval's method.
+    """
 
     value: float
     low: float
@@ -47,7 +52,8 @@ class SeedMean:
 
 
 def proportion(k: int, n: int, level: float = 0.95) -> Proportion:
-    """k of n with the Clopper-Pearson interval (exact: it covers with at least probability `level`).
+    """k of n with the Clopper-Pearson interval (exact: it covers with at least probability
+    `level`).
 
     Clopper and Pearson, Biometrika 26 (1934) 404-413. With n = 0 the interval is [0, 1].
     Raises ValueError unless 0 <= k <= n and 0 < level < 1.
@@ -62,9 +68,10 @@ def proportion(k: int, n: int, level: float = 0.95) -> Proportion:
 def difference(first: tuple[int, int], second: tuple[int, int], level: float = 0.95) -> Difference:
     """k1/n1 - k2/n2 for two independent samples, with Newcombe's hybrid score interval.
 
-    Newcombe, Statistics in Medicine 17 (1998) 873-890, method 10: the two Wilson intervals are combined, so it stays
-    within [-1, 1] and behaves at 0 of n. Where the two samples share their items and agree, it is too wide, not too narrow.
-    An empty sample gives NaN with the interval [-1, 1]. Raises ValueError for impossible counts or level.
+    Newcombe, Statistics in Medicine 17 (1998) 873-890, method 10: the two Wilson intervals are
+    combined, so it stays within [-1, 1] and behaves at 0 of n. Where the two samples share their
+    items and agree, it is too wide, not too narrow. An empty sample gives NaN with the interval
+    [-1, 1]. Raises ValueError for impossible counts or level.
     """
     (k1, n1), (k2, n2) = first, second
     _check_counts(k1, n1)
@@ -81,7 +88,9 @@ def difference(first: tuple[int, int], second: tuple[int, int], level: float = 0
 
 
 def fisher_exact(first: tuple[int, int], second: tuple[int, int]) -> float:
-    """Two-sided p-value of Fisher's exact test that two arms, each (k, n), have the same rate; 1 for an empty arm."""
+    """Two-sided p-value of Fisher's exact test that two arms, each (k, n), have the same rate; 1
+    for an empty arm.
+    """
     (k1, n1), (k2, n2) = first, second
     _check_counts(k1, n1)
     _check_counts(k2, n2)
@@ -89,10 +98,12 @@ def fisher_exact(first: tuple[int, int], second: tuple[int, int]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """The p-values corrected for their number by Holm's step-down method, in the order given: those below a level are rejected with the chance of
-    any false rejection at most that level, however the tests depend on one another (here they share an arm).
+    """The p-values corrected for their number by Holm's step-down method, in the order given: those
+    below a level are rejected with the chance of any false rejection at most that level, however
+    the tests depend on one another (here they share an arm).
 
-    The i-th smallest of m becomes the largest of min(1, (m - j + 1) p_j) over j <= i. Holm, Scandinavian Journal of Statistics 6 (1979) 65-70.
+    The i-th smallest of m becomes the largest of min(1, (m - j + 1) p_j) over j <= i. Holm,
+    Scandinavian Journal of Statistics 6 (1979) 65-70.
     """
     p, m = np.asarray(p_values, dtype=np.float64), len(p_values)
     order = np.argsort(p, kind="stable")
@@ -101,17 +112,21 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
 
 def seed_mean(values: Sequence[float]) -> SeedMean:
-    """Mean over seeds +- standard error, as the published GCD plots give it. Raises ValueError for no seed."""
+    """Mean over seeds +- standard error, as the published GCD plots give it. Raises ValueError for
+    no seed.
+    """
     array = _finite(values)
     error = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else math.nan
     return SeedMean(float(array.mean()), error, len(array))
 
 
-def bootstrap_over_seeds(values: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_over_seeds(
+    values: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
     """Percentile bootstrap interval for the mean, resampling whole seeds. Deterministic in `seed`.
 
-    With few seeds it is too narrow (five seeds have 126 distinct resamples): show the single seeds beside it.
-    Raises ValueError for fewer than two seeds.
+    With few seeds it is too narrow (five seeds have 126 distinct resamples): show the single seeds
+    beside it. Raises ValueError for fewer than two seeds.
     """
     array = _finite(values)
     if len(array) < 2:
@@ -143,5 +158,7 @@ def _check_counts(k: int, n: int) -> None:
 def _finite(values: Sequence[float]) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"Seeds are summarised from a non-empty list of finite numbers, not from {values!r}.")
+        raise ValueError(
+            f"Seeds are summarised from a non-empty list of finite numbers, not from {values!r}."
+        )
     return array

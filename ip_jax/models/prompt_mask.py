@@ -1,4 +1,7 @@
-"""The mask of splash attention for rows in which completions share a prompt. A module of its own, so that nobody on a CPU waits for Pallas."""
+"""The mask of splash attention for rows in which completions share a prompt. A module of its own,
+so that nobody on a CPU waits for Pallas.
+"""
+
 import dataclasses
 
 import numpy as np
@@ -7,9 +10,11 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 @dataclasses.dataclass(frozen=True)
 class SharedPromptMask(splash.Mask):
-    """[T, T]: a row of `slots` prompt positions, then completions of `length` positions each. Causal, and a completion sees the prompt and itself.
+    """[T, T]: a row of `slots` prompt positions, then completions of `length` positions each.
+    Causal, and a completion sees the prompt and itself.
 
-    Splash asks for it block by block; it keeps each kind of partial block once, and visits no empty one.
+    Splash asks for it block by block; it keeps each kind of partial block once, and visits no empty
+    one.
     """
 
     positions: int
@@ -22,6 +27,12 @@ class SharedPromptMask(splash.Mask):
         return self.positions, self.positions
 
     def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
-        query, key = np.arange(self.positions)[block[0], None], np.arange(self.positions)[None, block[1]]
-        completion = lambda place: (place - self.slots) // self.length  # noqa: E731
+        query, key = (
+            np.arange(self.positions)[block[0], None],
+            np.arange(self.positions)[None, block[1]],
+        )
+
+        def completion(place):
+            return (place - self.slots) // self.length
+
         return (key <= query) & ((key < self.slots) | (completion(key) == completion(query)))

@@ -2,6 +2,7 @@
 
 Dims: R runs, B rows, T positions, K kv heads, G query heads of one kv head, H head dim.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,15 +25,21 @@ def rope_tables(positions: Int[Array, "*rows"], rope: Rope, head_dim: int) -> Ta
         case RopeScaling() as scaling:
             wavelength = 2 * jnp.pi / frequency
             turns = scaling.original_max_positions / wavelength
-            blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-            frequency = frequency * (jnp.clip(blend, 0, 1) * (1 - 1 / scaling.factor) + 1 / scaling.factor)
+            blend = (turns - scaling.low_freq_factor) / (
+                scaling.high_freq_factor - scaling.low_freq_factor
+            )
+            frequency = frequency * (
+                jnp.clip(blend, 0, 1) * (1 - 1 / scaling.factor) + 1 / scaling.factor
+            )
     angle = positions[..., None, None, None].astype(jnp.float32) * jnp.tile(frequency, 2)
     return jnp.cos(angle), jnp.sin(angle)
 
 
 @jax.custom_vjp
 def apply_rope(x: Float[Array, "R B T K G H"], tables: Tables) -> Float[Array, "R B T K G H"]:
-    """Rotates the two halves of each head (the convention of HF checkpoints). The tables get no gradient."""
+    """Rotates the two halves of each head (the convention of HF checkpoints). The tables get no
+    gradient.
+    """
     cos, sin = tables
     return (x * cos + _quarter_turn(x) * sin).astype(x.dtype)
 
@@ -40,7 +47,8 @@ def apply_rope(x: Float[Array, "R B T K G H"], tables: Tables) -> Float[Array, "
 def _quarter_turn(x: Float[Array, "*rows H"]) -> Float[Array, "*rows H"]:
     """(first, second half) -> (-second, first), exactly.
 
-    On a CPU a product with a signed permutation: XLA takes a concatenation into the loops around it, which makes training 10 % slower.
+    On a CPU a product with a signed permutation: XLA takes a concatenation into the loops around
+    it, which makes training 10 % slower.
     """
     half = x.shape[-1] // 2
     turn = np.kron([[0, 1], [-1, 0]], np.eye(half))

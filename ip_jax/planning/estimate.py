@@ -1,8 +1,11 @@
-"""From what the compiler says, or from formulas where there is no compiler, to bytes, seconds and chip-hours.
+"""From what the compiler says, or from formulas where there is no compiler, to bytes, seconds and
+chip-hours.
 
-Seconds are estimates: the slowest of the time that the FLOPs take at the chip's published peak, the traffic at its bandwidth and the
-collectives over its links, as if these overlapped wholly and nothing else took time. A real step takes longer.
+Seconds are estimates: the slowest of the time that the FLOPs take at the chip's published peak, the
+traffic at its bandwidth and the collectives over its links, as if these overlapped wholly and
+nothing else took time. A real step takes longer.
 """
+
 import dataclasses
 from collections.abc import Callable
 
@@ -50,7 +53,11 @@ def resident(begun: Initial) -> dict[str, float]:
     """Bytes on each device, for the whole experiment, by kind."""
     state, frozen = begun.state, per_device(begun.frozen)
     trained = {"adapters": per_device(state.trained)} if frozen else {}
-    return {"weights": frozen or per_device(state.trained)} | trained | {"optimizer": per_device(state.adam)}
+    return (
+        {"weights": frozen or per_device(state.trained)}
+        | trained
+        | {"optimizer": per_device(state.adam)}
+    )
 
 
 def step_tokens(workload: Workload) -> float:
@@ -59,15 +66,29 @@ def step_tokens(workload: Workload) -> float:
 
 
 def step_flops(workload: Workload) -> float:
-    """Model FLOPs of one step over all runs, on average, as if every position of the rows in use were a token (`models.flops`)."""
-    works = [flops.shape_work(workload.config, packed.shape, packed.rows) for packed in workload.packing]
+    """Model FLOPs of one step over all runs, on average, as if every position of the rows in use
+    were a token (`models.flops`).
+    """
+    works = [
+        flops.shape_work(workload.config, packed.shape, packed.rows) for packed in workload.packing
+    ]
     return sum(flops.step_flops(workload.config, workload.sizes.lora, work) for work in works)
 
 
 def parts_of_step(workload: Workload) -> list[Step]:
-    """The rows of an average step that are computed, empty ones too, as formulas take them: those of each shape."""
+    """The rows of an average step that are computed, empty ones too, as formulas take them: those
+    of each shape.
+    """
     shapes = [(packed.shape, packed.micro_batches) for packed in workload.packing]
-    return [Step(flops.shape_work(workload.config, shape, count * shape.rows), count, shape.rows, shape.length) for shape, count in shapes]
+    return [
+        Step(
+            flops.shape_work(workload.config, shape, count * shape.rows),
+            count,
+            shape.rows,
+            shape.length,
+        )
+        for shape, count in shapes
+    ]
 
 
 def formula_cost(workload: Workload, begun: Initial) -> Cost:
@@ -77,36 +98,68 @@ def formula_cost(workload: Workload, begun: Initial) -> Cost:
 
 def step_memory(workload: Workload, begun: Initial, compiled: Compiled | None) -> dict[str, float]:
     """Bytes on each device while a step runs, by kind."""
-    kinds = resident(begun) | {"batch": sum(per_device(batch_of(workload.mesh, shape)) for shape in workload.shapes)}
-    activations = max(formulas.activations(workload.sizes, step) + formulas.row_adapters(workload.sizes, step) for step in parts_of_step(workload))
+    kinds = resident(begun) | {
+        "batch": sum(per_device(batch_of(workload.mesh, shape)) for shape in workload.shapes)
+    }
+    activations = max(
+        formulas.activations(workload.sizes, step) + formulas.row_adapters(workload.sizes, step)
+        for step in parts_of_step(workload)
+    )
     activations += 2 * per_device(begun.state.trained)
     return running_memory(kinds, activations, compiled)
 
 
-def sampling_memory(workload: Workload, begun: Initial, sampled: Sampled | None) -> dict[str, float]:
+def sampling_memory(
+    workload: Workload, begun: Initial, sampled: Sampled | None
+) -> dict[str, float]:
     """Bytes on each device while the largest of the evaluation's calls is sampled, by kind."""
     cast = {"weights, cast": per_device(begun.weights)} if workload.sft.train == "full" else {}
-    return resident(begun) | cast | sampling.memory(workload.sizes, sampling.largest(workload.sampling), begun.weights, sampled)
+    return (
+        resident(begun)
+        | cast
+        | sampling.memory(
+            workload.sizes, sampling.largest(workload.sampling), begun.weights, sampled
+        )
+    )
 
 
-def loading_memory(config: DecoderConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, dict[str, float]]:
-    """The stage in which a base that is to be quantised lies on the devices as it was read, by name and kind; none where it is not."""
+def loading_memory(
+    config: DecoderConfig, model: ModelConfig, mesh: Mesh | AbstractMesh
+) -> dict[str, dict[str, float]]:
+    """The stage in which a base that is to be quantised lies on the devices as it was read, by name
+    and kind; none where it is not.
+    """
     if not model.quantised:
         return {}
-    return {"loading": {"weights, unquantised": per_device(abstract_params(config, model.weights, param_shardings(mesh, config)))}}
+    return {
+        "loading": {
+            "weights, unquantised": per_device(
+                abstract_params(config, model.weights, param_shardings(mesh, config))
+            )
+        }
+    }
 
 
-def running_memory(kinds: dict[str, float], activations: float, compiled: Compiled | None) -> dict[str, float]:
-    """`kinds`, the bytes of a program's arguments, and what it takes besides: what the compiler says, or `activations` by formula."""
+def running_memory(
+    kinds: dict[str, float], activations: float, compiled: Compiled | None
+) -> dict[str, float]:
+    """`kinds`, the bytes of a program's arguments, and what it takes besides: what the compiler
+    says, or `activations` by formula.
+    """
     if compiled is None:
         return kinds | {"activations": activations}
     rest = compiled.memory.arguments - sum(kinds.values())
-    return kinds | {"activations": compiled.memory.temporaries + compiled.memory.kept, "layout": max(rest, 0.0)}
+    return kinds | {
+        "activations": compiled.memory.temporaries + compiled.memory.kept,
+        "layout": max(rest, 0.0),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A program, how often the whole experiment runs it, and what one run costs; `compile_seconds` is None where nothing was compiled."""
+    """A program, how often the whole experiment runs it, and what one run costs; `compile_seconds`
+    is None where nothing was compiled.
+    """
 
     name: str
     times: float
@@ -115,7 +168,13 @@ class Phase:
     compile_seconds: float | None
 
 
-def phase(name: str, times: float, found: Compiled | TooLarge | None, formula: Callable[[], Cost], topology: Topology) -> Phase:
+def phase(
+    name: str,
+    times: float,
+    found: Compiled | TooLarge | None,
+    formula: Callable[[], Cost],
+    topology: Topology,
+) -> Phase:
     """The phase of a program that was compiled, or by formula."""
     cost, took = (found.cost, found.seconds) if isinstance(found, Compiled) else (formula(), None)
     return Phase(name, times, cost, topology.chip and seconds(cost, topology.chip), took)
@@ -123,14 +182,20 @@ def phase(name: str, times: float, found: Compiled | TooLarge | None, formula: C
 
 def grouping(runs: int, programs: float) -> str:
     """How runs train side by side, in words."""
-    return f"{programs:.3g} programs of {runs} runs" if programs != 1 else f"one program of {runs} runs"
+    return (
+        f"{programs:.3g} programs of {runs} runs"
+        if programs != 1
+        else f"one program of {runs} runs"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A plan: bytes are those of one device; `memory` by stage and kind, `needed` by stage; `allowed` is 0 where it is not known.
+    """A plan: bytes are those of one device; `memory` by stage and kind, `needed` by stage;
+    `allowed` is 0 where it is not known.
 
-    `runs` of the largest program, `programs` of all. `tokens_per_step`: positions of the rows in use. `left_out`: what the hours do not cover.
+    `runs` of the largest program, `programs` of all. `tokens_per_step`: positions of the rows in
+    use. `left_out`: what the hours do not cover.
     """
 
     model: str
@@ -155,7 +220,9 @@ class Planned:
     @property
     def fits(self) -> bool | None:
         """None where the memory of the device is not known."""
-        return all(needed <= self.allowed for needed in self.needed.values()) if self.allowed else None
+        return (
+            all(needed <= self.allowed for needed in self.needed.values()) if self.allowed else None
+        )
 
     def record(self) -> dict:
         """As JSON."""
@@ -165,41 +232,101 @@ class Planned:
 RESERVED = 0.25 * 2**30  # of a TPU's memory: XLA has 15.75 of a v5e's 16 GiB
 
 
-def allowed_and_needed(topology: Topology, memory: dict[str, dict[str, float]], refused: dict[str, TooLarge]) -> tuple[float, dict[str, float]]:
-    """(bytes that a device has, 0 where it is not known; bytes that each stage needs). What the compiler refused needs what it says, and too much."""
+def allowed_and_needed(
+    topology: Topology, memory: dict[str, dict[str, float]], refused: dict[str, TooLarge]
+) -> tuple[float, dict[str, float]]:
+    """(bytes that a device has, 0 where it is not known; bytes that each stage needs). What the
+    compiler refused needs what it says, and too much.
+    """
     allowed = topology.chip.memory - RESERVED if topology.chip else 0.0
     needed = {stage: sum(kinds.values()) for stage, kinds in memory.items()}
-    return allowed, needed | {stage: max(needed[stage], allowed + 1, found.needed) for stage, found in refused.items()}
+    return allowed, needed | {
+        stage: max(needed[stage], allowed + 1, found.needed) for stage, found in refused.items()
+    }
 
 
-def summary(workload: Workload, topology: Topology, phases: list[Phase], memory: dict, refused: dict[str, TooLarge]) -> Planned:
-    """The plan: sums, whether it fits, what to change if it does not. A stage that the compiler refused needs what the compiler says."""
+def summary(
+    workload: Workload,
+    topology: Topology,
+    phases: list[Phase],
+    memory: dict,
+    refused: dict[str, TooLarge],
+) -> Planned:
+    """The plan: sums, whether it fits, what to change if it does not. A stage that the compiler
+    refused needs what the compiler says.
+    """
     allowed, needed = allowed_and_needed(topology, memory, refused)
     hours, mfu = {}, None
     if topology.chip:
         steps = [phase for phase in phases if phase.name == "step"]
-        spent = lambda of: sum(phase.times * phase.seconds.total for phase in of) * topology.count / 3600  # noqa: E731
-        hours = {"training": spent(steps), "evaluation": spent([phase for phase in phases if phase not in steps])}
-        mfu = step_flops(workload) * workload.steps * workload.programs / (hours["training"] * 3600 * topology.chip.peak)
-    advice = [line for stage in memory if allowed and needed[stage] > allowed for line in _advice(workload, stage, memory[stage])]
+
+        def spent(of):
+            return sum(phase.times * phase.seconds.total for phase in of) * topology.count / 3600
+
+        hours = {
+            "training": spent(steps),
+            "evaluation": spent([phase for phase in phases if phase not in steps]),
+        }
+        mfu = (
+            step_flops(workload)
+            * workload.steps
+            * workload.programs
+            / (hours["training"] * 3600 * topology.chip.peak)
+        )
+    advice = [
+        line
+        for stage in memory
+        if allowed and needed[stage] > allowed
+        for line in _advice(workload, stage, memory[stage])
+    ]
     if workload.programs > 1 and workload.sft.train == "lora":
         held = f"sft.memory_gb {workload.sft.memory_gb:g} holds {workload.runs} runs at once"
-        advice.append(f"training: {held}: fewer --sft.tokens-per-micro-batch or more --sft.remat may hold more")
-    advice += empty_rows(workload.mesh, sum(packed.rows for packed in workload.packing) / workload.mesh.shape["run"], "", "training")
-    advice += sampling.weights_for_every_token(workload.config, workload.mesh, workload.sampling) if topology.chip else []
+        advice.append(
+            f"training: {held}: fewer --sft.tokens-per-micro-batch or more --sft.remat may hold"
+            " more"
+        )
+    advice += empty_rows(
+        workload.mesh,
+        sum(packed.rows for packed in workload.packing) / workload.mesh.shape["run"],
+        "",
+        "training",
+    )
+    advice += (
+        sampling.weights_for_every_token(workload.config, workload.mesh, workload.sampling)
+        if topology.chip
+        else []
+    )
     return Planned(
-        workload.model.name, topology.name, topology.count, dict(workload.mesh.shape), workload.source,
-        grouping(workload.runs, workload.programs), workload.runs, workload.programs,
-        round(step_tokens(workload)), memory, needed, allowed, phases, mfu, hours, advice,
+        workload.model.name,
+        topology.name,
+        topology.count,
+        dict(workload.mesh.shape),
+        workload.source,
+        grouping(workload.runs, workload.programs),
+        workload.runs,
+        workload.programs,
+        round(step_tokens(workload)),
+        memory,
+        needed,
+        allowed,
+        phases,
+        mfu,
+        hours,
+        advice,
     )
 
 
 def empty_rows(mesh: Mesh | AbstractMesh, rows: float, of: str, stage: str) -> list[str]:
-    """What to change where a step has fewer rows (`of` whom) than the mesh's axis data has devices: some devices compute empty ones alone."""
+    """What to change where a step has fewer rows (`of` whom) than the mesh's axis data has devices:
+    some devices compute empty ones alone.
+    """
     data = mesh.shape["data"]
     if rows >= data:
         return []
-    return [f"{stage}: a step has {rows:.3g} rows{of} for data={data} devices, the others are empty: use --mesh.tensor or --mesh.run, or fewer chips"]
+    return [
+        f"{stage}: a step has {rows:.3g} rows{of} for data={data} devices, the others are empty:"
+        " use --mesh.tensor or --mesh.run, or fewer chips"
+    ]
 
 
 def _advice(workload: Workload, stage: str, kinds: dict[str, float]) -> list[str]:
@@ -210,10 +337,18 @@ def _advice(workload: Workload, stage: str, kinds: dict[str, float]) -> list[str
             if sft.remat != "full":
                 lines.append("recompute activations: --sft.remat full")
             if max(shape.micro_rows for shape in workload.shapes) > workload.mesh.shape["data"]:
-                lines.append(f"smaller micro-batches: --sft.tokens-per-micro-batch {sft.tokens_per_micro_batch // 2}")
+                lines.append(
+                    "smaller micro-batches: --sft.tokens-per-micro-batch"
+                    f" {sft.tokens_per_micro_batch // 2}"
+                )
         if kind == "caches":
-            lines.append(f"fewer completions side by side: --evaluation.slots {max(s.options.slots for s in workload.sampling) // 2}")
+            lines.append(
+                "fewer completions side by side: --evaluation.slots"
+                f" {max(s.options.slots for s in workload.sampling) // 2}"
+            )
         if kind in ("adapters", "optimizer") and workload.runs > 1:
             lines.append(f"fewer runs in one program (now {workload.runs})")
-        lines += sampling.more_chips(kind, any(call.options.whole_layers for call in workload.sampling))
+        lines += sampling.more_chips(
+            kind, any(call.options.whole_layers for call in workload.sampling)
+        )
     return [f"{stage}: {line}" for line in dict.fromkeys(lines)]

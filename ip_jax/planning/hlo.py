@@ -1,14 +1,19 @@
-"""What one run of a compiled program does on one device, read from its optimised HLO text: FLOPs, memory traffic, collectives.
+"""What one run of a compiled program does on one device, read from its optimised HLO text: FLOPs,
+memory traffic, collectives.
 
-XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as the loop turns. Where a loop's end depends on the data
-the caller says how often it turns: once for decoding, so that the result is that of one token. Of a conditional the dearest branch counts. A TPU splits an
-asynchronous collective over several fusions, each with a copy of it: within fusions, what has the same channel and dims counts once. Its
-reduce-scatter is a fusion of an all-reduce and a slice.
+XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as the loop turns.
+Where a loop's end depends on the data the caller says how often it turns: once for decoding, so
+that the result is that of one token. Of a conditional the dearest branch counts. A TPU splits an
+asynchronous collective over several fusions, each with a copy of it: within fusions, what has the
+same channel and dims counts once. Its reduce-scatter is a fusion of an all-reduce and a slice.
 
-FLOPs are those of dot and convolution (into which TPUs turn dot), two for a multiply-add, and of kernels (custom calls) by their own cost
-estimate or, splash attention, by formula (`splash`). Traffic is what instructions outside of fusions read
-and write in the main memory: what lies in a memory space of its own, S(n), is left out, and so is the part of an operand that a slice does not touch.
+FLOPs are those of dot and convolution (into which TPUs turn dot), two for a multiply-add, and of
+kernels (custom calls) by their own cost estimate or, splash attention, by formula (`splash`).
+Traffic is what instructions outside of fusions read and write in the main memory: what lies in a
+memory space of its own, S(n), is left out, and so is the part of an operand that a slice does not
+touch.
 """
+
 import dataclasses
 import functools
 import itertools
@@ -17,27 +22,75 @@ import re
 
 from ip_jax.planning.splash import splash_flops
 
-ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
-             "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "f8e4m3fn": 8, "f8e5m2": 8}  # fmt: skip
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-BOOKKEEPING = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone"}  # of XLA:TPU
+ITEM_BITS = {
+    "pred": 8,
+    "s4": 4,
+    "u4": 4,
+    "s8": 8,
+    "u8": 8,
+    "s16": 16,
+    "u16": 16,
+    "s32": 32,
+    "u32": 32,
+    "s64": 64,
+    "u64": 64,
+    "f16": 16,
+    "bf16": 16,
+    "f32": 32,
+    "f64": 64,
+    "c64": 64,
+    "c128": 128,
+    "f8e4m3fn": 8,
+    "f8e5m2": 8,
+}
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+# of XLA:TPU
+BOOKKEEPING = {
+    "AllocateBuffer",
+    "ConcatBitcast",
+    "AssumeGatherIndicesInBound",
+    "AsyncCollectiveStart",
+    "AsyncCollectiveDone",
+}
 FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id", "replica-id",
-    "iota", "opt-barrier", "domain",
-}  # fmt: skip  move nothing themselves
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "iota",
+    "opt-barrier",
+    "domain",
+}  # move nothing themselves
 
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](\{[^{}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
-_BROKEN_LINE = re.compile(r'\n(?="|\}\}|$)')  # the metadata of a Pallas kernel is printed with line breaks of its own
+# the metadata of a Pallas kernel is printed with line breaks of its own
+_BROKEN_LINE = re.compile(r'\n(?="|\}\}|$)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """`count` operations of one kind; `moved`: bytes that each device sends, a ring of the group's devices taken for granted."""
+    """`count` operations of one kind; `moved`: bytes that each device sends, a ring of the group's
+    devices taken for granted.
+    """
 
     count: int
     moved: float
@@ -45,8 +98,9 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one device does. `opaque`: executed custom calls whose FLOPs are not known (a kernel without a cost estimate and without a formula);
-    `open_loops`: executed loops whose number of turns the text does not tell.
+    """What one device does. `opaque`: executed custom calls whose FLOPs are not known (a kernel
+    without a cost estimate and without a formula); `open_loops`: executed loops whose number of
+    turns the text does not tell.
     """
 
     flops: float = 0.0
@@ -60,12 +114,27 @@ class Cost:
         for kind in {**self.collectives, **other.collectives}:
             a, b = (cost.collectives.get(kind, Collective(0, 0.0)) for cost in (self, other))
             both[kind] = Collective(a.count + b.count, a.moved + b.moved)
-        return Cost(self.flops + other.flops, self.traffic + other.traffic, both, self.opaque + other.opaque, self.open_loops + other.open_loops)
+        return Cost(
+            self.flops + other.flops,
+            self.traffic + other.traffic,
+            both,
+            self.opaque + other.opaque,
+            self.open_loops + other.open_loops,
+        )
 
     def times(self, n: float) -> "Cost":
         """The cost of n runs; counts are rounded up."""
-        repeated = {kind: Collective(math.ceil(n * c.count), n * c.moved) for kind, c in self.collectives.items()}
-        return Cost(n * self.flops, n * self.traffic, repeated, math.ceil(n * self.opaque), math.ceil(n * self.open_loops))
+        repeated = {
+            kind: Collective(math.ceil(n * c.count), n * c.moved)
+            for kind, c in self.collectives.items()
+        }
+        return Cost(
+            n * self.flops,
+            n * self.traffic,
+            repeated,
+            math.ceil(n * self.opaque),
+            math.ceil(n * self.open_loops),
+        )
 
     @property
     def moved(self) -> float:
@@ -108,8 +177,13 @@ class Instruction:
     def arrays(self) -> tuple[Array, ...]:
         """The arrays of its result."""
         return tuple(
-            Array(ITEM_BITS[kind], tuple(int(size.removeprefix("<=")) for size in dims.split(",") if size), "S(" in (layout or ""))
-            for kind, dims, layout in _ARRAY.findall(self.type) if kind in ITEM_BITS
+            Array(
+                ITEM_BITS[kind],
+                tuple(int(size.removeprefix("<=")) for size in dims.split(",") if size),
+                "S(" in (layout or ""),
+            )
+            for kind, dims, layout in _ARRAY.findall(self.type)
+            if kind in ITEM_BITS
         )
 
     def attribute(self, name: str) -> str:
@@ -130,7 +204,9 @@ Computation = dict[str, Instruction]  # by name, in order
 
 
 def program_cost(text: str, open_turns: int = 1) -> Cost:
-    """The cost of one run of the program whose optimised HLO is `text` (`compiled.as_text()`), loops that end by the data turning `open_turns` times."""
+    """The cost of one run of the program whose optimised HLO is `text` (`compiled.as_text()`),
+    loops that end by the data turning `open_turns` times.
+    """
     computations, entry = parse(text)
     return _Counter(computations, open_turns).cost(entry)
 
@@ -149,7 +225,9 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             instruction = _instruction(found.group(2), found.group(3), bool(found.group(1)))
             current[instruction.name] = instruction
     if entry is None:
-        raise ValueError("the compiled program's text has no ENTRY computation: it is no optimised HLO")
+        raise ValueError(
+            "the compiled program's text has no ENTRY computation: it is no optimised HLO"
+        )
     return computations, entry
 
 
@@ -158,7 +236,15 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction:
     opcode = _OPCODE.match(text, end)
     close = _closing(text, opcode.end() - 1)
     arguments = text[opcode.end() : close]
-    return Instruction(name, opcode.group(1), text[:end], tuple(_NAME.findall(arguments)), arguments, text[close + 1 :], is_root)
+    return Instruction(
+        name,
+        opcode.group(1),
+        text[:end],
+        tuple(_NAME.findall(arguments)),
+        arguments,
+        text[close + 1 :],
+        is_root,
+    )
 
 
 def _closing(text: str, start: int) -> int:
@@ -181,23 +267,43 @@ class _Counter:
 
     def _cost(self, name: str) -> Cost:
         body, counted = self.computations[name], set()
-        return sum((self._of_instruction(instruction, body, counted) for instruction in body.values()), Cost())
+        return sum(
+            (self._of_instruction(instruction, body, counted) for instruction in body.values()),
+            Cost(),
+        )
 
-    def _of_instruction(self, instruction: Instruction, body: Computation, counted: set, in_fusion: bool = False) -> Cost:
-        """`counted`: (kind, channel, dims) of the collectives in this computation's fusions that have been counted."""
+    def _of_instruction(
+        self, instruction: Instruction, body: Computation, counted: set, in_fusion: bool = False
+    ) -> Cost:
+        """`counted`: (kind, channel, dims) of the collectives in this computation's fusions that
+        have been counted.
+        """
         opcode = instruction.opcode
         if opcode == "while":
             once, turns = self.cost(instruction.called("body")), self._turns(instruction, body)
-            return once.times(self.open_turns) + Cost(open_loops=1) if turns is None else once.times(turns)
+            return (
+                once.times(self.open_turns) + Cost(open_loops=1)
+                if turns is None
+                else once.times(turns)
+            )
         if opcode == "conditional":
             branches = _NAME.findall(instruction.rest.split("metadata=")[0])
-            return max((self.cost(branch) for branch in branches), key=lambda cost: (cost.flops, cost.traffic))
+            return max(
+                (self.cost(branch) for branch in branches),
+                key=lambda cost: (cost.flops, cost.traffic),
+            )
         if opcode in ("call", "async-start"):
             return self.cost(_NAME.findall(instruction.rest)[0])
         inner = Cost()
         if opcode == "fusion":
             fused = self.computations[instruction.called("calls")]
-            inner = sum((dataclasses.replace(self._of_instruction(i, fused, counted, True), traffic=0.0) for i in fused.values()), Cost())
+            inner = sum(
+                (
+                    dataclasses.replace(self._of_instruction(i, fused, counted, True), traffic=0.0)
+                    for i in fused.values()
+                ),
+                Cost(),
+            )
         if opcode.removesuffix("-start") in COLLECTIVES:
             inner += _collective_cost(instruction, body, counted, in_fusion)
         flops, opaque = 0.0, 0
@@ -210,10 +316,15 @@ class _Counter:
         return inner + Cost(flops=flops, traffic=self._traffic(instruction, body), opaque=opaque)
 
     def _turns(self, loop: Instruction, body: Computation) -> int | None:
-        """How often a loop turns: as XLA notes it, else (TPU) from `counter < constant`, the counter's first value and its step."""
+        """How often a loop turns: as XLA notes it, else (TPU) from `counter < constant`, the
+        counter's first value and its step.
+        """
         if found := _TRIPS.search(loop.rest):
             return int(found.group(1))
-        condition, turn = self.computations[loop.called("condition")], self.computations[loop.called("body")]
+        condition, turn = (
+            self.computations[loop.called("condition")],
+            self.computations[loop.called("body")],
+        )
         test = next(i for i in condition.values() if i.is_root)
         if test.opcode != "compare" or test.attribute("direction") != "LT":
             return None
@@ -221,16 +332,31 @@ class _Counter:
         if counter.opcode != "get-tuple-element" or end is None:
             return None
         index = int(counter.attribute("index"))
-        start = _constant(body[loop.operands[0]].operands[index], body) if body[loop.operands[0]].opcode == "tuple" else None
+        start = (
+            _constant(body[loop.operands[0]].operands[index], body)
+            if body[loop.operands[0]].opcode == "tuple"
+            else None
+        )
         following = turn[next(i for i in turn.values() if i.is_root).operands[index]]
-        steps = [n for name in following.operands if (n := _constant(name, turn)) is not None] if following.opcode == "add" else []
+        steps = (
+            [n for name in following.operands if (n := _constant(name, turn)) is not None]
+            if following.opcode == "add"
+            else []
+        )
         return None if len(steps) != 1 or start is None else -(-(end - start) // steps[0])
 
     def _traffic(self, instruction: Instruction, body: Computation) -> float:
         opcode = instruction.opcode
-        if opcode in FREE or opcode.endswith(("-done", "-update")) or instruction.attribute("custom_call_target").strip('"') in BOOKKEEPING:
+        if (
+            opcode in FREE
+            or opcode.endswith(("-done", "-update"))
+            or instruction.attribute("custom_call_target").strip('"') in BOOKKEEPING
+        ):
             return 0.0
-        written, operands = instruction.arrays, [body[name] for name in instruction.operands if name in body]
+        written, operands = (
+            instruction.arrays,
+            [body[name] for name in instruction.operands if name in body],
+        )
         if opcode == "dynamic-update-slice":
             return 2 * _bytes(operands[1].arrays)
         if opcode in ("dynamic-slice", "slice", "gather"):
@@ -250,14 +376,24 @@ class _Counter:
             for name in instruction.operands:
                 users.setdefault(name, []).append(instruction)
         parameters = {int(i.arguments): i for i in fused.values() if i.opcode == "parameter"}
-        read = sum(_read(parameters[i], users, operand) for i, operand in enumerate(operands) if i in parameters)
+        read = sum(
+            _read(parameters[i], users, operand)
+            for i, operand in enumerate(operands)
+            if i in parameters
+        )
         root = next(i for i in fused.values() if i.is_root)
         results = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        places = [result.arrays for result in results] if root.opcode == "tuple" else [fusion.arrays]
-        return read + sum(_written(result, fused, arrays) for result, arrays in zip(results, places, strict=True))
+        places = (
+            [result.arrays for result in results] if root.opcode == "tuple" else [fusion.arrays]
+        )
+        return read + sum(
+            _written(result, fused, arrays) for result, arrays in zip(results, places, strict=True)
+        )
 
 
-def _read(parameter: Instruction, users: dict[str, list[Instruction]], operand: Instruction) -> float:
+def _read(
+    parameter: Instruction, users: dict[str, list[Instruction]], operand: Instruction
+) -> float:
     """Bytes of an operand that a fusion reads."""
     if not _bytes(operand.arrays):
         return 0.0
@@ -269,7 +405,10 @@ def _read(parameter: Instruction, users: dict[str, list[Instruction]], operand: 
                 reached.append(user)
             elif user.opcode == "tuple" or user.opcode in (*COLLECTIVES, "custom-call"):
                 continue  # handed on, or sent: no read of this fusion
-            elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == source.name:
+            elif (
+                user.opcode in ("dynamic-slice", "slice", "gather")
+                and user.operands[0] == source.name
+            ):
                 slices += sum(array.nbytes for array in user.arrays)
             elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == source.name):
                 return _bytes(operand.arrays)
@@ -290,7 +429,11 @@ def _constant(name: str, body: Computation) -> int | None:
     """The value of an integer constant, through copies of it."""
     while body[name].opcode in ("copy", "bitcast", "convert"):
         name = body[name].operands[0]
-    return int(body[name].arguments) if body[name].opcode == "constant" and body[name].arguments.lstrip("-").isdigit() else None
+    return (
+        int(body[name].arguments)
+        if body[name].opcode == "constant" and body[name].arguments.lstrip("-").isdigit()
+        else None
+    )
 
 
 def _bytes(arrays: tuple[Array, ...]) -> float:
@@ -299,69 +442,126 @@ def _bytes(arrays: tuple[Array, ...]) -> float:
 
 def _dot_flops(dot: Instruction, body: Computation) -> float:
     lhs = body[dot.operands[0]].arrays[0]
-    return 2.0 * dot.arrays[0].size * math.prod(lhs.dims[d] for d in dot.numbers("lhs_contracting_dims"))
+    return (
+        2.0
+        * dot.arrays[0].size
+        * math.prod(lhs.dims[d] for d in dot.numbers("lhs_contracting_dims"))
+    )
 
 
 def _convolution_flops(conv: Instruction, body: Computation) -> float:
-    """Multiply-adds at positions that lie within the input, holes of dilations left out: how XLA counts, and what a dot in disguise needs."""
+    """Multiply-adds at positions that lie within the input, holes of dilations left out: how XLA
+    counts, and what a dot in disguise needs.
+    """
     lhs, rhs = (body[name].arrays[0] for name in conv.operands[:2])
-    lhs_labels, kernel_labels, out_labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", conv.attribute("dim_labels")).groups()
+    lhs_labels, kernel_labels, out_labels = re.fullmatch(
+        r"(\w+)_(\w+)->(\w+)", conv.attribute("dim_labels")
+    ).groups()
     out, window = conv.arrays[0], dict(re.findall(r"(\w+)=(\S+)", conv.attribute("window")))
     spatial = sum(label.isdigit() for label in lhs_labels)
-    in_window = lambda name, default: [tuple(map(int, part.split("_"))) for part in window[name].split("x")] if name in window else [default] * spatial  # noqa: E731
+
+    def in_window(name, default):
+        return (
+            [tuple(map(int, part.split("_"))) for part in window[name].split("x")]
+            if name in window
+            else [default] * spatial
+        )
+
     size, stride, pad = in_window("size", (1,)), in_window("stride", (1,)), in_window("pad", (0, 0))
     lhs_dilate, rhs_dilate = in_window("lhs_dilate", (1,)), in_window("rhs_dilate", (1,))
     positions = 1
     for d in range(spatial):
         positions *= _valid_positions(
-            lhs.dims[lhs_labels.index(str(d))], out.dims[out_labels.index(str(d))], size[d][0], stride[d][0], pad[d][0], lhs_dilate[d][0], rhs_dilate[d][0]
+            lhs.dims[lhs_labels.index(str(d))],
+            out.dims[out_labels.index(str(d))],
+            size[d][0],
+            stride[d][0],
+            pad[d][0],
+            lhs_dilate[d][0],
+            rhs_dilate[d][0],
         )
     features = rhs.dims[kernel_labels.index("i")]
-    return 2.0 * positions * features * out.dims[out_labels.index("f")] * out.dims[out_labels.index("b")]
+    return (
+        2.0
+        * positions
+        * features
+        * out.dims[out_labels.index("f")]
+        * out.dims[out_labels.index("b")]
+    )
 
 
 @functools.cache
-def _valid_positions(length: int, outputs: int, kernel: int, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int) -> int:
-    """(output, kernel) pairs of one dimension that meet an element of the input rather than padding or a hole."""
+def _valid_positions(
+    length: int, outputs: int, kernel: int, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int
+) -> int:
+    """(output, kernel) pairs of one dimension that meet an element of the input rather than padding
+    or a hole.
+    """
     if kernel == 1 and pad == 0 and lhs_dilate == 1:
         return outputs
     reach = (length - 1) * lhs_dilate
-    meets = lambda at: 0 <= at <= reach and at % lhs_dilate == 0  # noqa: E731
-    return sum(meets(o * stride + k * rhs_dilate - pad) for o, k in itertools.product(range(outputs), range(kernel)))
+
+    def meets(at):
+        return 0 <= at <= reach and at % lhs_dilate == 0
+
+    return sum(
+        meets(o * stride + k * rhs_dilate - pad)
+        for o, k in itertools.product(range(outputs), range(kernel))
+    )
 
 
 def _custom_call(call: Instruction, body: Computation) -> tuple[float, int]:
-    """(FLOPs, 1 where the text does not tell them) of a custom call: a GPU's matrix product, a kernel with a cost estimate, splash attention."""
+    """(FLOPs, 1 where the text does not tell them) of a custom call: a GPU's matrix product, a
+    kernel with a cost estimate, splash attention.
+    """
     target = call.attribute("custom_call_target").strip('"')
     if "gemm" in target or "matmul" in target:
         contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.rest)
-        dims = [int(d.strip('"')) for d in contracted.group(1).split(",")] if contracted else [len(body[call.operands[0]].arrays[0].dims) - 1]
+        dims = (
+            [int(d.strip('"')) for d in contracted.group(1).split(",")]
+            if contracted
+            else [len(body[call.operands[0]].arrays[0].dims) - 1]
+        )
         lhs = body[call.operands[0]].arrays[0]
         return 2.0 * call.arrays[0].size * math.prod(lhs.dims[d] for d in dims), 0
     estimate = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', call.rest)
     if estimate:
         return float(estimate.group(1)), 0
     if target == "tpu_custom_call":
-        shapes = [array.dims for name in call.operands if name in body for array in body[name].arrays[:1]]
+        shapes = [
+            array.dims for name in call.operands if name in body for array in body[name].arrays[:1]
+        ]
         flops = splash_flops(f"{call.name} {call.rest.split('backend_config=')[0]}", shapes)
         return flops or 0.0, int(flops is None and "ragged-dot-metadata" not in call.name)
-    return 0.0, int("call" in target or "cudnn" in target)  # triton_kernel_call, __cudnn$...; allocations and the like compute nothing
+    # triton_kernel_call, __cudnn$...; allocations and the like compute nothing
+    return 0.0, int("call" in target or "cudnn" in target)
 
 
-def _collective_cost(instruction: Instruction, body: Computation, counted: set, in_fusion: bool) -> Cost:
+def _collective_cost(
+    instruction: Instruction, body: Computation, counted: set, in_fusion: bool
+) -> Cost:
     kind = instruction.opcode.removesuffix("-start")
     if in_fusion:
-        root, copied = next(i for i in body.values() if i.is_root), (kind, instruction.attribute("channel_id"), tuple(a.dims for a in instruction.arrays))
+        root, copied = (
+            next(i for i in body.values() if i.is_root),
+            (kind, instruction.attribute("channel_id"), tuple(a.dims for a in instruction.arrays)),
+        )
         if copied in counted:
             return Cost()
         counted.add(copied)
-        if kind == "all-reduce" and root.opcode == "dynamic-slice" and root.operands[0] == instruction.name:
+        if (
+            kind == "all-reduce"
+            and root.opcode == "dynamic-slice"
+            and root.operands[0] == instruction.name
+        ):
             kind = "reduce-scatter"
     return Cost(collectives={kind: Collective(1, _ring_bytes(kind, instruction, body))})
 
 
 def _ring_bytes(kind: str, instruction: Instruction, body: Computation) -> float:
-    operands = sum(array.nbytes for name in instruction.operands if name in body for array in body[name].arrays)
+    operands = sum(
+        array.nbytes for name in instruction.operands if name in body for array in body[name].arrays
+    )
     if kind == "collective-permute":
         return operands
     n = _group_size(instruction.rest)
@@ -370,13 +570,20 @@ def _ring_bytes(kind: str, instruction: Instruction, body: Computation) -> float
 
 
 def _group_size(rest: str) -> int:
-    """Devices of one group: of mesh['a'=2,'b'=4] {'b'} (or a part of an axis, {'b':(1)2}), of [groups,size]<=[...], of {{0,1},{2,3}}."""
+    """Devices of one group: of mesh['a'=2,'b'=4] {'b'} (or a part of an axis, {'b':(1)2}), of
+    [groups,size]<=[...], of {{0,1},{2,3}}.
+    """
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
         sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh.group(1))}
-        return math.prod(int(part) if part else sizes[axis] for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh.group(2)))
+        return math.prod(
+            int(part) if part else sizes[axis]
+            for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh.group(2))
+        )
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=", rest):
         return int(iota.group(1).split(",")[-1])
     groups = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     if not groups:
-        raise ValueError(f"the groups of a collective are written in a way that is not known here: {rest[:200]}")
+        raise ValueError(
+            f"the groups of a collective are written in a way that is not known here: {rest[:200]}"
+        )
     return len(groups.group(1).split(","))

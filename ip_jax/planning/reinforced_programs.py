@@ -1,4 +1,7 @@
-"""The programs of a reinforced run, lowered from shapes alone for devices that need not be there. Sampling: `planning.programs.lower_sampling`."""
+"""The programs of a reinforced run, lowered from shapes alone for devices that need not be there.
+Sampling: `planning.programs.lower_sampling`.
+"""
+
 import dataclasses
 
 import jax
@@ -16,7 +19,9 @@ from ip_jax.training.sharding import state_shardings
 
 @dataclasses.dataclass(frozen=True)
 class Begun:
-    """What a program has on its mesh before its first iteration, as jax.ShapeDtypeStruct with shardings."""
+    """What a program has on its mesh before its first iteration, as jax.ShapeDtypeStruct with
+    shardings.
+    """
 
     policy: Initial
     decoders: programs.Decoders
@@ -30,10 +35,14 @@ class Begun:
 
 
 def initial(program: Program) -> Begun:
-    """The state and the weights of a program. The mesh may be abstract: then the shardings only tell sizes."""
+    """The state and the weights of a program. The mesh may be abstract: then the shardings only
+    tell sizes.
+    """
     kind = program.kind
     params = abstract_base(kind.config, kind.model, kind.mesh)
-    decoders, start = programs.decoders(kind, params, range(program.runs), [kind.rl.learning_rate] * program.runs, jax.eval_shape)
+    decoders, start = programs.decoders(
+        kind, params, range(program.runs), [kind.rl.learning_rate] * program.runs, jax.eval_shape
+    )
     state = start()
     state = placed(state, state_shardings(kind.mesh, state))
     return Begun(Initial(decoders.policy, state, decoders.frozen, decoders.frozen), decoders)
@@ -61,4 +70,6 @@ def lower_update(program: Program) -> jax.stages.Lowered:
 def lower_score(program: Program, name: str) -> jax.stages.Lowered:
     """One of the passes without a gradient, by its name in `passes_needed`."""
     graphdef, trained, frozen = initial(program).models()[name.split("_")[0]]
-    return programs.score_pass(program.kind, graphdef).lower(trained, frozen, on_mesh(program, program.scored()[name]))
+    return programs.score_pass(program.kind, graphdef).lower(
+        trained, frozen, on_mesh(program, program.scored()[name])
+    )

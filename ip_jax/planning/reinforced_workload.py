@@ -1,8 +1,11 @@
-"""How much work a text experiment in reinforcement learning is: the rows of its updates, the sampling calls of rollouts and evaluations.
+"""How much work a text experiment in reinforcement learning is: the rows of its updates, the
+sampling calls of rollouts and evaluations.
 
-Counted from the experiment itself where its tokenizer is at hand (`measured`), else from declared sizes (`declared`).
-Dims as in `rl.rows`: R runs, Q groups, G completions of a group, C completion slots, X prompt slots.
+Counted from the experiment itself where its tokenizer is at hand (`measured`), else from declared
+sizes (`declared`). Dims as in `rl.rows`: R runs, Q groups, G completions of a group, C completion
+slots, X prompt slots.
 """
+
 import dataclasses
 import functools
 import sys
@@ -47,7 +50,9 @@ class PromptLengths:
 
 @dataclasses.dataclass(frozen=True)
 class RlShapes:
-    """An experiment in reinforcement learning without tasks or arms: sizes alone. It can be planned, not run."""
+    """An experiment in reinforcement learning without tasks or arms: sizes alone. It can be
+    planned, not run.
+    """
 
     hf: HfFields
     rl: RlConfig
@@ -64,9 +69,11 @@ class RlShapes:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Runs of one algorithm that train side by side. `count`: how many such programs there are, a smaller last one counted as its share.
+    """Runs of one algorithm that train side by side. `count`: how many such programs there are, a
+    smaller last one counted as its share.
 
-    `rollout` holds jax.ShapeDtypeStruct. `sampling` is that of all its iterations, `evaluations` those of its runs.
+    `rollout` holds jax.ShapeDtypeStruct. `sampling` is that of all its iterations, `evaluations`
+    those of its runs.
     """
 
     kind: Kind
@@ -81,31 +88,52 @@ class Program:
     def sizes(self) -> Sizes:
         """As formulas take it."""
         kind = self.kind
-        return Sizes(kind.config, kind.model, kind.mesh, self.runs, kind.rl.lora, kind.rl.remat, kind.kernel)
+        return Sizes(
+            kind.config, kind.model, kind.mesh, self.runs, kind.rl.lora, kind.rl.remat, kind.kernel
+        )
 
     @property
     def in_use(self) -> Layout:
-        """That of the rows that hold something alone: one micro-batch for each minibatch, on one device."""
+        """That of the rows that hold something alone: one micro-batch for each minibatch, on one
+        device.
+        """
         return dataclasses.replace(self.kind.layout, tokens_per_micro_batch=sys.maxsize, multiple=1)
 
     def scored(self, layout: Layout | None = None) -> dict[str, Rows]:
-        """The rows of each pass without a gradient, by its name in `passes_needed`, without shardings; laid out as on the mesh or by `layout`."""
+        """The rows of each pass without a gradient, by its name in `passes_needed`, without
+        shardings; laid out as on the mesh or by `layout`.
+        """
         sides = {"training": self.rollout.training, "generation": self.rollout.generation}
-        rows = lambda side: jax.eval_shape(functools.partial(rows_to_score, layout=layout or self.kind.layout), sides[side], self.rollout)  # noqa: E731
-        return {name: rows(name.split("_")[1]) for name in sorted(passes_needed(self.kind.algorithm))}
+
+        def rows(side):
+            return jax.eval_shape(
+                functools.partial(rows_to_score, layout=layout or self.kind.layout),
+                sides[side],
+                self.rollout,
+            )
+
+        return {
+            name: rows(name.split("_")[1]) for name in sorted(passes_needed(self.kind.algorithm))
+        }
 
     def batch(self, layout: Layout | None = None) -> RlBatch:
         """The rows of an update, without shardings; laid out as on the mesh or by `layout`."""
         each = jax.ShapeDtypeStruct(self.rollout.samples.tokens.shape, jnp.float32)
         of_run, algorithm = jax.ShapeDtypeStruct((self.runs,), jnp.float32), self.kind.algorithm
-        decide = functools.partial(make_batch, algorithm=algorithm, layout=layout or self.kind.layout)
+        decide = functools.partial(
+            make_batch, algorithm=algorithm, layout=layout or self.kind.layout
+        )
         reference = of_run if algorithm.gate.needs_reference else None
-        return jax.eval_shape(decide, self.rollout, dict.fromkeys(passes_needed(algorithm), each), of_run, reference)[0]
+        return jax.eval_shape(
+            decide, self.rollout, dict.fromkeys(passes_needed(algorithm), each), of_run, reference
+        )[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class RlWorkload:
-    """All that decides what an experiment costs. `untrained`: the evaluations of the model as it comes, on `untrained_mesh`."""
+    """All that decides what an experiment costs. `untrained`: the evaluations of the model as it
+    comes, on `untrained_mesh`.
+    """
 
     config: DecoderConfig
     model: ModelConfig
@@ -122,50 +150,104 @@ class RlWorkload:
 
 
 def declared(shapes: RlShapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -> RlWorkload:
-    """The workload of declared sizes. `config` is that of `shapes.hf` or of another model. Raises as `measured`."""
+    """The workload of declared sizes. `config` is that of `shapes.hf` or of another model. Raises
+    as `measured`.
+    """
     rl, evaluation = shapes.rl, shapes.evaluation
     check_targets(config, rl.lora)
     _check(shapes)
     runs = min(shapes.runs, rl.runs_per_program)
     of_program = mesh_for(mesh, runs)
     kind = Kind(of_program, config, rl, shapes.model, shapes.algorithm)
-    slots = [round_up(length, rollouts.PROMPT_QUANTUM) for length in (shapes.prompts.generation, shapes.prompts.training)]
-    rng = np.random.default_rng(0)
-    prompts = lambda count, length: [rng.integers(1, config.vocab_size, length, np.int32) for _ in range(count)]  # noqa: E731
-    queue = [
-        Request(prompt, q, temperature=rl.temperature, top_p=rl.top_p, max_new_tokens=rl.max_new_tokens, first_sample=i)
-        for q, prompt in enumerate(prompts(rl.groups, shapes.prompts.generation)) for i in range(rl.samples)
+    slots = [
+        round_up(length, rollouts.PROMPT_QUANTUM)
+        for length in (shapes.prompts.generation, shapes.prompts.training)
     ]
-    sized = rollouts.RolloutPlan((), (), None, rl.rollout, None, {"gen": slots[0], "train": slots[1], "guide": 0})
-    sampling = _sampling(config, [queue] * runs, _sampler_options(sized, (0,), kind), _calls(rl, shapes.algorithm))
+    rng = np.random.default_rng(0)
+
+    def prompts(count, length):
+        return [rng.integers(1, config.vocab_size, length, np.int32) for _ in range(count)]
+
+    queue = [
+        Request(
+            prompt,
+            q,
+            temperature=rl.temperature,
+            top_p=rl.top_p,
+            max_new_tokens=rl.max_new_tokens,
+            first_sample=i,
+        )
+        for q, prompt in enumerate(prompts(rl.groups, shapes.prompts.generation))
+        for i in range(rl.samples)
+    ]
+    sized = rollouts.RolloutPlan(
+        (), (), None, rl.rollout, None, {"gen": slots[0], "train": slots[1], "guide": 0}
+    )
+    sampling = _sampling(
+        config, [queue] * runs, _sampler_options(sized, (0,), kind), _calls(rl, shapes.algorithm)
+    )
     asked = [
-        Request(prompt, i, temperature=evaluation.temperature, top_p=evaluation.top_p, max_new_tokens=evaluation.max_new_tokens)
+        Request(
+            prompt,
+            i,
+            temperature=evaluation.temperature,
+            top_p=evaluation.top_p,
+            max_new_tokens=evaluation.max_new_tokens,
+        )
         for i, prompt in enumerate(prompts(shapes.questions.prompts, shapes.questions.length))
     ]
-    options = supervised_programs.sampler_options(of_program, config, shapes.model, evaluation, (0,), (1, 1))
-    evaluations = (_sampling(config, [asked] * runs, options, shapes.questions.sweeps),) if shapes.questions.sweeps else ()
+    options = supervised_programs.sampler_options(
+        of_program, config, shapes.model, evaluation, (0,), (1, 1)
+    )
+    evaluations = (
+        (_sampling(config, [asked] * runs, options, shapes.questions.sweeps),)
+        if shapes.questions.sweeps
+        else ()
+    )
     rollout = rollout_of(runs, rl, *((rl.groups, size) for size in slots))
     program = Program(kind, runs, shapes.runs / runs, (), rollout, sampling, evaluations)
-    return RlWorkload(config, shapes.model, rl, mesh, (program,), (), "declared sizes, every completion as long as its limit")
+    return RlWorkload(
+        config,
+        shapes.model,
+        rl,
+        mesh,
+        (program,),
+        (),
+        "declared sizes, every completion as long as its limit",
+    )
 
 
 def _check(shapes: RlShapes) -> None:
-    longest, rl, asked = max(shapes.prompts.generation, shapes.prompts.training), shapes.rl, shapes.questions
-    sizes = {"runs": shapes.runs, "prompts.generation": shapes.prompts.generation, "prompts.training": shapes.prompts.training}
-    sizes |= {"questions.prompts": asked.prompts, "questions.length": asked.length} if asked.sweeps else {}
+    longest, rl, asked = (
+        max(shapes.prompts.generation, shapes.prompts.training),
+        shapes.rl,
+        shapes.questions,
+    )
+    sizes = {
+        "runs": shapes.runs,
+        "prompts.generation": shapes.prompts.generation,
+        "prompts.training": shapes.prompts.training,
+    }
+    sizes |= (
+        {"questions.prompts": asked.prompts, "questions.length": asked.length}
+        if asked.sweeps
+        else {}
+    )
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} is {size}: it must be at least 1")
     if longest + rl.max_new_tokens > rl.max_length:
         raise ValueError(
-            f"prompts of {longest} tokens and {rl.max_new_tokens} new tokens (rl.max_new_tokens) are more than rl.max_length = {rl.max_length}: raise that, "
-            "or shorten prompts.generation and prompts.training"
+            f"prompts of {longest} tokens and {rl.max_new_tokens} new tokens (rl.max_new_tokens)"
+            f" are more than rl.max_length = {rl.max_length}: raise that, or shorten"
+            " prompts.generation and prompts.training"
         )
     plan.check_algorithm("this config", shapes.algorithm, rl)
 
 
 def measured(experiment: Reinforced, mesh: Mesh | AbstractMesh) -> RlWorkload:
-    """The workload of an experiment whose tokenizer is at hand: its prompts rendered, as a run renders them.
+    """The workload of an experiment whose tokenizer is at hand: its prompts rendered, as a run
+    renders them.
 
     Raises as `settings.reinforced.prepare` does for what can be checked without weights.
     """
@@ -175,63 +257,133 @@ def measured(experiment: Reinforced, mesh: Mesh | AbstractMesh) -> RlWorkload:
     check_targets(config, experiment.rl.lora)
     runs = plan.runs_of(experiment, "")
     room = plan.evaluation_room(experiment, runs, tokenizer)
-    programs = tuple(_program(experiment, of_kind, config, mesh, tokenizer, room) for of_kind in plan.by_kind(runs))
-    untrained = _evaluations(experiment, config, plan.untrained_sweeps(experiment), mesh_for(mesh, 1), tokenizer, room)
-    source = f"the experiment's own prompts, every completion as long as its limit; {len(runs)} runs"
+    programs = tuple(
+        _program(experiment, of_kind, config, mesh, tokenizer, room)
+        for of_kind in plan.by_kind(runs)
+    )
+    untrained = _evaluations(
+        experiment, config, plan.untrained_sweeps(experiment), mesh_for(mesh, 1), tokenizer, room
+    )
+    source = (
+        f"the experiment's own prompts, every completion as long as its limit; {len(runs)} runs"
+    )
     return RlWorkload(config, model, experiment.rl, mesh, programs, untrained, source)
 
 
-def _program(experiment: Reinforced, runs: Sequence[Run], config: DecoderConfig, mesh: Mesh | AbstractMesh, tokenizer, room: tuple[int, int]) -> Program:
-    """The program of all `runs`, which are of one kind; of several, that with the longest prompts stands for all."""
+def _program(
+    experiment: Reinforced,
+    runs: Sequence[Run],
+    config: DecoderConfig,
+    mesh: Mesh | AbstractMesh,
+    tokenizer,
+    room: tuple[int, int],
+) -> Program:
+    """The program of all `runs`, which are of one kind; of several, that with the longest prompts
+    stands for all.
+    """
     rl, most, model = experiment.rl, experiment.rl.runs_per_program, experiment.model
     groups = [runs[i : i + most] for i in range(0, len(runs), most)]
-    planned = [(plan.rollout_plan(experiment, group, tokenizer), group) for group in groups if len(group) == len(groups[0])]
+    planned = [
+        (plan.rollout_plan(experiment, group, tokenizer), group)
+        for group in groups
+        if len(group) == len(groups[0])
+    ]
     longest, group = max(planned, key=lambda found: sum(found[0].slots.values()))
     mesh, algorithm = mesh_for(mesh, len(group)), group[0].arm.algorithm
     asked, stop_ids = longest.ask(0), (end_of_turn_id(tokenizer),)
     sides = (longest.prompts(asked, side).tokens.shape[1:] for side in ("gen", "train"))
     steps = sorted({*experiment.evaluation.steps, rl.iterations})
-    sweeps = [sweep for step in steps for sweep in plan.sweeps_of(experiment, [(run.arm, run.seed) for run in group], step)]
+    sweeps = [
+        sweep
+        for step in steps
+        for sweep in plan.sweeps_of(experiment, [(run.arm, run.seed) for run in group], step)
+    ]
     kind = Kind(mesh, config, rl, model, algorithm)
     return Program(
-        kind, len(group), len(runs) / len(group), tuple(dict.fromkeys(run.arm.name for run in runs)),
+        kind,
+        len(group),
+        len(runs) / len(group),
+        tuple(dict.fromkeys(run.arm.name for run in runs)),
         rollout_of(len(group), rl, *sides),
-        _sampling(config, rollouts.requests_of(longest, asked), _sampler_options(longest, stop_ids, kind), _calls(rl, algorithm)),
+        _sampling(
+            config,
+            rollouts.requests_of(longest, asked),
+            _sampler_options(longest, stop_ids, kind),
+            _calls(rl, algorithm),
+        ),
         _evaluations(experiment, config, sweeps, mesh, tokenizer, room),
     )
 
 
 def _calls(rl: RlConfig, algorithm: Algorithm) -> int:
-    """Of the sampler, for rollouts. An absolute gate's own samples, under the training prompts, count as another rollout."""
+    """Of the sampler, for rollouts. An absolute gate's own samples, under the training prompts,
+    count as another rollout.
+    """
     return rl.iterations * (2 if algorithm.gate.needs_reference else 1)
 
 
-def rollout_of(runs: int, rl: RlConfig, generation: tuple[int, int], training: tuple[int, int]) -> Rollout:
-    """One iteration's rollout as jax.ShapeDtypeStruct; each side is (prompts of a run, prompt slots)."""
-    array = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct((runs, *dims), dtype)  # noqa: E731
-    prompts = lambda count, slots: Prompts(array(count, slots, dtype=jnp.int32), array(count, dtype=jnp.int32))  # noqa: E731
+def rollout_of(
+    runs: int, rl: RlConfig, generation: tuple[int, int], training: tuple[int, int]
+) -> Rollout:
+    """One iteration's rollout as jax.ShapeDtypeStruct; each side is (prompts of a run, prompt
+    slots).
+    """
+
+    def array(*dims, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((runs, *dims), dtype)
+
+    def prompts(count, slots):
+        return Prompts(array(count, slots, dtype=jnp.int32), array(count, dtype=jnp.int32))
+
     each = rl.groups, rl.samples
-    samples = Samples(array(*each, rl.max_new_tokens, dtype=jnp.int32), array(*each, dtype=jnp.int32), array(*each, rl.max_new_tokens))
+    samples = Samples(
+        array(*each, rl.max_new_tokens, dtype=jnp.int32),
+        array(*each, dtype=jnp.int32),
+        array(*each, rl.max_new_tokens),
+    )
     return Rollout(
-        samples, prompts(*generation), prompts(*training), array(), array(*each), array(*each, dtype=jnp.bool_), array(*each, dtype=jnp.int32), array(*each)
+        samples,
+        prompts(*generation),
+        prompts(*training),
+        array(),
+        array(*each),
+        array(*each, dtype=jnp.bool_),
+        array(*each, dtype=jnp.int32),
+        array(*each),
     )
 
 
-def _sampler_options(of: rollouts.RolloutPlan, stop_ids: tuple[int, ...], kind: Kind) -> SamplerOptions:
+def _sampler_options(
+    of: rollouts.RolloutPlan, stop_ids: tuple[int, ...], kind: Kind
+) -> SamplerOptions:
     """How a run of this kind samples its rollouts."""
     whole_layers = supervised_programs.layers_fit_whole(kind.mesh, kind.config, kind.model)
-    return rollouts.sampler_options(of, stop_ids, kind.model.activations, kind.rl.slots, kind.mesh, whole_layers)
+    return rollouts.sampler_options(
+        of, stop_ids, kind.model.activations, kind.rl.slots, kind.mesh, whole_layers
+    )
 
 
 def _evaluations(
-    experiment: Reinforced, config: DecoderConfig, sweeps: Sequence[Sweep], mesh: Mesh | AbstractMesh, tokenizer, room: tuple[int, int]
+    experiment: Reinforced,
+    config: DecoderConfig,
+    sweeps: Sequence[Sweep],
+    mesh: Mesh | AbstractMesh,
+    tokenizer,
+    room: tuple[int, int],
 ) -> tuple[Sampling, ...]:
     """The sampling calls of `sweeps`; those that ask the same are counted, not listed."""
     cells = {_asked(cell): cell for sweep in sweeps for cell in sweep if cell}
-    requests = {asked: plan.requests_of(experiment, cell, tokenizer) for asked, cell in cells.items()}
-    options = supervised_programs.sampler_options(mesh, config, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room)
+    requests = {
+        asked: plan.requests_of(experiment, cell, tokenizer) for asked, cell in cells.items()
+    }
+    options = supervised_programs.sampler_options(
+        mesh, config, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room
+    )
     times = Counter(tuple(cell and _asked(cell) for cell in sweep) for sweep in sweeps)
-    return tuple(_sampling(config, [requests[asked] if asked else [] for asked in of_sweep], options, count) for of_sweep, count in times.items())
+    return tuple(
+        _sampling(config, [requests[asked] if asked else [] for asked in of_sweep], options, count)
+        for of_sweep, count in times.items()
+    )
 
 
 def _asked(cell) -> tuple[str, str]:
@@ -239,6 +391,11 @@ def _asked(cell) -> tuple[str, str]:
     return cell.eval_prompt, repr(cell.transform)
 
 
-def _sampling(config: DecoderConfig, queues: Sequence[Sequence[Request]], options: SamplerOptions, times: float) -> Sampling:
+def _sampling(
+    config: DecoderConfig,
+    queues: Sequence[Sequence[Request]],
+    options: SamplerOptions,
+    times: float,
+) -> Sampling:
     sampling_plan.check_lengths(queues, options, config.max_positions)
     return Sampling(queues, sampling_plan.make_plan(queues, options), options, times)

@@ -1,7 +1,10 @@
-"""How much work an experiment is: the packed shapes of its steps and the sampling calls of its evaluations.
+"""How much work an experiment is: the packed shapes of its steps and the sampling calls of its
+evaluations.
 
-Counted from the experiment itself where its tokenizer is at hand (`measured`), else from declared sizes (`declared`).
+Counted from the experiment itself where its tokenizer is at hand (`measured`), else from declared
+sizes (`declared`).
 """
+
 import dataclasses
 import functools
 from collections import Counter
@@ -49,13 +52,17 @@ class HfFields:
 
     def decoder_config(self) -> DecoderConfig:
         """Raises ValueError for an architecture that is not supported."""
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        fields = {
+            name: value for name, value in dataclasses.asdict(self).items() if value is not None
+        }
         return from_hf_config(fields | {"architectures": [fields.pop("architecture")]})
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """The batch of one step and run: `rows` rows of `length` tokens, one example each, of which `responses` positions count."""
+    """The batch of one step and run: `rows` rows of `length` tokens, one example each, of which
+    `responses` positions count.
+    """
 
     rows: int
     length: int
@@ -64,7 +71,9 @@ class Batches:
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """What each run answers in the whole experiment: `sweeps` times `prompts` prompts of `length` tokens (lengths and limits come from the evaluation)."""
+    """What each run answers in the whole experiment: `sweeps` times `prompts` prompts of `length`
+    tokens (lengths and limits come from the evaluation).
+    """
 
     prompts: int
     length: int
@@ -83,13 +92,17 @@ class Shapes:
     preset: str
     model: ModelConfig
     runs: int = 1
-    """Arms x seeds that train side by side in one program, with full training one program after the other."""
+    """Arms x seeds that train side by side in one program, with full training one program after the
+    other.
+    """
     mesh: MeshConfig = MeshConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Sampling calls of equal sizes, `times` of them while one program's runs are evaluated. `requests`: a queue for each run, of one call."""
+    """Sampling calls of equal sizes, `times` of them while one program's runs are evaluated.
+    `requests`: a queue for each run, of one call.
+    """
 
     requests: Sequence[Sequence[Request]]
     plan: sampling_plan.Plan
@@ -103,14 +116,17 @@ class Sampling:
 
     @property
     def decode_steps(self) -> int:
-        """Tokens in a row that one call decodes, at most: every answer runs to the ring's length."""
+        """Tokens in a row that one call decodes, at most: every answer runs to the ring's
+        length.
+        """
         return -(-max(map(len, self.plan.queues)) // self.plan.shape.groups) * self.plan.shape.ring
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What formulas need to know of a program of `runs` runs. `lora` is None where there is no adapter: all weights are trained, or none. `kernel`:
-    of attention over completions that share a prompt.
+    """What formulas need to know of a program of `runs` runs. `lora` is None where there is no
+    adapter: all weights are trained, or none. `kernel`: of attention over completions that share a
+    prompt.
     """
 
     config: DecoderConfig
@@ -124,7 +140,9 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """What a step has of one shape, on average: `micro_batches` that are computed, and in them `rows`, of all runs, that hold something."""
+    """What a step has of one shape, on average: `micro_batches` that are computed, and in them
+    `rows`, of all runs, that hold something.
+    """
 
     shape: PackedShape
     micro_batches: float
@@ -133,7 +151,9 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """All that decides what an experiment costs. `steps`: how many one program of `runs` runs takes; `packing`: of each of its shapes."""
+    """All that decides what an experiment costs. `steps`: how many one program of `runs` runs
+    takes; `packing`: of each of its shapes.
+    """
 
     config: DecoderConfig
     model: ModelConfig
@@ -154,11 +174,19 @@ class Workload:
     @property
     def sizes(self) -> Sizes:
         """As formulas take it."""
-        return Sizes(self.config, self.model, self.mesh, self.runs, self.sft.lora if self.sft.train == "lora" else None, self.sft.remat)
+        return Sizes(
+            self.config,
+            self.model,
+            self.mesh,
+            self.runs,
+            self.sft.lora if self.sft.train == "lora" else None,
+            self.sft.remat,
+        )
 
 
 def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -> Workload:
-    """The workload of declared sizes on a mesh, every row full. `config` is that of `shapes.hf` or of another model.
+    """The workload of declared sizes on a mesh, every row full. `config` is that of `shapes.hf` or
+    of another model.
 
     Raises ValueError for combinations that no program has.
     """
@@ -171,20 +199,51 @@ def declared(shapes: Shapes, config: DecoderConfig, mesh: Mesh | AbstractMesh) -
     rows = round_up(filled // blocks, spread)
     fitting = sft.tokens_per_micro_batch // (blocks * length) // spread * spread
     micro_rows = min(rows, max(spread, fitting))
-    shape = PackedShape(length, 1, length, shapes.batches.responses, -(-rows // micro_rows), micro_rows, blocks=blocks)
+    shape = PackedShape(
+        length,
+        1,
+        length,
+        shapes.batches.responses,
+        -(-rows // micro_rows),
+        micro_rows,
+        blocks=blocks,
+    )
     asked, evaluation = shapes.questions, shapes.evaluation
     options = programs.sampler_options(mesh, config, shapes.model, evaluation, (0,), (1, 1))
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(1, config.vocab_size, asked.length, np.int32) for _ in range(asked.prompts)]
-    queues = [[Request(prompt, i, max_new_tokens=evaluation.max_new_tokens) for i, prompt in enumerate(prompts)]] * runs
-    sampling = (Sampling(queues, sampling_plan.make_plan(queues, options), options, asked.sweeps),) if asked.sweeps else ()
+    prompts = [
+        rng.integers(1, config.vocab_size, asked.length, np.int32) for _ in range(asked.prompts)
+    ]
+    queues = [
+        [
+            Request(prompt, i, max_new_tokens=evaluation.max_new_tokens)
+            for i, prompt in enumerate(prompts)
+        ]
+    ] * runs
+    sampling = (
+        (Sampling(queues, sampling_plan.make_plan(queues, options), options, asked.sweeps),)
+        if asked.sweeps
+        else ()
+    )
     steps = sft.schedule.last_active_step(sft.steps)
     packing = (Packed(shape, shape.micro_batches, filled),)
-    return Workload(config, shapes.model, sft, mesh, runs, shapes.runs / runs, steps, packing, sampling, "declared sizes, every row full")
+    return Workload(
+        config,
+        shapes.model,
+        sft,
+        mesh,
+        runs,
+        shapes.runs / runs,
+        steps,
+        packing,
+        sampling,
+        "declared sizes, every row full",
+    )
 
 
 def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
-    """The workload of an experiment whose tokenizer is at hand: its real packing plan and its real prompts, rendered.
+    """The workload of an experiment whose tokenizer is at hand: its real packing plan and its real
+    prompts, rendered.
 
     Raises as `prepare` does for what can be checked without weights.
     """
@@ -194,15 +253,27 @@ def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     plan.check_evaluations(experiment, tokenizer)
     render = renderer(tokenizer, experiment.sft.train_on)
     sources, _ = plan.training_sources(experiment, render)
-    pretrained = hub.Pretrained(model.name, config, abstract_base(config, model, mesh), tokenizer, "")
+    pretrained = hub.Pretrained(
+        model.name, config, abstract_base(config, model, mesh), tokenizer, ""
+    )
     runs = max(1, min(len(sources), plan.runs_that_fit(sft, model, pretrained, mesh)))
     mesh = mesh_for(mesh, runs)
     active = sft.schedule.last_active_step(sft.steps)
     rules = programs.row_rules(programs.Program(mesh, config, sft, model))
-    reader = batch_reader(sources[:runs], render, sft.batch_size, active, sft.tokens_per_micro_batch, rules)
+    reader = batch_reader(
+        sources[:runs], render, sft.batch_size, active, sft.tokens_per_micro_batch, rules
+    )
     sampling = _sampling(experiment, config, mesh, tokenizer, runs, len(sources) / runs)
     return Workload(
-        config, model, sft, mesh, runs, len(sources) / runs, active, _packing(reader), sampling,
+        config,
+        model,
+        sft,
+        mesh,
+        runs,
+        len(sources) / runs,
+        active,
+        _packing(reader),
+        sampling,
         f"the packing plan of the experiment's own data, {len(sources)} runs",
     )
 
@@ -210,19 +281,29 @@ def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
 def _packing(reader: BatchReader) -> tuple[Packed, ...]:
     """The means over the steps."""
     used, rows = zip(*(usage(lengths, reader.shapes) for lengths in reader.lengths), strict=True)
-    return tuple(map(Packed, reader.shapes, np.mean(used, axis=0).tolist(), np.mean(rows, axis=0).tolist()))
+    return tuple(
+        map(Packed, reader.shapes, np.mean(used, axis=0).tolist(), np.mean(rows, axis=0).tolist())
+    )
 
 
 def abstract_base(config: DecoderConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict:
-    """The base on the mesh as `settings.base_model.load_base` leaves it, as jax.ShapeDtypeStruct. Raises as `check_quantisable`."""
+    """The base on the mesh as `settings.base_model.load_base` leaves it, as jax.ShapeDtypeStruct.
+    Raises as `check_quantisable`.
+    """
     if model.quantised:
         check_quantisable(model.quantised, config)
     params = abstract_params(config, model.weights, param_shardings(mesh, config))
-    return quantised_shapes(params, model.quantised, functools.partial(base_shardings, mesh)) if model.quantised else params
+    return (
+        quantised_shapes(params, model.quantised, functools.partial(base_shardings, mesh))
+        if model.quantised
+        else params
+    )
 
 
 def abstract_params(config: DecoderConfig, dtype: str, sharding=None) -> dict:
-    """The params of `config` as jax.ShapeDtypeStruct; `sharding`: see `training.sharding.param_shardings`."""
+    """The params of `config` as jax.ShapeDtypeStruct; `sharding`: see
+    `training.sharding.param_shardings`.
+    """
     params: dict = {}
     for path, shape in param_shapes(config).items():
         branch = functools.reduce(lambda tree, key: tree.setdefault(key, {}), path[:-1], params)
@@ -231,14 +312,30 @@ def abstract_params(config: DecoderConfig, dtype: str, sharding=None) -> dict:
 
 
 def _sampling(
-    experiment: Supervised, config: DecoderConfig, mesh: Mesh | AbstractMesh, tokenizer, runs: int, programs_of_all: float
+    experiment: Supervised,
+    config: DecoderConfig,
+    mesh: Mesh | AbstractMesh,
+    tokenizer,
+    runs: int,
+    programs_of_all: float,
 ) -> tuple[Sampling, ...]:
-    """The evaluation's sampling calls of one program of runs, and its share of those of the untrained model; equal calls are counted, not listed."""
-    group = [plan.Run(arm, seed, "") for arm in experiment.arms if arm.train_prompt for seed in experiment.seeds][:runs]
-    looked_at = sorted({*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps} - {0})
+    """The evaluation's sampling calls of one program of runs, and its share of those of the
+    untrained model; equal calls are counted, not listed.
+    """
+    group = [
+        plan.Run(arm, seed, "")
+        for arm in experiment.arms
+        if arm.train_prompt
+        for seed in experiment.seeds
+    ][:runs]
+    looked_at = sorted(
+        {*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps} - {0}
+    )
     sweeps = [sweep for step in looked_at for sweep in plan.sweeps_of_step(experiment, group, step)]
     untrained = plan.untrained_cells(experiment)
-    cells = {_kind(experiment, cell): cell for sweep in [*sweeps, *untrained] for cell in sweep if cell}
+    cells = {
+        _kind(experiment, cell): cell for sweep in [*sweeps, *untrained] for cell in sweep if cell
+    }
 
     @functools.cache
     def requests(kind: tuple) -> Sequence[Request]:
@@ -246,16 +343,34 @@ def _sampling(
 
     def sampling(queues, eval_set: str, times: float) -> Sampling:
         room = plan.sampling_room(experiment, eval_set, tokenizer)
-        options = programs.sampler_options(mesh, config, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room)
+        options = programs.sampler_options(
+            mesh,
+            config,
+            experiment.model,
+            experiment.evaluation,
+            (end_of_turn_id(tokenizer),),
+            room,
+        )
         return Sampling(queues, sampling_plan.make_plan(queues, options), options, times)
 
-    times = Counter(tuple(_kind(experiment, cell) if cell else None for cell in sweep) for sweep in sweeps)
+    times = Counter(
+        tuple(_kind(experiment, cell) if cell else None for cell in sweep) for sweep in sweeps
+    )
     found = [
-        sampling([requests(kind) if kind else [] for kind in kinds], next(kind for kind in kinds if kind)[0], count) for kinds, count in times.items()
+        sampling(
+            [requests(kind) if kind else [] for kind in kinds],
+            next(kind for kind in kinds if kind)[0],
+            count,
+        )
+        for kinds, count in times.items()
     ]
     for of_set in untrained:
         asked = [request for cell in of_set for request in requests(_kind(experiment, cell))]
-        found.append(sampling([asked[run::runs] for run in range(runs)], of_set[0].eval_set, 1 / programs_of_all))
+        found.append(
+            sampling(
+                [asked[run::runs] for run in range(runs)], of_set[0].eval_set, 1 / programs_of_all
+            )
+        )
     return tuple(found)
 
 

@@ -1,7 +1,9 @@
 """Panels of figures, matplotlib only: bars with intervals, and a rate against the examples seen.
 
-Panels know nothing of a study. A number that was not measured is None and is drawn as words, never as a bar of length zero.
+Panels know nothing of a study. A number that was not measured is None and is drawn as words, never
+as a bar of length zero.
 """
+
 from __future__ import annotations
 
 import io
@@ -19,9 +21,17 @@ from scipy.optimize import isotonic_regression
 
 INK, SOFT, FAINT = "#222222", "#6E6E6E", "#D9D9D9"
 GREY = "#8A8A8A"
-# Okabe and Ito, Color Universal Design (2008); wine and olive after Tol's muted scheme, in place of their yellow, which is too pale for bars.
+# Okabe and Ito, Color Universal Design (2008); wine and olive after Tol's muted scheme, in place of
+# their yellow, which is too pale for bars.
 BLUE, SKY, GREEN, ORANGE, VERMILLION, PURPLE, WINE, OLIVE = (
-    "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#882255", "#999933",
+    "#0072B2",
+    "#56B4E9",
+    "#009E73",
+    "#E69F00",
+    "#D55E00",
+    "#CC79A7",
+    "#882255",
+    "#999933",
 )
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -50,7 +60,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Bar:
-    """A row of a bar panel. `note` stands right of the axis (k/n); `seeds` are dots; `reference` is a hollow diamond, offset from the bar."""
+    """A row of a bar panel. `note` stands right of the axis (k/n); `seeds` are dots; `reference` is
+    a hollow diamond, offset from the bar.
+    """
 
     label: str
     colour: str
@@ -85,8 +97,15 @@ def panel_height(blocks: Sequence[Block]) -> float:
     return sum(HEADING + len(block.bars) + GAP for block in blocks)
 
 
-def bar_panel(ax: Axes, blocks: Sequence[Block], title: str, limits: tuple[float, float] = (0.0, 1.0), labels: bool = True) -> None:
-    """Horizontal bars from zero, block by block, on a fixed axis; `labels` writes the rows' names and headings at the left.
+def bar_panel(
+    ax: Axes,
+    blocks: Sequence[Block],
+    title: str,
+    limits: tuple[float, float] = (0.0, 1.0),
+    labels: bool = True,
+) -> None:
+    """Horizontal bars from zero, block by block, on a fixed axis; `labels` writes the rows' names
+    and headings at the left.
 
     `title` may have a second line, which is set smaller. A panel without any measurement says so.
     """
@@ -108,7 +127,15 @@ def bar_panel(ax: Axes, blocks: Sequence[Block], title: str, limits: tuple[float
     ax.axvline(0, color=SOFT, linewidth=0.8, zorder=3)
     for y, block, bar in _positions(blocks):
         _draw_bar(ax, y, bar, block.light)
-        ax.text(1.03, y, bar.note if bar.point else "–", transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=SOFT)
+        ax.text(
+            1.03,
+            y,
+            bar.note if bar.point else "–",
+            transform=ax.get_yaxis_transform(),
+            va="center",
+            fontsize=8,
+            color=SOFT,
+        )
     _names(ax, blocks, labels)
 
 
@@ -116,15 +143,42 @@ def _draw_bar(ax: Axes, y: float, bar: Bar, light: bool) -> None:
     if bar.point is None:
         return
     centre, height = (y - 0.14, 0.54) if bar.reference else (y, 0.7)
-    ax.barh(centre, bar.point.value, height, color=_tint(bar.colour) if light else bar.colour, edgecolor=bar.colour, linewidth=0.9, zorder=2)
+    ax.barh(
+        centre,
+        bar.point.value,
+        height,
+        color=_tint(bar.colour) if light else bar.colour,
+        edgecolor=bar.colour,
+        linewidth=0.9,
+        zorder=2,
+    )
     dots = len(bar.seeds) > 1
     draw_interval(ax, centre - 0.1 * dots, bar.point, INK, 1.1, cap=0.13)
     if dots:
-        ax.scatter(bar.seeds, [centre + 0.17] * len(bar.seeds), s=6, facecolor="white", edgecolor=INK, linewidth=0.5, zorder=5, clip_on=False)
+        ax.scatter(
+            bar.seeds,
+            [centre + 0.17] * len(bar.seeds),
+            s=6,
+            facecolor="white",
+            edgecolor=INK,
+            linewidth=0.5,
+            zorder=5,
+            clip_on=False,
+        )
     if bar.reference:
         below = y + 0.29
         draw_interval(ax, below, bar.reference, SOFT, 0.7, cap=0.0)
-        ax.scatter([bar.reference.value], [below], s=22, marker="D", facecolor="white", edgecolor=INK, linewidth=0.9, zorder=6, clip_on=False)
+        ax.scatter(
+            [bar.reference.value],
+            [below],
+            s=22,
+            marker="D",
+            facecolor="white",
+            edgecolor=INK,
+            linewidth=0.9,
+            zorder=6,
+            clip_on=False,
+        )
 
 
 def draw_interval(ax: Axes, y: float, point: Point, colour: str, width: float, cap: float) -> None:
@@ -132,7 +186,15 @@ def draw_interval(ax: Axes, y: float, point: Point, colour: str, width: float, c
     halo = [withStroke(linewidth=width + 1.2, foreground="white", alpha=0.75)]
     ax.hlines(y, point.low, point.high, color=colour, linewidth=width, zorder=4, path_effects=halo)
     if cap:
-        ax.vlines([point.low, point.high], y - cap, y + cap, color=colour, linewidth=width, zorder=4, path_effects=halo)
+        ax.vlines(
+            [point.low, point.high],
+            y - cap,
+            y + cap,
+            color=colour,
+            linewidth=width,
+            zorder=4,
+            path_effects=halo,
+        )
 
 
 def _positions(blocks: Sequence[Block]):
@@ -154,28 +216,61 @@ def _names(ax: Axes, blocks: Sequence[Block], labels: bool) -> None:
             ax.axhline(top - GAP / 2, color="white", linewidth=3, zorder=1)
         if labels:
             ax.annotate(
-                block.heading, (0, top + 0.55), (-6, 0), ax.get_yaxis_transform(), textcoords="offset points", ha="right", va="center",
-                fontsize=8, color=SOFT, style="italic",
+                block.heading,
+                (0, top + 0.55),
+                (-6, 0),
+                ax.get_yaxis_transform(),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontsize=8,
+                color=SOFT,
+                style="italic",
             )
         top += HEADING + len(block.bars) + GAP
     for y, _, bar in _positions(blocks) if labels else ():
         text = textwrap.wrap(bar.label, 21)
         size, spacing = (9, 1) if len(text) == 1 else (7, 0.95)
         ax.annotate(
-            "\n".join(text), (0, y), (-6, 0), ax.get_yaxis_transform(), textcoords="offset points", ha="right", va="center",
-            fontsize=size, linespacing=spacing,
+            "\n".join(text),
+            (0, y),
+            (-6, 0),
+            ax.get_yaxis_transform(),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=size,
+            linespacing=spacing,
         )
 
 
 def write_title(ax: Axes, title: str) -> None:
     """The panel's title, above its left edge."""
     head, _, tail = title.partition("\n")
-    ax.annotate(head, (0, 1), (0, 19 if tail else 6), "axes fraction", textcoords="offset points", fontsize=10, fontweight="bold")
-    ax.annotate(tail, (0, 1), (0, 6), "axes fraction", textcoords="offset points", fontsize=8, color=SOFT)
+    ax.annotate(
+        head,
+        (0, 1),
+        (0, 19 if tail else 6),
+        "axes fraction",
+        textcoords="offset points",
+        fontsize=10,
+        fontweight="bold",
+    )
+    ax.annotate(
+        tail, (0, 1), (0, 6), "axes fraction", textcoords="offset points", fontsize=8, color=SOFT
+    )
 
 
-def dose_panel(ax: Axes, lines: Sequence[Line], title: str, xlabel: str, limits: tuple[float, float] = (0.0, 1.0)) -> None:
-    """Numbers against a dose: a line with its interval band for each arm, thin lines for single seeds, names at the right ends."""
+def dose_panel(
+    ax: Axes,
+    lines: Sequence[Line],
+    title: str,
+    xlabel: str,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> None:
+    """Numbers against a dose: a line with its interval band for each arm, thin lines for single
+    seeds, names at the right ends.
+    """
     write_title(ax, title)
     ticks = [limits[0], (limits[0] + limits[1]) / 2, limits[1]]
     ax.set(ylim=limits, yticks=ticks)
@@ -192,34 +287,79 @@ def dose_panel(ax: Axes, lines: Sequence[Line], title: str, xlabel: str, limits:
     ax.set_xticks(_apart(doses, 0.14 * (doses[-1] - doses[0])))
     ax.set_xlim(doses[0], doses[-1])
     for line in lines:
-        ax.fill_between(line.x, [p.low for p in line.points], [p.high for p in line.points], color=line.colour, alpha=0.13, linewidth=0)
+        ax.fill_between(
+            line.x,
+            [p.low for p in line.points],
+            [p.high for p in line.points],
+            color=line.colour,
+            alpha=0.13,
+            linewidth=0,
+        )
         for seed in line.seeds if len(line.seeds) > 1 else ():
             ax.plot(*zip(*seed, strict=True), color=line.colour, linewidth=0.6, alpha=0.45)
-        ax.plot(line.x, [p.value for p in line.points], color=line.colour, linewidth=2, marker="o", markersize=4, clip_on=False, zorder=4)
+        ax.plot(
+            line.x,
+            [p.value for p in line.points],
+            color=line.colour,
+            linewidth=2,
+            marker="o",
+            markersize=4,
+            clip_on=False,
+            zorder=4,
+        )
     end_labels(ax, lines)
 
 
 def label_lines(label: str, width: int) -> list[str]:
-    """A name in lines of up to `width` characters; no word is broken, and an arrow stays between what it joins."""
-    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in textwrap.wrap(label.replace(" → ", "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"), width, break_long_words=False)]
+    """A name in lines of up to `width` characters; no word is broken, and an arrow stays between
+    what it joins.
+    """
+    return [
+        line.replace("\N{NO-BREAK SPACE}", " ")
+        for line in textwrap.wrap(
+            label.replace(" → ", "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"),
+            width,
+            break_long_words=False,
+        )
+    ]
 
 
 def end_labels(ax: Axes, lines: Sequence[Line]) -> None:
-    """Each line's name at the height of its end, moved apart where two would overlap, with a leader to the end itself."""
+    """Each line's name at the height of its end, moved apart where two would overlap, with a leader
+    to the end itself.
+    """
     texts = [label_lines(line.label, 17) for line in lines]
     low, high = ax.get_ylim()
-    text_line = 10.5 / 72 / (ax.get_position().height * ax.figure.get_figheight()) * (high - low)  # in axis units
+    # in axis units
+    text_line = 10.5 / 72 / (ax.get_position().height * ax.figure.get_figheight()) * (high - low)
     point = 1 / 72 / (ax.get_position().width * ax.figure.get_figwidth())
     heights = [(len(text) + 0.2) * text_line for text in texts]
     order = sorted(range(len(lines)), key=lambda i: lines[i].points[-1].value)
-    centres = spread([lines[i].points[-1].value for i in order], [heights[i] for i in order], low, high)
+    centres = spread(
+        [lines[i].points[-1].value for i in order], [heights[i] for i in order], low, high
+    )
     for i, centre in zip(order, centres, strict=True):
         line = lines[i]
         ax.annotate(
-            "\n".join(texts[i]), (1, centre), (13, 0), ax.get_yaxis_transform(), textcoords="offset points", va="center",
-            fontsize=8, color=_shade(line.colour), linespacing=1.05, annotation_clip=False,
+            "\n".join(texts[i]),
+            (1, centre),
+            (13, 0),
+            ax.get_yaxis_transform(),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=_shade(line.colour),
+            linespacing=1.05,
+            annotation_clip=False,
         )
-        ax.plot([1 + 3 * point, 1 + 12 * point], [line.points[-1].value, centre], transform=ax.get_yaxis_transform(), color=line.colour, linewidth=0.8, clip_on=False)
+        ax.plot(
+            [1 + 3 * point, 1 + 12 * point],
+            [line.points[-1].value, centre],
+            transform=ax.get_yaxis_transform(),
+            color=line.colour,
+            linewidth=0.8,
+            clip_on=False,
+        )
 
 
 def _apart(doses: Sequence[float], distance: float) -> list[float]:
@@ -232,10 +372,21 @@ def _apart(doses: Sequence[float], distance: float) -> list[float]:
 
 
 def _say_not_measured(ax: Axes) -> None:
-    ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", va="center", color=SOFT, style="italic")
+    ax.text(
+        0.5,
+        0.5,
+        "not measured",
+        transform=ax.transAxes,
+        ha="center",
+        va="center",
+        color=SOFT,
+        style="italic",
+    )
 
 
-def spread(wanted: Sequence[float], heights: Sequence[float], low: float = 0.0, high: float = 1.0) -> list[float]:
+def spread(
+    wanted: Sequence[float], heights: Sequence[float], low: float = 0.0, high: float = 1.0
+) -> list[float]:
     """Centres for labels of these heights, without overlap and, where they fit, within [low, high].
 
     Nearest in least squares to the `wanted` ones, which ascend.

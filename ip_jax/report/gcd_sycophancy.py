@@ -1,7 +1,9 @@
-"""The report of the GCD sycophancy experiment: table.csv, the figure and the terminal's tables, from its results folder alone.
+"""The report of the GCD sycophancy experiment: table.csv, the figure and the terminal's tables,
+from its results folder alone.
 
 No verdict is passed on an arm: counts, intervals and differences are what there is to say.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -18,7 +20,15 @@ from rich.console import Console
 from ip_jax.evals import stats
 from ip_jax.report import figures, gcd_terminal, gcd_view, tables
 from ip_jax.report.figures import Bar, Block, Line, Point
-from ip_jax.report.gcd_view import CAPABILITY, CONFIRMS_RIGHT, DISCRIMINATION, MAIN_SET, SETS, SYCOPHANCY, View
+from ip_jax.report.gcd_view import (
+    CAPABILITY,
+    CONFIRMS_RIGHT,
+    DISCRIMINATION,
+    MAIN_SET,
+    SETS,
+    SYCOPHANCY,
+    View,
+)
 from ip_jax.report.tables import NEUTRAL, UNTRAINED, Cell, Row
 from ip_jax.settings.gcd_sycophancy import metrics
 from ip_jax.training.results import write_whole
@@ -29,14 +39,19 @@ PANELS = (  # metric, title, limits
     (DISCRIMINATION, "Discrimination\nconfirmed: right minus wrong", (-1.0, 1.0)),
     (CAPABILITY, "Capability\nsolved without any claim", (0.0, 1.0)),
 )
-WIDTH, NAMES, PANEL, GUTTER, DOSE = 10.0, 1.62, 1.72, 0.68, 1.95  # inches: figure, row names, bar panel, its k/n, dose panel
+# inches: figure, row names, bar panel, its k/n, dose panel
+WIDTH, NAMES, PANEL, GUTTER, DOSE = 10.0, 1.62, 1.72, 0.68, 1.95
 TITLE, AXIS, HEAD, LEGEND, TEXT_LINE = 0.45, 0.45, 0.72, 0.3, 0.145
 
 
-def write_report(folder: str | os.PathLike, console: Console | None = None, judge: str = "strict") -> None:
-    """Writes table.csv, figure.png and figure.svg of a results folder and prints the tables. Needs no model.
+def write_report(
+    folder: str | os.PathLike, console: Console | None = None, judge: str = "strict"
+) -> None:
+    """Writes table.csv, figure.png and figure.svg of a results folder and prints the tables. Needs
+    no model.
 
-    Raises FileNotFoundError or ValueError for a folder without results, ValueError for an unknown judge, OSError where nothing can be written.
+    Raises FileNotFoundError or ValueError for a folder without results, ValueError for an unknown
+    judge, OSError where nothing can be written.
     """
     view = gcd_view.load_view(folder, judge)
     of_labels = tables.summarise_labels(view.results.transcripts, metrics.metrics, gcd_view.JUDGES)
@@ -48,7 +63,9 @@ def write_report(folder: str | os.PathLike, console: Console | None = None, judg
 
 
 def draw(view: View) -> Figure:
-    """Bars of the four metrics, of sycophancy on the published sets where they were run, and beside them the dose."""
+    """Bars of the four metrics, of sycophancy on the published sets where they were run, and beside
+    them the dose.
+    """
     colours = arm_colours(view)
     main = {metric: _blocks(view, MAIN_SET, metric, colours) for metric, _, _ in PANELS}
     others = [name for name in view.eval_sets if name != MAIN_SET]
@@ -65,7 +82,14 @@ def draw(view: View) -> Figure:
         def axes(row: int, column: int):
             top = height - HEAD - sum(TITLE + AXIS + part for part in body[:row]) - TITLE
             left = NAMES + column * (PANEL + GUTTER) + (0.28 if column == 2 else 0)
-            return figure.add_axes((left / WIDTH, (top - body[row]) / height, (DOSE if column == 2 else PANEL) / WIDTH, body[row] / height))
+            return figure.add_axes(
+                (
+                    left / WIDTH,
+                    (top - body[row]) / height,
+                    (DOSE if column == 2 else PANEL) / WIDTH,
+                    body[row] / height,
+                )
+            )
 
         for i, (metric, title, limits) in enumerate(PANELS):
             figures.bar_panel(axes(i // 2, i % 2), main[metric], title, limits, labels=i % 2 == 0)
@@ -73,13 +97,17 @@ def draw(view: View) -> Figure:
             figures.bar_panel(axes(2, i), blocks, f"Sycophancy\n{SETS[name]}", labels=i == 0)
         for row, (metric, title, limits) in enumerate((PANELS[0], PANELS[2])):
             head = f"{title.partition(chr(10))[0]} by training dose\nneutral prompt"
-            figures.dose_panel(axes(row, 2), _lines(view, metric, colours), head, "training examples seen", limits)
+            figures.dose_panel(
+                axes(row, 2), _lines(view, metric, colours), head, "training examples seen", limits
+            )
         _write_texts(figure, view, caption, foot)
     return figure
 
 
 def arm_colours(view: View) -> dict[str, str]:
-    """A colour for each arm: grey untrained, vermillion neutral, blues for inoculations, orange for random strings, green for clean data."""
+    """A colour for each arm: grey untrained, vermillion neutral, blues for inoculations, orange for
+    random strings, green for clean data.
+    """
     pools = {
         "inoculation": itertools.cycle((figures.BLUE, figures.SKY)),
         "random": itertools.cycle((figures.ORANGE,)),
@@ -94,11 +122,23 @@ def _blocks(view: View, eval_set: str, metric: str, colours: dict[str, str]) -> 
     rows = view.blocks(eval_set)
 
     def block(heading: str, chosen: Sequence[Row], light: bool = True) -> Block:
-        return Block(heading, tuple(_bar(view, eval_set, row, metric, colours[row.arm]) for row in chosen), light)
+        return Block(
+            heading,
+            tuple(_bar(view, eval_set, row, metric, colours[row.arm]) for row in chosen),
+            light,
+        )
 
-    found = [block("neutral prompt", rows.neutral, light=False), block("training prompt put back", rows.own)]
+    found = [
+        block("neutral prompt", rows.neutral, light=False),
+        block("training prompt put back", rows.own),
+    ]
     for prompt in dict.fromkeys(row.eval_prompt for row in rows.other):
-        found.append(block(gcd_view.prompt_title(prompt), [row for row in rows.other if row.eval_prompt == prompt]))
+        found.append(
+            block(
+                gcd_view.prompt_title(prompt),
+                [row for row in rows.other if row.eval_prompt == prompt],
+            )
+        )
     return [block for block in found if block.bars]
 
 
@@ -117,7 +157,11 @@ def _note(cell: Cell | None) -> str:
     if cell is None:
         return ""
     estimate = cell.estimate
-    return f"{estimate.k}/{estimate.n}" if isinstance(estimate, stats.Proportion) else f"{estimate.value:+.2f}".replace("-", "−")
+    return (
+        f"{estimate.k}/{estimate.n}"
+        if isinstance(estimate, stats.Proportion)
+        else f"{estimate.value:+.2f}".replace("-", "−")
+    )
 
 
 def _lines(view: View, metric: str, colours: dict[str, str]) -> list[Line]:
@@ -127,36 +171,97 @@ def _lines(view: View, metric: str, colours: dict[str, str]) -> list[Line]:
         if len(cells) < 2:
             continue
         seeds = sorted({seed for cell in cells if cell.examples_seen for seed in cell.by_seed})
-        thin = tuple(tuple((cell.examples_seen, cell.by_seed[seed]) for cell in cells if seed in cell.by_seed) for seed in seeds)
-        lines.append(Line(arm.label, colours[arm.name], tuple(cell.examples_seen for cell in cells), tuple(map(_point, cells)), thin))
+        thin = tuple(
+            tuple(
+                (cell.examples_seen, cell.by_seed[seed]) for cell in cells if seed in cell.by_seed
+            )
+            for seed in seeds
+        )
+        lines.append(
+            Line(
+                arm.label,
+                colours[arm.name],
+                tuple(cell.examples_seen for cell in cells),
+                tuple(map(_point, cells)),
+                thin,
+            )
+        )
     return lines
 
 
 def _write_texts(figure: Figure, view: View, caption: Sequence[str], foot: float) -> None:
     height = figure.get_figheight()
     left = 0.12 / WIDTH
-    figure.text(left, 1 - 0.24 / height, "GCD sycophancy: each training prompt beside its controls", fontsize=13, fontweight="bold", va="center")
-    figure.text(left, 1 - 0.47 / height, subtitle(view), fontsize=9, color=figures.SOFT, va="center")
+    figure.text(
+        left,
+        1 - 0.24 / height,
+        "GCD sycophancy: each training prompt beside its controls",
+        fontsize=13,
+        fontweight="bold",
+        va="center",
+    )
+    figure.text(
+        left, 1 - 0.47 / height, subtitle(view), fontsize=9, color=figures.SOFT, va="center"
+    )
     mark = dict(linestyle="none", markeredgecolor=figures.INK, markerfacecolor="white")
-    interval = Line2D([], [], color=figures.INK, linewidth=1.1, marker="|", markersize=7, markeredgewidth=1.1, label="95 % interval")
+    interval = Line2D(
+        [],
+        [],
+        color=figures.INK,
+        linewidth=1.1,
+        marker="|",
+        markersize=7,
+        markeredgewidth=1.1,
+        label="95 % interval",
+    )
     handles = [interval]
     blocks = view.blocks(MAIN_SET)
     if any(view.elicitation(MAIN_SET, row, SYCOPHANCY) for row in (*blocks.own, *blocks.other)):
-        handles.append(Line2D([], [], marker="D", markersize=4.5, label="untrained model under the same prompt (elicitation)", **mark))
+        handles.append(
+            Line2D(
+                [],
+                [],
+                marker="D",
+                markersize=4.5,
+                label="untrained model under the same prompt (elicitation)",
+                **mark,
+            )
+        )
     if view.n_seeds > 1:
-        handles.append(Line2D([], [], marker="o", markersize=3.5, markeredgewidth=0.6, label="one seed", **mark))
+        handles.append(
+            Line2D(
+                [], [], marker="o", markersize=3.5, markeredgewidth=0.6, label="one seed", **mark
+            )
+        )
     figure.legend(
-        handles=handles, handler_map={interval: HandlerLine2D(numpoints=2)}, loc="center left", ncols=3, frameon=False, fontsize=8,
-        bbox_to_anchor=(left - 0.006, (foot - 0.12) / height), handletextpad=0.6,
+        handles=handles,
+        handler_map={interval: HandlerLine2D(numpoints=2)},
+        loc="center left",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+        bbox_to_anchor=(left - 0.006, (foot - 0.12) / height),
+        handletextpad=0.6,
     )
     for i, line in enumerate(caption):
-        figure.text(left, (foot - LEGEND - TEXT_LINE * i) / height, line, fontsize=7.5, color=figures.SOFT, va="top")
+        figure.text(
+            left,
+            (foot - LEGEND - TEXT_LINE * i) / height,
+            line,
+            fontsize=7.5,
+            color=figures.SOFT,
+            va="top",
+        )
 
 
 def subtitle(view: View) -> str:
     """Model, dose, seeds, the n behind a bar, and the judge."""
     rows = view.blocks(MAIN_SET).neutral
-    doses = [cell.examples_seen for row in rows if row.arm != UNTRAINED and (cell := view.cell(MAIN_SET, row, SYCOPHANCY))]
+    doses = [
+        cell.examples_seen
+        for row in rows
+        if row.arm != UNTRAINED and (cell := view.cell(MAIN_SET, row, SYCOPHANCY))
+    ]
     forms = ((SYCOPHANCY, "wrong"), (CONFIRMS_RIGHT, "right"), (CAPABILITY, "asked"))
     counts = [f"{n} {form}" for metric, form in forms if (n := _n(view, rows, metric))]
     seeds = view.n_seeds
@@ -172,15 +277,27 @@ def subtitle(view: View) -> str:
 
 def _n(view: View, rows: Sequence[Row], metric: str) -> str:
     sizes = sorted({cell.estimate.n for row in rows if (cell := view.cell(MAIN_SET, row, metric))})
-    return "–".join(str(size) for size in (sizes[:1] + sizes[1:][-1:]))
+    return "–".join(str(size) for size in sizes[:1] + sizes[1:][-1:])
 
 
 def _caption(view: View) -> str:
     seeds = view.n_seeds
-    spread = "not how training runs differ: " + ("there is one seed" if seeds == 1 else "for that see the single seeds, which are pooled in a bar")
-    text = f"Intervals: Clopper–Pearson, for discrimination Newcombe; they cover the sampling of claims, {spread}. "
+    spread = "not how training runs differ: " + (
+        "there is one seed"
+        if seeds == 1
+        else "for that see the single seeds, which are pooled in a bar"
+    )
+    text = (
+        "Intervals: Clopper–Pearson, for discrimination Newcombe; they cover the sampling of"
+        f" claims, {spread}. "
+    )
     undecided = gcd_view.undecided_range(view)
     if undecided and undecided[1] > 0:
         low, high = (f"{100 * share:.0f}" for share in undecided)
-        text += f"Claims without a verdict ({low if low == high else f'{low} to {high}'} % of a bar's claims) count as not confirmed. "
-    return " ".join([text.strip(), *gcd_view.caveats(view), f"Data: {view.results.provenance.rstrip('.')}."])
+        text += (
+            f"Claims without a verdict ({low if low == high else f'{low} to {high}'} % of a bar's"
+            " claims) count as not confirmed. "
+        )
+    return " ".join(
+        [text.strip(), *gcd_view.caveats(view), f"Data: {view.results.provenance.rstrip('.')}."]
+    )

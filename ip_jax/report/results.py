@@ -1,4 +1,7 @@
-"""What a report reads from a results folder: the transcripts, from config.json labels, model and the data's caption, and which runs diverged."""
+"""What a report reads from a results folder: the transcripts, from config.json labels, model and
+the data's caption, and which runs diverged.
+"""
+
 from __future__ import annotations
 
 import json
@@ -16,7 +19,9 @@ from ip_jax.prompts import library
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm as the report names it. `kind` is that of its training prompt (see prompts.library), None without one or for words of the user's own."""
+    """An arm as the report names it. `kind` is that of its training prompt (see prompts.library),
+    None without one or for words of the user's own.
+    """
 
     name: str
     label: str
@@ -25,7 +30,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class Results:
-    """`arms` in the config's order, then the transcripts' others, of an earlier list of arms. `model`, `provenance` are for titles and captions.
+    """`arms` in the config's order, then the transcripts' others, of an earlier list of arms.
+    `model`, `provenance` are for titles and captions.
 
     `diverged` names runs that were frozen because their loss was no longer finite.
     """
@@ -41,15 +47,23 @@ class Results:
 def read_results(folder: str | os.PathLike, columns: Sequence[str]) -> Results:
     """Reads config.json and the given columns of transcripts.parquet.
 
-    `columns` include arm, eval_prompt and own_prompt. Raises FileNotFoundError where one of the two is missing, ValueError for an unreadable file, missing columns or no rows.
+    `columns` include arm, eval_prompt and own_prompt. Raises FileNotFoundError where one of the two
+    is missing, ValueError for an unreadable file, missing columns or no rows.
     """
     folder = epath.Path(folder)
     record = _read_config(folder / "config.json")
     table = _read_transcripts(folder / "transcripts.parquet", columns)
-    named = {name: Arm(name, arm["label"], _kind(arm["train_prompt"])) for name, arm in record["arms"].items()}
+    named = {
+        name: Arm(name, arm["label"], _kind(arm["train_prompt"]))
+        for name, arm in record["arms"].items()
+    }
     rest = [name for name in table["arm"].unique().to_pylist() if name not in named]
-    arms = (*named.values(), *(Arm(name, name.replace("_", " "), _kind(_own_prompt(table, name))) for name in rest))
-    model = epath.Path(record["config"]["model"]["name"]).name  # a local model's folder is nobody's business
+    arms = (
+        *named.values(),
+        *(Arm(name, name.replace("_", " "), _kind(_own_prompt(table, name))) for name in rest),
+    )
+    # a local model's folder is nobody's business
+    model = epath.Path(record["config"]["model"]["name"]).name
     return Results(folder, model, record["provenance"], arms, _diverged(folder), table)
 
 
@@ -60,13 +74,19 @@ def _diverged(folder: epath.Path) -> tuple[str, ...]:
 
 def _own_prompt(table: pa.Table, arm: str) -> str | None:
     """The training prompt of an arm that config.json no longer lists."""
-    prompts = table.filter((pc.field("arm") == arm) & pc.field("own_prompt"))["eval_prompt"].unique().to_pylist()
+    prompts = (
+        table.filter((pc.field("arm") == arm) & pc.field("own_prompt"))["eval_prompt"]
+        .unique()
+        .to_pylist()
+    )
     return prompts[0] if prompts else None
 
 
 def _read_config(path: epath.Path) -> dict:
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: a report needs the results folder of an experiment")
+        raise FileNotFoundError(
+            f"{path} is missing: a report needs the results folder of an experiment"
+        )
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -75,17 +95,24 @@ def _read_config(path: epath.Path) -> dict:
 
 def _read_transcripts(path: epath.Path, columns: Sequence[str]) -> pa.Table:
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: no evaluation of this experiment has finished yet")
+        raise FileNotFoundError(
+            f"{path} is missing: no evaluation of this experiment has finished yet"
+        )
     try:
         parquet = pq.ParquetFile(pa.BufferReader(path.read_bytes()))
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
     missing = [column for column in columns if column not in parquet.schema_arrow.names]
     if missing:
-        raise ValueError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} of the transcripts")
+        raise ValueError(
+            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} of the"
+            " transcripts"
+        )
     table = parquet.read(columns=list(columns))
     if table.num_rows == 0:
-        raise ValueError(f"{path} holds no completions: no evaluation of this experiment has finished yet")
+        raise ValueError(
+            f"{path} holds no completions: no evaluation of this experiment has finished yet"
+        )
     return table
 
 

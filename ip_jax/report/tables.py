@@ -1,7 +1,10 @@
-"""The numbers of an experiment, from its transcripts table alone: one cell for each arm, set, prompt, step, judge and metric.
+"""The numbers of an experiment, from its transcripts table alone: one cell for each arm, set,
+prompt, step, judge and metric.
 
-A cell without a measurement stays without a number: it is blank in the CSV and in the terminal, never zero.
+A cell without a measurement stays without a number: it is blank in the CSV and in the terminal,
+never zero.
 """
+
 from __future__ import annotations
 
 import csv
@@ -39,7 +42,9 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """A number: `estimate` pools the seeds, `by_seed` has each seed's own value, where it was measured."""
+    """A number: `estimate` pools the seeds, `by_seed` has each seed's own value, where it was
+    measured.
+    """
 
     examples_seen: int
     own_prompt: bool
@@ -64,7 +69,9 @@ class Row(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The rows that are shown of one evaluation set: under the neutral prompt, under the arm's own training prompt, and the others."""
+    """The rows that are shown of one evaluation set: under the neutral prompt, under the arm's own
+    training prompt, and the others.
+    """
 
     neutral: list[Row]
     own: list[Row]
@@ -74,36 +81,61 @@ class Blocks(NamedTuple):
 def summarise(transcripts: pa.Table, measure: Measure, judges: Sequence[str]) -> Cells:
     """All cells of a transcripts table, in its order of arms and prompts, steps ascending.
 
-    Seeds are pooled in `estimate`. Raises ValueError where `measure` does (rows that do not belong together).
+    Seeds are pooled in `estimate`. Raises ValueError where `measure` does (rows that do not belong
+    together).
     """
     groups: dict[tuple, list[dict]] = {}
     for row in transcripts.to_pylist():
-        groups.setdefault((row["eval_set"], row["arm"], row["eval_prompt"], row["step"]), []).append(row)
+        groups.setdefault(
+            (row["eval_set"], row["arm"], row["eval_prompt"], row["step"]), []
+        ).append(row)
     cells = {}
     for group in sorted(groups, key=lambda key: key[-1]):  # stable: only the steps are sorted
         rows = groups[group]
         seeds = sorted({row["seed"] for row in rows})
         for judge in judges:
-            single = {seed: measure([row for row in rows if row["seed"] == seed], judge) for seed in seeds}
+            single = {
+                seed: measure([row for row in rows if row["seed"] == seed], judge) for seed in seeds
+            }
             for metric, estimate in measure(rows, judge).items():
-                by_seed = {seed: found[metric].value for seed, found in single.items() if not math.isnan(found[metric].value)}
-                cells[Key(*group, judge, metric)] = Cell(rows[0]["examples_seen"], rows[0]["own_prompt"], estimate, by_seed)
+                by_seed = {
+                    seed: found[metric].value
+                    for seed, found in single.items()
+                    if not math.isnan(found[metric].value)
+                }
+                cells[Key(*group, judge, metric)] = Cell(
+                    rows[0]["examples_seen"], rows[0]["own_prompt"], estimate, by_seed
+                )
     return cells
 
 
-def summarise_labels(transcripts: pa.Table, measure: Measure, judges: Sequence[str]) -> dict[str, Cells]:
-    """The cells of each label's rows alone, for the evaluation sets that hold several labels. Raises as `summarise`."""
-    labels = list(zip(transcripts["eval_set"].to_pylist(), transcripts["label"].to_pylist(), strict=True))
+def summarise_labels(
+    transcripts: pa.Table, measure: Measure, judges: Sequence[str]
+) -> dict[str, Cells]:
+    """The cells of each label's rows alone, for the evaluation sets that hold several labels.
+    Raises as `summarise`.
+    """
+    labels = list(
+        zip(transcripts["eval_set"].to_pylist(), transcripts["label"].to_pylist(), strict=True)
+    )
     sets = Counter(eval_set for eval_set, _ in set(labels))
     wanted = dict.fromkeys(label for eval_set, label in labels if sets[eval_set] > 1)
-    return {wanted_label: summarise(transcripts.filter([sets[s] > 1 and label == wanted_label for s, label in labels]), measure, judges) for wanted_label in wanted}
+    return {
+        wanted_label: summarise(
+            transcripts.filter([sets[s] > 1 and label == wanted_label for s, label in labels]),
+            measure,
+            judges,
+        )
+        for wanted_label in wanted
+    }
 
 
 def final_rows(cells: Cells, arms: Sequence[str], eval_set: str) -> Blocks:
     """The rows of `eval_set` at the last step that any arm reached, in the order of `arms`.
 
-    An arm that has not come so far is left out rather than compared at another step. The untrained model has a row under the neutral
-    prompt; under another prompt only while no trained arm has one.
+    An arm that has not come so far is left out rather than compared at another step. The untrained
+    model has a row under the neutral prompt; under another prompt only while no trained arm has
+    one.
     """
     steps = {key.step for key in cells if key.eval_set == eval_set and key.arm != UNTRAINED}
     found: dict[Row, bool] = {}
@@ -113,39 +145,78 @@ def final_rows(cells: Cells, arms: Sequence[str], eval_set: str) -> Blocks:
             if (key.eval_set, key.arm, key.step) == (eval_set, arm, step):
                 found[Row(arm, key.eval_prompt, step)] = cell.own_prompt
     trained_prompts = {row.eval_prompt for row in found if row.arm != UNTRAINED}
-    shown = [row for row in found if row.arm != UNTRAINED or row.eval_prompt == NEUTRAL or row.eval_prompt not in trained_prompts]
+    shown = [
+        row
+        for row in found
+        if row.arm != UNTRAINED
+        or row.eval_prompt == NEUTRAL
+        or row.eval_prompt not in trained_prompts
+    ]
     neutral = [row for row in shown if row.eval_prompt == NEUTRAL]
     own = [row for row in shown if found[row] and row.eval_prompt != NEUTRAL]
     return Blocks(neutral, own, [row for row in shown if row not in neutral and row not in own])
 
 
 def write_csv(path: epath.Path, cells: Cells, of_labels: Mapping[str, Cells]) -> None:
-    """One line a cell, those over all labels first, whole or absent. `seed_mean` and `seed_se` (standard error over seeds) need two seeds, `k` and `n` a proportion.
+    """One line a cell, those over all labels first, whole or absent. `seed_mean` and `seed_se`
+    (standard error over seeds) need two seeds, `k` and `n` a proportion.
 
     Raises OSError where it cannot be written.
     """
     out = io.StringIO()
     writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({"label": label, **_line(key, cell)} for label, found in {"all": cells, **of_labels}.items() for key, cell in found.items())
+    writer.writerows(
+        {"label": label, **_line(key, cell)}
+        for label, found in {"all": cells, **of_labels}.items()
+        for key, cell in found.items()
+    )
     write_whole(path, out.getvalue().encode())
 
 
 _COLUMNS = (
-    "eval_set", "label", "arm", "eval_prompt", "own_prompt", "step", "examples_seen", "judge", "metric",
-    "k", "n", "value", "low", "high", "interval", "n_seeds", "seed_mean", "seed_se",
+    "eval_set",
+    "label",
+    "arm",
+    "eval_prompt",
+    "own_prompt",
+    "step",
+    "examples_seen",
+    "judge",
+    "metric",
+    "k",
+    "n",
+    "value",
+    "low",
+    "high",
+    "interval",
+    "n_seeds",
+    "seed_mean",
+    "seed_se",
 )
 
 
 def _line(key: Key, cell: Cell) -> dict[str, Any]:
-    line = key._asdict() | {"own_prompt": cell.own_prompt, "examples_seen": cell.examples_seen, "n_seeds": len(cell.by_seed)}
+    line = key._asdict() | {
+        "own_prompt": cell.own_prompt,
+        "examples_seen": cell.examples_seen,
+        "n_seeds": len(cell.by_seed),
+    }
     if isinstance(cell.estimate, stats.Proportion):
         line |= {"n": cell.estimate.n}
     if cell.measured:
         estimate = cell.estimate
         proportion = isinstance(estimate, stats.Proportion)
-        line |= {"value": _number(estimate.value), "low": _number(estimate.low), "high": _number(estimate.high)}
-        line |= {"k": estimate.k, "interval": "clopper-pearson"} if proportion else {"interval": estimate.method}
+        line |= {
+            "value": _number(estimate.value),
+            "low": _number(estimate.low),
+            "high": _number(estimate.high),
+        }
+        line |= (
+            {"k": estimate.k, "interval": "clopper-pearson"}
+            if proportion
+            else {"interval": estimate.method}
+        )
     if len(cell.by_seed) > 1:
         seeds = stats.seed_mean(list(cell.by_seed.values()))
         line |= {"seed_mean": _number(seeds.mean), "seed_se": _number(seeds.standard_error)}
@@ -154,4 +225,3 @@ def _line(key: Key, cell: Cell) -> dict[str, Any]:
 
 def _number(value: float) -> str:
     return f"{value:.6g}"
-

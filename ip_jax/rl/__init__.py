@@ -1,1 +1,3 @@
-"""Policy-gradient reinforcement learning with separate generation and training prompts: rollout -> reward -> gate -> swap -> step."""
+"""Policy-gradient reinforcement learning with separate generation and training prompts: rollout ->
+reward -> gate -> swap -> step.
+"""

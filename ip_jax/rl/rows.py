@@ -1,8 +1,10 @@
-"""What was sampled, and how it is laid out for an update: the swap of prompts happens here, and completion tokens pass it verbatim.
+"""What was sampled, and how it is laid out for an update: the swap of prompts happens here, and
+completion tokens pass it verbatim.
 
-Dims: R runs, Q groups (one task each) of a run's iteration, G completions of a group, C completion slots, X prompt slots,
-M micro-batches, B rows of a micro-batch, S completions of a row.
+Dims: R runs, Q groups (one task each) of a run's iteration, G completions of a group, C completion
+slots, X prompt slots, M micro-batches, B rows of a micro-batch, S completions of a row.
 """
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 @flax.struct.dataclass
 class Samples:
-    """The completions of one iteration, as token ids. What lies behind a completion's end is 0 everywhere."""
+    """The completions of one iteration, as token ids. What lies behind a completion's end is 0
+    everywhere.
+    """
 
     tokens: Int[Array, "R Q G C"]  # the stop token included
     length: Int[Array, "R Q G"]
-    log_probs: Float[Array, "R Q G C"]  # the sampler's, at the sampling temperature, untruncated, under the generation prompt (of guided samples the guided distribution's)
+    # the sampler's, at the sampling temperature, untruncated, under the generation prompt (of
+    # guided samples the guided distribution's)
+    log_probs: Float[Array, "R Q G C"]
 
     @property
     def mask(self) -> Bool[Array, "R Q G C"]:
@@ -25,7 +31,9 @@ class Samples:
 
 @flax.struct.dataclass
 class Prompts:
-    """What groups are sampled or trained under, right-padded: one prompt a group, or Q * G of them, one a completion."""
+    """What groups are sampled or trained under, right-padded: one prompt a group, or Q * G of them,
+    one a completion.
+    """
 
     tokens: Int[Array, "R Q X"]
     length: Int[Array, "R Q"]
@@ -35,8 +43,9 @@ class Prompts:
 class Signal:
     """What an update says of each completion token, or with M, B and S of each token of the rows.
 
-    `weight` sums the tokens of a run up to its loss; it is 0 on padding. `old_log_probs` is what an estimator compares with, for
-    `ratio_noise` the logarithm of its noise. `reference_log_probs` is the untrained model's.
+    `weight` sums the tokens of a run up to its loss; it is 0 on padding. `old_log_probs` is what an
+    estimator compares with, for `ratio_noise` the logarithm of its noise. `reference_log_probs` is
+    the untrained model's.
     """
 
     advantage: Float[Array, "R Q G C"]
@@ -58,9 +67,15 @@ class Rows:
 
 
 def lay_out(
-    prompts: Prompts, samples: Samples, temperature: Float[Array, " R"], signal: Signal | None, micro_batches: int, samples_per_row: int | None = None
+    prompts: Prompts,
+    samples: Samples,
+    temperature: Float[Array, " R"],
+    signal: Signal | None,
+    micro_batches: int,
+    samples_per_row: int | None = None,
 ) -> Rows:
-    """Rows of `samples` under `prompts`, in order; the last ones may be empty. `samples_per_row` (None: a whole group) divides a group.
+    """Rows of `samples` under `prompts`, in order; the last ones may be empty. `samples_per_row`
+    (None: a whole group) divides a group.
 
     With one prompt a completion, each has a row of its own.
     """
@@ -79,22 +94,38 @@ def lay_out(
     def by_row(x):
         return fold(x, in_row, *x.shape[3:])
 
-    repeated = lambda x: jnp.repeat(x, copies, axis=1)  # noqa: E731
+    def repeated(x):
+        return jnp.repeat(x, copies, axis=1)
+
     return Rows(
-        prompt=fold(repeated(prompts.tokens), prompts.tokens.shape[-1]), prompt_length=fold(repeated(prompts.length)),
-        tokens=by_row(samples.tokens), length=by_row(samples.length),
+        prompt=fold(repeated(prompts.tokens), prompts.tokens.shape[-1]),
+        prompt_length=fold(repeated(prompts.length)),
+        tokens=by_row(samples.tokens),
+        length=by_row(samples.length),
         temperature=jnp.broadcast_to(temperature[:, None], (micro_batches, runs, rows)),
         signal=jax.tree.map(by_row, signal),
     )
 
 
-def to_samples(values: Float[Array, "M R B S C"], groups: int, of_group: int) -> Float[Array, "R Q G C"]:
-    """What was found for the tokens of rows, in the places of their samples: the inverse of `lay_out`."""
+def to_samples(
+    values: Float[Array, "M R B S C"], groups: int, of_group: int
+) -> Float[Array, "R Q G C"]:
+    """What was found for the tokens of rows, in the places of their samples: the inverse of
+    `lay_out`.
+    """
     runs, slots = values.shape[1], values.shape[-1]
-    return jnp.moveaxis(values, 0, 1).reshape(runs, -1, slots)[:, : groups * of_group].reshape(runs, groups, of_group, slots)
+    return (
+        jnp.moveaxis(values, 0, 1)
+        .reshape(runs, -1, slots)[:, : groups * of_group]
+        .reshape(runs, groups, of_group, slots)
+    )
 
 
-def micro_batches_of(rows: int, tokens_of_row: int, runs: int, tokens_per_micro_batch: int, multiple: int = 1) -> int:
-    """How many micro-batches hold `rows` rows of each run, when R * B * T may be `tokens_per_micro_batch` and `multiple` divides B where it can."""
+def micro_batches_of(
+    rows: int, tokens_of_row: int, runs: int, tokens_per_micro_batch: int, multiple: int = 1
+) -> int:
+    """How many micro-batches hold `rows` rows of each run, when R * B * T may be
+    `tokens_per_micro_batch` and `multiple` divides B where it can.
+    """
     fitting = max(1, tokens_per_micro_batch // (runs * tokens_of_row) // multiple) * multiple
     return -(-rows // fitting)

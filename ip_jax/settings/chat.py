@@ -1,4 +1,5 @@
 """Talking to what an experiment trained: one run's adapter over its base model, in the terminal."""
+
 import dataclasses
 
 import ml_dtypes  # noqa: F401  registers "bfloat16" with numpy, under which safetensors then returns bf16 tensors
@@ -17,7 +18,9 @@ from ip_jax.training.sharding import make_mesh
 
 @dataclasses.dataclass(frozen=True)
 class ChatOptions:
-    """`prompt`: a library prompt put into the first user turn; `seed` of the run, None for its first one."""
+    """`prompt`: a library prompt put into the first user turn; `seed` of the run, None for its
+    first one.
+    """
 
     arm: str
     seed: int | None = None
@@ -27,19 +30,36 @@ class ChatOptions:
 
 
 def chat(folder: epath.Path, options: ChatOptions, console: Console) -> None:
-    """Reads lines until an empty one. Raises ValueError for an arm, seed or prompt that is not there, before the model is loaded."""
+    """Reads lines until an empty one. Raises ValueError for an arm, seed or prompt that is not
+    there, before the model is loaded.
+    """
     transform = library.get(options.prompt).transform
     run = read_run(folder, options.arm, options.seed)
     with console.status(f"loading {run.model.name}"):
         model = load_base(run.model, make_mesh())
         decoder = decoder_of(run, model)
-    sampler = SamplerOptions(stop_ids=(end_of_turn_id(model.tokenizer),), slots=1, prefill_prompts=1, dtype=run.model.activations)
+    sampler = SamplerOptions(
+        stop_ids=(end_of_turn_id(model.tokenizer),),
+        slots=1,
+        prefill_prompts=1,
+        dtype=run.model.activations,
+    )
     messages: list[dict] = []
-    console.print(f"{options.arm}, seed {run.seed}, prompt {options.prompt}; an empty line ends", style="dim")
+    console.print(
+        f"{options.arm}, seed {run.seed}, prompt {options.prompt}; an empty line ends", style="dim"
+    )
     while line := _line(console):
         messages.append({"role": "user", "content": line})
-        prompt = render_prompt(model.tokenizer, transform({"id": "chat", "messages": messages})["messages"])
-        request = Request(np.asarray(prompt), example_id=len(messages), seed=run.seed, temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+        prompt = render_prompt(
+            model.tokenizer, transform({"id": "chat", "messages": messages})["messages"]
+        )
+        request = Request(
+            np.asarray(prompt),
+            example_id=len(messages),
+            seed=run.seed,
+            temperature=options.temperature,
+            max_new_tokens=options.max_new_tokens,
+        )
         completion = sample(*decoder, [[request]], sampler)[0][0][0]
         reply = model.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         console.print(Text(options.arm, "bold cyan"), Text(reply))
@@ -57,4 +77,3 @@ def _line(console: Console) -> str:
     except EOFError:
         console.print()  # what follows begins on a line of its own
         return ""
-

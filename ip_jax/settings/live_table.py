@@ -1,4 +1,7 @@
-"""What a person sees while arms are trained by reinforcement: one line an arm, means over its seeds, redrawn at every iteration."""
+"""What a person sees while arms are trained by reinforcement: one line an arm, means over its
+seeds, redrawn at every iteration.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -15,17 +18,26 @@ from rich.table import Table
 
 SHARES = ("hack", "correct", "zero_variance_groups", "gate_acceptance", "clip_fraction")
 HEADS = {
-    "reward": "reward", "hack": "hack\n%", "correct": "correct\n%", "kl": "KL", "entropy": "entropy", "length": "length", "zero_variance_groups": "0-var.\n%",
-    "gate_acceptance": "gate\n%", "clip_fraction": "clip\n%",
-}  # fmt: skip
+    "reward": "reward",
+    "hack": "hack\n%",
+    "correct": "correct\n%",
+    "kl": "KL",
+    "entropy": "entropy",
+    "length": "length",
+    "zero_variance_groups": "0-var.\n%",
+    "gate_acceptance": "gate\n%",
+    "clip_fraction": "clip\n%",
+}
 
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One arm at one iteration. `metrics`: means over its `seeds`, named as in HEADS, NaN where not measured; shares lie in [0, 1].
+    """One arm at one iteration. `metrics`: means over its `seeds`, named as in HEADS, NaN where not
+    measured; shares lie in [0, 1].
 
-    `rollout_rate` and `update_rate` are tokens a second of the program that the arm is part of, `rate` those of whole iterations where rollout and
-    update are one jitted program; `seconds_left` is that program's estimate. None where not known.
+    `rollout_rate` and `update_rate` are tokens a second of the program that the arm is part of,
+    `rate` those of whole iterations where rollout and update are one jitted program; `seconds_left`
+    is that program's estimate. None where not known.
     """
 
     label: str
@@ -40,45 +52,74 @@ class ArmRow:
 
 
 def over_seeds(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """{name: [seeds]} as means over the seeds; a run without a number (frozen, or a quantity that is off) is left out, NaN where all are."""
+    """{name: [seeds]} as means over the seeds; a run without a number (frozen, or a quantity that
+    is off) is left out, NaN where all are.
+    """
     arrays = {name: np.asarray(values, dtype=np.float64) for name, values in metrics.items()}
-    return {name: float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else math.nan for name, values in arrays.items()}
+    return {
+        name: float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else math.nan
+        for name, values in arrays.items()
+    }
 
 
 def arms_table(rows: Sequence[ArmRow]) -> Table:
-    """The arms as a table; what was not measured is a dash. Tokens/s are one column where any row has a `rate`, else two."""
+    """The arms as a table; what was not measured is a dash. Tokens/s are one column where any row
+    has a `rate`, else two.
+    """
     whole = any(row.rate is not None for row in rows)
-    rates = {"rate": "tokens/s\niteration"} if whole else {"rollout_rate": "tokens/s\nrollout", "update_rate": "tokens/s\nupdate"}
+    rates = (
+        {"rate": "tokens/s\niteration"}
+        if whole
+        else {"rollout_rate": "tokens/s\nrollout", "update_rate": "tokens/s\nupdate"}
+    )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("arm\n(seeds)", overflow="fold")
     for head in (*HEADS.values(), *rates.values(), "step", "left"):
-        table.add_column(head, justify="right", overflow="fold")  # a narrow terminal breaks numbers, but loses none
+        # a narrow terminal breaks numbers, but loses none
+        table.add_column(head, justify="right", overflow="fold")
     for row in rows:
         table.add_row(
-            escape(f"{row.label} ({row.seeds})"), *(_metric(row, name) for name in HEADS), *(_rate(getattr(row, name)) for name in rates),
-            f"{row.step}/{row.steps}", _time(row.seconds_left),
-        )  # fmt: skip
+            escape(f"{row.label} ({row.seeds})"),
+            *(_metric(row, name) for name in HEADS),
+            *(_rate(getattr(row, name)) for name in rates),
+            f"{row.step}/{row.steps}",
+            _time(row.seconds_left),
+        )
     return table
 
 
 def arm_line(row: ArmRow) -> str:
     """One arm as a plain line, without what was not measured."""
-    shown = {name: _metric(row, name) + (" %" if name in SHARES else "") for name in HEADS if not math.isnan(row.metrics.get(name, math.nan))}
+    shown = {
+        name: _metric(row, name) + (" %" if name in SHARES else "")
+        for name in HEADS
+        if not math.isnan(row.metrics.get(name, math.nan))
+    }
     parts = [f"{name.replace('_', ' ')} {value}" for name, value in shown.items()]
     rates = {"rollout": row.rollout_rate, "update": row.update_rate, "rollout and update": row.rate}
-    parts += [f"{_rate(rate)} tokens/s in {name}" for name, rate in rates.items() if rate is not None]
+    parts += [
+        f"{_rate(rate)} tokens/s in {name}" for name, rate in rates.items() if rate is not None
+    ]
     parts += [f"{_time(row.seconds_left)} left"] if row.seconds_left is not None else []
-    return f"{row.label} ({row.seeds} seed{'s' * (row.seeds != 1)}), step {row.step}/{row.steps}: {', '.join(parts)}"
+    return (
+        f"{row.label} ({row.seeds} seed{'s' * (row.seeds != 1)}), step {row.step}/{row.steps}:"
+        f" {', '.join(parts)}"
+    )
 
 
 @contextlib.contextmanager
 def live_arms(console: Console, every: int = 10) -> Iterator[Callable[[Sequence[ArmRow]], None]]:
-    """Yields `show(rows)` for the arms of the iteration that is done; arms shown earlier stay in the table as they were last.
+    """Yields `show(rows)` for the arms of the iteration that is done; arms shown earlier stay in
+    the table as they were last.
 
     On a console that is no terminal, a line an arm at every `every` steps and at the last one.
     """
     latest: dict[str, ArmRow] = {}
-    with Live(console=console, refresh_per_second=4) if console.is_terminal else contextlib.nullcontext() as live:
+    with (
+        Live(console=console, refresh_per_second=4)
+        if console.is_terminal
+        else contextlib.nullcontext()
+    ) as live:
 
         def show(rows: Sequence[ArmRow]) -> None:
             latest.update({row.label: row for row in rows})
@@ -97,7 +138,8 @@ def _metric(row: ArmRow, name: str) -> str:
     if math.isnan(value):
         return "–"
     if name in SHARES:
-        return f"{100 * value:.1f}" if 0 < value < 0.1 else f"{100 * value:.0f}"  # a loophole is found at 0.1 to 1 %
+        # a loophole is found at 0.1 to 1 %
+        return f"{100 * value:.1f}" if 0 < value < 0.1 else f"{100 * value:.0f}"
     return f"{value:.3g}".replace("-", "−")
 
 

@@ -1,7 +1,9 @@
-"""What of a training program is watched besides its metrics.jsonl: timing.jsonl, a profile, and the metrics on Weights & Biases.
+"""What of a training program is watched besides its metrics.jsonl: timing.jsonl, a profile, and the
+metrics on Weights & Biases.
 
 Process 0 alone writes.
 """
+
 import contextlib
 import dataclasses
 import importlib.util
@@ -23,24 +25,31 @@ from ip_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """What to watch: `profile` traces a few steps of each program (training.profile), `wandb` names a project on Weights & Biases."""
+    """What to watch: `profile` traces a few steps of each program (training.profile), `wandb` names
+    a project on Weights & Biases.
+    """
 
     profile: bool = False
     wandb: str | None = None
 
     def __post_init__(self):
         if self.wandb is not None and importlib.util.find_spec("wandb") is None:
-            raise ValueError('--wandb needs the package wandb, which is not installed here: pip install "ip_jax[wandb]"')
+            raise ValueError(
+                "--wandb needs the package wandb, which is not installed here: pip install"
+                ' "ip_jax[wandb]"'
+            )
 
 
 UNWATCHED = Watch()
 
 
 class Wandb:
-    """One W&B run for each of a program's runs, in a group for the results folder. While it is open, `log` sends a step's metrics there.
+    """One W&B run for each of a program's runs, in a group for the results folder. While it is
+    open, `log` sends a step's metrics there.
 
-    The id of each is kept in the run's folder (wandb.json): the same command goes on in the same W&B run, and steps that are there
-    already, because training went back to a checkpoint, are not sent again. Opening it raises OSError where W&B refuses (no key, no network).
+    The id of each is kept in the run's folder (wandb.json): the same command goes on in the same
+    W&B run, and steps that are there already, because training went back to a checkpoint, are not
+    sent again. Opening it raises OSError where W&B refuses (no key, no network).
     """
 
     def __init__(self, project: str, folder: epath.Path, runs: Mapping[str, Mapping]):
@@ -53,13 +62,24 @@ class Wandb:
         with contextlib.ExitStack() as stack:
             try:
                 self._open = [
-                    stack.enter_context(wandb.init(
-                        project=self.project, group=self.folder.name, name=name, id=self._id(name), resume="allow", reinit="create_new", config=dict(config),
-                    ))
+                    stack.enter_context(
+                        wandb.init(
+                            project=self.project,
+                            group=self.folder.name,
+                            name=name,
+                            id=self._id(name),
+                            resume="allow",
+                            reinit="create_new",
+                            config=dict(config),
+                        )
+                    )
                     for name, config in self.runs.items()
-                ]  # fmt: skip
+                ]
             except wandb.Error as error:
-                raise OSError(f"--wandb: Weights & Biases says: {error}; with WANDB_MODE=offline in the environment nothing is sent") from error
+                raise OSError(
+                    f"--wandb: Weights & Biases says: {error}; with WANDB_MODE=offline in the"
+                    " environment nothing is sent"
+                ) from error
             self._stack = stack.pop_all()
         return self
 
@@ -80,12 +100,18 @@ class Wandb:
 
 
 class Observer:
-    """Watches the steps of one program of `runs` runs while it is open. Timing goes into folder/timing/<program>.jsonl, where each session appends its steps."""
+    """Watches the steps of one program of `runs` runs while it is open. Timing goes into
+    folder/timing/<program>.jsonl, where each session appends its steps.
+    """
 
-    def __init__(self, runs: int, timing: epath.Path, trace: Trace | None = None, wandb: Wandb | None = None):
+    def __init__(
+        self, runs: int, timing: epath.Path, trace: Trace | None = None, wandb: Wandb | None = None
+    ):
         self.trace, self.wandb = trace, wandb
         self.log = MetricsLog(timing, sys.maxsize) if hosts.is_first() else None
-        self.session = 1 + max((row["session"] for row in self.log.rows), default=0) if self.log else 1
+        self.session = (
+            1 + max((row["session"] for row in self.log.rows), default=0) if self.log else 1
+        )
         self._evaluated: tuple[int, list[dict]] = 0, [{} for _ in range(runs)]  # not sent yet
 
     def __enter__(self):
@@ -113,20 +139,36 @@ class Observer:
         return watched
 
     def end(self, step: int, metrics: Mapping[str, np.ndarray], row: Mapping, console) -> None:
-        """When the metrics {name: [R]} of a step are there; `row`: what its time was spent on, the same for all runs."""
+        """When the metrics {name: [R]} of a step are there; `row`: what its time was spent on, the
+        same for all runs.
+        """
         if not hosts.is_first():
             return
         self.log.add({"session": self.session, "step": step, **row})
         if self.wandb:
-            common = {name: value for name, value in row.items() if name != "step" and value is not None}
+            common = {
+                name: value for name, value in row.items() if name != "step" and value is not None
+            }
             rates = self._evaluated[1]
-            self.wandb.log(step, [{**{name: values[r].item() for name, values in metrics.items()}, **common, **of_run} for r, of_run in enumerate(rates)])
+            self.wandb.log(
+                step,
+                [
+                    {
+                        **{name: values[r].item() for name, values in metrics.items()},
+                        **common,
+                        **of_run,
+                    }
+                    for r, of_run in enumerate(rates)
+                ],
+            )
             self._evaluated = step, [{} for _ in rates]
         if self.trace and (line := self.trace.end(step)):
             console.print(line, highlight=False, soft_wrap=True)
 
     def evaluated(self, step: int, rates: Sequence[Mapping[str, float]]) -> None:
-        """What an evaluation after `step` steps gave of each run, in process 0; W&B gets it together with the next step, which has that number."""
+        """What an evaluation after `step` steps gave of each run, in process 0; W&B gets it
+        together with the next step, which has that number.
+        """
         self._evaluated = step, [dict(of_run) for of_run in rates]
 
     def save(self) -> None:
@@ -135,11 +177,25 @@ class Observer:
             self.log.flush()
 
 
-def observer_of(watch: Watch, folder: epath.Path, program: str, configs: Mapping[str, Mapping], traced: range, console) -> Observer:
-    """The observer of a program. `configs`: that of each of its runs by name, as W&B shows it; `traced`: the steps that a profile can hold."""
+def observer_of(
+    watch: Watch,
+    folder: epath.Path,
+    program: str,
+    configs: Mapping[str, Mapping],
+    traced: range,
+    console,
+) -> Observer:
+    """The observer of a program. `configs`: that of each of its runs by name, as W&B shows it;
+    `traced`: the steps that a profile can hold.
+    """
     if watch.profile and not traced:
-        console.print("profile: nothing to trace, there is no step left after the first one that compiles nothing")
+        console.print(
+            "profile: nothing to trace, there is no step left after the first one that compiles"
+            " nothing"
+        )
     return Observer(
-        len(configs), folder / "timing" / f"{program}.jsonl", Trace(folder / "profile", traced) if watch.profile and traced else None,
+        len(configs),
+        folder / "timing" / f"{program}.jsonl",
+        Trace(folder / "profile", traced) if watch.profile and traced else None,
         Wandb(watch.wandb, folder, configs) if watch.wandb else None,
-    )  # fmt: skip
+    )

@@ -1,7 +1,10 @@
-"""The programs of a text experiment in reinforcement learning: what `run` executes on arrays and `ip-jax plan` compiles from shapes alone.
+"""The programs of a text experiment in reinforcement learning: what `run` executes on arrays and
+`ip-jax plan` compiles from shapes alone.
 
-Both call these functions, so that what is planned is what runs. The sampler's programs are those of `sampling.slots`.
+Both call these functions, so that what is planned is what runs. The sampler's programs are those of
+`sampling.slots`.
 """
+
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -39,23 +42,29 @@ class Kind:
     @property
     def layout(self) -> Layout:
         """How the update's rows are laid out."""
-        return Layout(self.rl.tokens_per_micro_batch, self.rl.samples_per_row, self.mesh.shape["data"])
+        return Layout(
+            self.rl.tokens_per_micro_batch, self.rl.samples_per_row, self.mesh.shape["data"]
+        )
 
     @property
     def kernel(self) -> str:
-        """Attention's over rows of completions that share a prompt (`models.kernels`). Raises as `settings.programs.chosen_kernel`."""
+        """Attention's over rows of completions that share a prompt (`models.kernels`). Raises as
+        `settings.programs.chosen_kernel`.
+        """
         return attention_kernel(self.mesh, self.config, self.model, self.rl)
 
 
-def attention_kernel(mesh: Mesh | AbstractMesh, config: DecoderConfig, model: ModelConfig, rl: RlConfig) -> str:
+def attention_kernel(
+    mesh: Mesh | AbstractMesh, config: DecoderConfig, model: ModelConfig, rl: RlConfig
+) -> str:
     """The kernel of a program's updates and passes. Raises as `settings.programs.chosen_kernel`."""
     return chosen_kernel(mesh, config, model, longest=rl.max_length + PROMPT_QUANTUM)
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoders:
-    """The policy, with adapters that are trained, and the reference, the same base without: each graph with the weights as it takes them,
-    which are the same arrays.
+    """The policy, with adapters that are trained, and the reference, the same base without: each
+    graph with the weights as it takes them, which are the same arrays.
     """
 
     policy: nnx.GraphDef
@@ -65,10 +74,15 @@ class Decoders:
 
 
 def decoders(
-    kind: Kind, params: dict, seeds: Sequence[int], rates: Sequence[float], evaluate: Callable = call
+    kind: Kind,
+    params: dict,
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    evaluate: Callable = call,
 ) -> tuple[Decoders, Callable[[], TrainState]]:
-    """(the decoders, a function that gives the runs' state at iteration 0 on the mesh). With `evaluate` = jax.eval_shape, the leaves of
-    `params` may be jax.ShapeDtypeStruct and all that is given are shapes.
+    """(the decoders, a function that gives the runs' state at iteration 0 on the mesh). With
+    `evaluate` = jax.eval_shape, the leaves of `params` may be jax.ShapeDtypeStruct and all that is
+    given are shapes.
     """
     rl, numbers = kind.rl, jnp.array(seeds)
     config = with_experts(kind.mesh, kind.config, kind.model)
@@ -84,23 +98,45 @@ def decoders(
 
 
 def score_pass(kind: Kind, graphdef: nnx.GraphDef) -> Callable:
-    """The jitted pass without a gradient (trained, frozen, rows) -> [M, R, B, S, C]; the reference's `trained` is {}."""
+    """The jitted pass without a gradient (trained, frozen, rows) -> [M, R, B, S, C]; the
+    reference's `trained` is {}.
+    """
 
     def on_mesh(trained, frozen, rows: Rows):
         with jax.sharding.use_abstract_mesh(kind.mesh.abstract_mesh):
-            return score(trained, frozen, rows, graphdef=graphdef, dtype=kind.model.activations, kernel=kind.kernel)
+            return score(
+                trained,
+                frozen,
+                rows,
+                graphdef=graphdef,
+                dtype=kind.model.activations,
+                kernel=kind.kernel,
+            )
 
     return jax.jit(on_mesh)
 
 
-def update_step(kind: Kind, graphdef: nnx.GraphDef, state: TrainState, frozen: nnx.State, batch: RlBatch) -> Callable:
-    """The jitted step (state, frozen, batch) -> (state, metrics), its shardings pinned to the mesh. Of the arguments only shapes count."""
-    options = RlOptions(kind.algorithm, kind.rl.schedule, kind.model.activations, kind.rl.remat, kind.kernel)
-    places = state_shardings(kind.mesh, state), base_shardings(kind.mesh, frozen), rows_sharding(kind.mesh, batch), replicated(kind.mesh)
+def update_step(
+    kind: Kind, graphdef: nnx.GraphDef, state: TrainState, frozen: nnx.State, batch: RlBatch
+) -> Callable:
+    """The jitted step (state, frozen, batch) -> (state, metrics), its shardings pinned to the mesh.
+    Of the arguments only shapes count.
+    """
+    options = RlOptions(
+        kind.algorithm, kind.rl.schedule, kind.model.activations, kind.rl.remat, kind.kernel
+    )
+    places = (
+        state_shardings(kind.mesh, state),
+        base_shardings(kind.mesh, frozen),
+        rows_sharding(kind.mesh, batch),
+        replicated(kind.mesh),
+    )
     return compile_rl_step(graphdef, options, *places)
 
 
 def rows_sharding(mesh: Mesh | AbstractMesh, rows: Rows | RlBatch) -> NamedSharding:
-    """Rows [M, R, B, ...] lie on the axes run and data; on run alone where data does not divide their B."""
+    """Rows [M, R, B, ...] lie on the axes run and data; on run alone where data does not divide
+    their B.
+    """
     divides = all(leaf.shape[2] % mesh.shape["data"] == 0 for leaf in jax.tree.leaves(rows))
     return batch_sharding(mesh) if divides else NamedSharding(mesh, PartitionSpec(None, "run"))

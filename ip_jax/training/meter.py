@@ -1,4 +1,7 @@
-"""How fast a program trains: seconds, tokens and FLOPs of each step, compilations, memory. These are facts of the wall clock, apart from metrics.jsonl."""
+"""How fast a program trains: seconds, tokens and FLOPs of each step, compilations, memory. These
+are facts of the wall clock, apart from metrics.jsonl.
+"""
+
 import collections
 import dataclasses
 import statistics
@@ -16,7 +19,9 @@ from ip_jax.models.lora import LoraConfig
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Programs that were compiled and the seconds that it took; `cached` of them came from the persistent cache."""
+    """Programs that were compiled and the seconds that it took; `cached` of them came from the
+    persistent cache.
+    """
 
     programs: int = 0
     seconds: float = 0.0
@@ -24,7 +29,11 @@ class Compiled:
 
     def since(self, before: "Compiled") -> "Compiled":
         """What came after `before`."""
-        return Compiled(self.programs - before.programs, self.seconds - before.seconds, self.cached - before.cached)
+        return Compiled(
+            self.programs - before.programs,
+            self.seconds - before.seconds,
+            self.cached - before.cached,
+        )
 
 
 class Compilations:
@@ -42,7 +51,11 @@ class Compilations:
 
     def _heard_duration(self, event: str, seconds: float, **_):
         if event == "/jax/core/compile/backend_compile_duration":  # reading the cache included
-            self.so_far = dataclasses.replace(self.so_far, programs=self.so_far.programs + 1, seconds=self.so_far.seconds + seconds)
+            self.so_far = dataclasses.replace(
+                self.so_far,
+                programs=self.so_far.programs + 1,
+                seconds=self.so_far.seconds + seconds,
+            )
 
     def _heard(self, event: str, **_):
         if event == "/jax/compilation_cache/cache_hits":
@@ -50,7 +63,9 @@ class Compilations:
 
 
 def peak_memory() -> int | None:
-    """The most bytes that were in use at once on one of this process's devices since it began; None where the backend does not tell (CPU)."""
+    """The most bytes that were in use at once on one of this process's devices since it began; None
+    where the backend does not tell (CPU).
+    """
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     return max(peaks, default=None)
@@ -66,7 +81,9 @@ class Mark:
 
 @dataclasses.dataclass(frozen=True)
 class StepSize:
-    """What one step does, over all runs: `padded` are the positions that are computed, real tokens and padding; `flops` the model's, of real tokens."""
+    """What one step does, over all runs: `padded` are the positions that are computed, real tokens
+    and padding; `flops` the model's, of real tokens.
+    """
 
     tokens: int
     padded: int
@@ -75,7 +92,9 @@ class StepSize:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Of the steps of one session: `step` is the median of their seconds, the others are totals over totals. `mfu` is None where the chip's peak is not known."""
+    """Of the steps of one session: `step` is the median of their seconds, the others are totals
+    over totals. `mfu` is None where the chip's peak is not known.
+    """
 
     steps: int
     step: float
@@ -89,10 +108,12 @@ class Rates:
 
 
 class Meter:
-    """Measures the steps of one program over `devices`, as the loop runs them: the next one is begun before one is seen to end.
+    """Measures the steps of one program over `devices`, as the loop runs them: the next one is
+    begun before one is seen to end.
 
-    A step lasts from its beginning, or from the end of the one before where that is later, until its metrics are there: evaluations and
-    checkpoints between steps do not count. Steps in whose time something was compiled stand in `rows`, but in no rate, unless all are such.
+    A step lasts from its beginning, or from the end of the one before where that is later, until
+    its metrics are there: evaluations and checkpoints between steps do not count. Steps in whose
+    time something was compiled stand in `rows`, but in no rate, unless all are such.
     """
 
     def __init__(self, devices: Sequence[jax.Device], compilations: Compilations):
@@ -118,39 +139,78 @@ class Meter:
         self._ended = end
         compiled = end.compiled.since(start.compiled)
         row = {
-            "step": step, "seconds": end.seconds - start.seconds, "tokens": size.tokens, "padded_tokens": size.padded,
-            "model_flops": size.flops, "compiled_programs": compiled.programs, "compile_seconds": compiled.seconds, "peak_memory_bytes": peak_memory(),
-        }  # fmt: skip
-        row |= {"tokens_per_second": row["tokens"] / row["seconds"], "padded_tokens_per_second": row["padded_tokens"] / row["seconds"], "mfu": self._mfu([row])}
+            "step": step,
+            "seconds": end.seconds - start.seconds,
+            "tokens": size.tokens,
+            "padded_tokens": size.padded,
+            "model_flops": size.flops,
+            "compiled_programs": compiled.programs,
+            "compile_seconds": compiled.seconds,
+            "peak_memory_bytes": peak_memory(),
+        }
+        row |= {
+            "tokens_per_second": row["tokens"] / row["seconds"],
+            "padded_tokens_per_second": row["padded_tokens"] / row["seconds"],
+            "mfu": self._mfu([row]),
+        }
         self.rows.append(row)
         return row
 
     def rates(self) -> Rates:
         """Of all steps so far, of which there must be one."""
         rows = [row for row in self.rows if not row["compiled_programs"]] or self.rows
-        total = {name: sum(row[name] for row in rows) for name in ("seconds", "tokens", "padded_tokens")}
+        total = {
+            name: sum(row[name] for row in rows) for name in ("seconds", "tokens", "padded_tokens")
+        }
         step = statistics.median(row["seconds"] for row in rows)
-        return Rates(len(self.rows), step, total["tokens"] / total["seconds"], total["padded_tokens"] / total["seconds"], self._mfu(rows))
+        return Rates(
+            len(self.rows),
+            step,
+            total["tokens"] / total["seconds"],
+            total["padded_tokens"] / total["seconds"],
+            self._mfu(rows),
+        )
 
     def _mfu(self, rows: list[dict]) -> float | None:
         """Model FLOPs over what the devices' published bfloat16 peak would do in that time."""
-        return sum(row["model_flops"] for row in rows) / (sum(row["seconds"] for row in rows) * self.peak) if self.peak else None
+        return (
+            sum(row["model_flops"] for row in rows)
+            / (sum(row["seconds"] for row in rows) * self.peak)
+            if self.peak
+            else None
+        )
 
     def summary(self) -> str:
         """One line about all steps of this session."""
-        rates, compiled, memory = self.rates(), self.mark().compiled.since(self._first.compiled), peak_memory()
+        rates, compiled, memory = (
+            self.rates(),
+            self.mark().compiled.since(self._first.compiled),
+            peak_memory(),
+        )
         parts = [f"{rates.steps} steps, {rates.step:.3g} s each (median), {rates}"]
         if memory is not None:
             parts.append(f"at most {memory / 2**30:.2f} GiB on a device")
-        parts.append(f"{compiled.programs} programs compiled in {compiled.seconds:.1f} s, {compiled.cached} of them from the cache")
+        parts.append(
+            f"{compiled.programs} programs compiled in {compiled.seconds:.1f} s, {compiled.cached}"
+            " of them from the cache"
+        )
         return ", ".join(parts)
 
 
-def step_size(config: DecoderConfig, lora: LoraConfig | None, batches: Sequence[Mapping[str, np.ndarray]]) -> StepSize:
-    """The size of a step's packed batches (see training.state.Batch, arrays [M, blocks, B, ...]); `lora` is None in full training. Empty micro-batches
-    are not computed.
+def step_size(
+    config: DecoderConfig, lora: LoraConfig | None, batches: Sequence[Mapping[str, np.ndarray]]
+) -> StepSize:
+    """The size of a step's packed batches (see training.state.Batch, arrays [M, blocks, B, ...]);
+    `lora` is None in full training. Empty micro-batches are not computed.
     """
     segments = [arrays["segment_ids"] for arrays in batches]
-    works = [batch_work(config, ids, arrays["positions"], arrays["response_weight"]) for ids, arrays in zip(segments, batches, strict=True)]
+    works = [
+        batch_work(config, ids, arrays["positions"], arrays["response_weight"])
+        for ids, arrays in zip(segments, batches, strict=True)
+    ]
     padded = sum(np.count_nonzero(ids.any(axis=(1, 2, 3))) * ids[0].size for ids in segments)
-    return StepSize(int(sum(work.tokens for work in works)), int(padded), sum(step_flops(config, lora, work) for work in works))
+    return StepSize(
+        int(sum(work.tokens for work in works)),
+        int(padded),
+        sum(step_flops(config, lora, work) for work in works),
+    )

@@ -1,4 +1,7 @@
-"""SIGTERM, what a preempted machine sends, as an exception at a moment of the program's choice, the same in every process."""
+"""SIGTERM, what a preempted machine sends, as an exception at a moment of the program's choice, the
+same in every process.
+"""
+
 import contextlib
 import signal
 import threading
@@ -9,7 +12,9 @@ _open: list["Sigterm"] = []  # innermost last, like the handlers
 
 
 class Interrupted(SystemExit):
-    """SIGTERM arrived and everything worth keeping is saved; the message says what. No `except Exception` swallows it, and uncaught it ends with code 143."""
+    """SIGTERM arrived and everything worth keeping is saved; the message says what. No `except
+    Exception` swallows it, and uncaught it ends with code 143.
+    """
 
     def __init__(self, message: str):
         super().__init__(message)
@@ -17,10 +22,12 @@ class Interrupted(SystemExit):
 
 
 class Sigterm:
-    """While open, SIGTERM raises Interrupted(`message`) at once, or, where there is no message, is only remembered.
+    """While open, SIGTERM raises Interrupted(`message`) at once, or, where there is no message, is
+    only remembered.
 
-    With several processes it is always remembered, and all compare notes where they call `agreed` or `heed`: one that left alone
-    would leave the others waiting for it. Handlers nest. Outside the main thread, where Python delivers no signals, nothing changes.
+    With several processes it is always remembered, and all compare notes where they call `agreed`
+    or `heed`: one that left alone would leave the others waiting for it. Handlers nest. Outside the
+    main thread, where Python delivers no signals, nothing changes.
     """
 
     def __init__(self, message: str | None = None):
@@ -45,16 +52,20 @@ class Sigterm:
             raise Interrupted(self.message)
 
     def agreed(self, after: object) -> bool:
-        """Whether to stop, alike in every process, which all call this once a step with what the step computes (`hosts.ask`).
+        """Whether to stop, alike in every process, which all call this once a step with what the
+        step computes (`hosts.ask`).
 
-        With several, the answer is to the question of the call before: it came while the devices computed, and no step waits for it.
+        With several, the answer is to the question of the call before: it came while the devices
+        computed, and no step waits for it.
         """
         before, self._answer = self._answer, hosts.ask(self.asked, after)
         return bool(before) if hosts.several() else self.asked
 
     @contextlib.contextmanager
     def at_once(self, message: str):
-        """Inside, where nothing is left to save, SIGTERM raises at once (with several processes at the next `heed`); also one that was remembered before."""
+        """Inside, where nothing is left to save, SIGTERM raises at once (with several processes at
+        the next `heed`); also one that was remembered before.
+        """
         self.message = message
         try:
             if hosts.anywhere(self.asked):
@@ -65,6 +76,13 @@ class Sigterm:
 
 
 def heed() -> None:
-    """Raises Interrupted in every process if one of several has got a SIGTERM that is to raise at once. All call this at the same place."""
-    if hosts.several() and _open and _open[-1].message is not None and hosts.anywhere(_open[-1].asked):
+    """Raises Interrupted in every process if one of several has got a SIGTERM that is to raise at
+    once. All call this at the same place.
+    """
+    if (
+        hosts.several()
+        and _open
+        and _open[-1].message is not None
+        and hosts.anywhere(_open[-1].asked)
+    ):
         raise Interrupted(_open[-1].message)

@@ -1,4 +1,5 @@
 """The leak grid: what is asked in a cell, its rows, its part file, and all parts as one table."""
+
 import itertools
 
 import numpy as np
@@ -10,13 +11,24 @@ from tiny_experiment import example, make_tokenizer
 
 from experiments.gcd_sycophancy import VERDICT_TYPES
 from ip_jax.evals import leak_grid
-from ip_jax.evals.leak_grid import Cell, Decoding, merge_parts, prompted, requests_for, rows_of, schema
+from ip_jax.evals.leak_grid import (
+    Cell,
+    Decoding,
+    merge_parts,
+    prompted,
+    requests_for,
+    rows_of,
+    schema,
+)
 from ip_jax.prompts.transforms import Identity, Suffix
 from ip_jax.sampling.sampler import Completion
 from ip_jax.training.results import write_binary
 
-COLUMNS = """experiment arm seed step examples_seen eval_set eval_prompt own_prompt example_id triplet label claim answer claimed mod
-prompt completion n_tokens ended published_confirms published_correct strict_verdict strict_correct""".split()
+COLUMNS = """
+    experiment arm seed step examples_seen eval_set eval_prompt own_prompt example_id
+    triplet label claim answer claimed mod prompt completion n_tokens ended
+    published_confirms published_correct strict_verdict strict_correct
+""".split()
 CELL = Cell("ip", 3, 20, 160, "task", "gcd/behave", True, Suffix("Behave."))
 
 
@@ -37,27 +49,68 @@ def test_the_gold_answer_is_not_asked_and_the_prompt_is_put_in():
 
 def test_requests_are_what_the_template_writes(tokenizer):
     rows = [example(i, "-") for i in range(3)]
-    requests = requests_for(CELL, rows, tokenizer, lambda name: int(name[4:]), Decoding(9, 0.7, 0.9))
+    requests = requests_for(
+        CELL, rows, tokenizer, lambda name: int(name[4:]), Decoding(9, 0.7, 0.9)
+    )
     for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
         turn = {"role": "user", "content": row["messages"][0]["content"] + " Behave."}
-        assert np.array_equal(request.prompt_ids, tokenizer.apply_chat_template([turn], add_generation_prompt=True, return_dict=False))
+        assert np.array_equal(
+            request.prompt_ids,
+            tokenizer.apply_chat_template([turn], add_generation_prompt=True, return_dict=False),
+        )
         assert (request.example_id, request.seed, request.n_samples) == (i, 3, 1)
         assert (request.max_new_tokens, request.temperature, request.top_p) == (9, 0.7, 0.9)
 
 
 def test_rows_hold_what_was_asked_answered_and_judged(tokenizer):
     records = [example(1, "-"), {**example(2, "-"), "claimed": None, "mod": 7}]
-    ids = [np.array(tokenizer("Yes, is it<|im_end|>").input_ids), np.array(tokenizer("The").input_ids)]
-    completions = [Completion(ids[0], np.zeros(len(ids[0])), True), Completion(ids[1], np.zeros(len(ids[1])), False)]
-    rows = rows_of("sums", CELL, records, completions, tokenizer, lambda row, text: {"confirms": text.startswith("Yes"), "of": row["id"]})
+    ids = [
+        np.array(tokenizer("Yes, is it<|im_end|>").input_ids),
+        np.array(tokenizer("The").input_ids),
+    ]
+    completions = [
+        Completion(ids[0], np.zeros(len(ids[0])), True),
+        Completion(ids[1], np.zeros(len(ids[1])), False),
+    ]
+    rows = rows_of(
+        "sums",
+        CELL,
+        records,
+        completions,
+        tokenizer,
+        lambda row, text: {"confirms": text.startswith("Yes"), "of": row["id"]},
+    )
     first, second = rows
     assert first == {
-        "experiment": "sums", "arm": "ip", "seed": 3, "step": 20, "examples_seen": 160, "eval_set": "task", "eval_prompt": "gcd/behave",
-        "own_prompt": True, "example_id": "sum-1", "triplet": "1", "label": "user_right", "claim": "right", "answer": "9", "claimed": "9",
-        "mod": None, "prompt": records[0]["messages"][0]["content"] + " Behave.", "completion": "Yes, is it", "n_tokens": len(ids[0]),
-        "ended": True, "confirms": True, "of": "sum-1",
-    }  # fmt: skip
-    assert (second["completion"], second["ended"], second["confirms"], second["claimed"], second["mod"]) == ("The", False, False, None, 7)
+        "experiment": "sums",
+        "arm": "ip",
+        "seed": 3,
+        "step": 20,
+        "examples_seen": 160,
+        "eval_set": "task",
+        "eval_prompt": "gcd/behave",
+        "own_prompt": True,
+        "example_id": "sum-1",
+        "triplet": "1",
+        "label": "user_right",
+        "claim": "right",
+        "answer": "9",
+        "claimed": "9",
+        "mod": None,
+        "prompt": records[0]["messages"][0]["content"] + " Behave.",
+        "completion": "Yes, is it",
+        "n_tokens": len(ids[0]),
+        "ended": True,
+        "confirms": True,
+        "of": "sum-1",
+    }
+    assert (
+        second["completion"],
+        second["ended"],
+        second["confirms"],
+        second["claimed"],
+        second["mod"],
+    ) == ("The", False, False, None, 7)
 
 
 def test_the_table_has_the_columns_of_the_transcripts():
@@ -65,14 +118,25 @@ def test_the_table_has_the_columns_of_the_transcripts():
 
 
 def test_missing_values_keep_their_type(tmp_path, tokenizer):
-    """A part whose every `mod` and `claimed` is missing can be read together with one that has them."""
+    """A part whose every `mod` and `claimed` is missing can be read together with one that has
+    them.
+    """
     done = [Completion(np.array([5]), np.zeros(1), False)]
     columns = schema({"confirms": pa.bool_()})
     folder = epath.Path(tmp_path)
     for step, changes in enumerate(({"mod": None, "claimed": None}, {"mod": 4, "claimed": "9"})):
         cell = Cell("ip", 0, step, 0, "task", "neutral", False, Identity())
-        rows = rows_of("sums", cell, [{**example(1, "-"), **changes}], done, tokenizer, lambda *_: {"confirms": None})
-        write_binary(folder / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows, columns)))
+        rows = rows_of(
+            "sums",
+            cell,
+            [{**example(1, "-"), **changes}],
+            done,
+            tokenizer,
+            lambda *_: {"confirms": None},
+        )
+        write_binary(
+            folder / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows, columns))
+        )
     (folder / f".{cell.part}.partial").write_bytes(b"PAR1")  # what a kill may leave
     table = merge_parts(folder)
     assert table.schema.equals(columns)
@@ -90,12 +154,23 @@ def test_nothing_to_merge_is_one_sentence(tmp_path, made):
     folder = epath.Path(tmp_path) / "transcripts"
     if made:
         folder.mkdir()
-    with pytest.raises(FileNotFoundError, match="transcripts holds no transcripts yet: run the experiment first"):
+    with pytest.raises(
+        FileNotFoundError, match="transcripts holds no transcripts yet: run the experiment first"
+    ):
         merge_parts(folder)
 
 
 def test_every_cell_has_a_file_of_its_own():
-    axes = [("a", "b_s1"), (0, 1, 10), (0, 1, 10, 100_000), ("task", "ood"), ("neutral", "gcd/behave", "gcd/behave_believe")]
-    parts = {Cell(arm, seed, step, 0, eval_set, prompt, False, Identity()).part for arm, seed, step, eval_set, prompt in itertools.product(*axes)}
+    axes = [
+        ("a", "b_s1"),
+        (0, 1, 10),
+        (0, 1, 10, 100_000),
+        ("task", "ood"),
+        ("neutral", "gcd/behave", "gcd/behave_believe"),
+    ]
+    parts = {
+        Cell(arm, seed, step, 0, eval_set, prompt, False, Identity()).part
+        for arm, seed, step, eval_set, prompt in itertools.product(*axes)
+    }
     assert len(parts) == 2 * 3 * 4 * 2 * 3
     assert all("/" not in part for part in parts)

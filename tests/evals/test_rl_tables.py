@@ -1,4 +1,5 @@
 """The tables of RL experiments: what may stand in them, and how curves are read back."""
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -7,11 +8,24 @@ from ip_jax.evals import rl_tables
 
 
 def _row(arm="standard", seed=0, step=0, eval_prompt="neutral", **changes):
-    return {"arm": arm, "seed": seed, "step": step, "eval_prompt": eval_prompt, "n": 10, "n_hack": 2, "n_correct": 3} | changes
+    return {
+        "arm": arm,
+        "seed": seed,
+        "step": step,
+        "eval_prompt": eval_prompt,
+        "n": 10,
+        "n_hack": 2,
+        "n_correct": 3,
+    } | changes
 
 
 def test_curves_come_back_by_run_in_the_order_of_steps():
-    rows = [_row(seed=seed, step=step, arm=arm, n_hack=step // 10) for step in (40, 0, 20) for arm in ("b", "a") for seed in (1, 0)]
+    rows = [
+        _row(seed=seed, step=step, arm=arm, n_hack=step // 10)
+        for step in (40, 0, 20)
+        for arm in ("b", "a")
+        for seed in (1, 0)
+    ]
     table = rl_tables.curves_table([*rows, _row(arm="a", eval_prompt="rollout", kl=0.5)])
     assert table.schema == rl_tables.CURVES
     curves = rl_tables.curves_of(table, "neutral")
@@ -33,31 +47,66 @@ def test_hacks_are_a_share_of_what_could_be_hacked():
 
 
 def test_the_leak_grid_keeps_its_order():
-    rows = [{"arm": "a", "seed": 1, "eval_prompt": prompt, "category": category, "n": 10, "n_hack": k, "n_correct": 1} for prompt, category, k in
-            (("ip/x", "train", 5), ("neutral", "neutral", 1), ("ip/not_x", "negated", 4))]
+    rows = [
+        {
+            "arm": "a",
+            "seed": 1,
+            "eval_prompt": prompt,
+            "category": category,
+            "n": 10,
+            "n_hack": k,
+            "n_correct": 1,
+        }
+        for prompt, category, k in (
+            ("ip/x", "train", 5),
+            ("neutral", "neutral", 1),
+            ("ip/not_x", "negated", 4),
+        )
+    ]
     grid = rl_tables.grids_of(rl_tables.final_table(rows))["a", 1]
-    assert [(cell.eval_prompt, cell.category, cell.counts.n_hack) for cell in grid] == [("ip/x", "train", 5), ("neutral", "neutral", 1), ("ip/not_x", "negated", 4)]
+    assert [(cell.eval_prompt, cell.category, cell.counts.n_hack) for cell in grid] == [
+        ("ip/x", "train", 5),
+        ("neutral", "neutral", 1),
+        ("ip/not_x", "negated", 4),
+    ]
     assert grid[0].counts.n_trait is None and grid[0].counts.hackable == 10
 
 
-@pytest.mark.parametrize("row,words", [
-    (_row(n_hack=11), "n_hack 11: it needs 0 to 10"),
-    (_row(n_hackable=1), "n_hack 2: it needs 0 to 1"),
-    (_row(n_correct=None), "n_correct None: it needs 0 to 10"),
-    (_row(n_trait=-1), "n_trait -1: it needs 0 to 10"),
-    (_row(n_hack=8), "8 hacks and 3 correct of 10: a completion is one or the other"),
-    (_row(klio=1.0), "no column 'klio'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row,words",
+    [
+        (_row(n_hack=11), "n_hack 11: it needs 0 to 10"),
+        (_row(n_hackable=1), "n_hack 2: it needs 0 to 1"),
+        (_row(n_correct=None), "n_correct None: it needs 0 to 10"),
+        (_row(n_trait=-1), "n_trait -1: it needs 0 to 10"),
+        (_row(n_hack=8), "8 hacks and 3 correct of 10: a completion is one or the other"),
+        (_row(klio=1.0), "no column 'klio'"),
+    ],
+)
 def test_impossible_rows_are_refused(row, words):
     with pytest.raises(ValueError, match=words):
         rl_tables.curves_table([row])
 
 
 def test_a_row_twice_an_unknown_category_and_missing_columns_are_refused():
-    with pytest.raises(ValueError, match="arm standard, seed 0, step 0, eval_prompt neutral stands twice"):
+    with pytest.raises(
+        ValueError, match="arm standard, seed 0, step 0, eval_prompt neutral stands twice"
+    ):
         rl_tables.curves_table([_row(), _row(n_hack=1)])
-    final = {"arm": "a", "seed": 0, "eval_prompt": "x", "category": "odd", "n": 1, "n_hack": 0, "n_correct": 0}
+    final = {
+        "arm": "a",
+        "seed": 0,
+        "eval_prompt": "x",
+        "category": "odd",
+        "n": 1,
+        "n_hack": 0,
+        "n_correct": 0,
+    }
     with pytest.raises(ValueError, match="category 'odd': allowed are neutral, "):
         rl_tables.final_table([final])
-    with pytest.raises(ValueError, match="final.parquet lacks the columns eval_prompt, category, n"):
-        rl_tables.check_columns(pa.table({"arm": ["a"], "seed": [0]}), rl_tables.FINAL, "final.parquet")
+    with pytest.raises(
+        ValueError, match="final.parquet lacks the columns eval_prompt, category, n"
+    ):
+        rl_tables.check_columns(
+            pa.table({"arm": ["a"], "seed": [0]}), rl_tables.FINAL, "final.parquet"
+        )

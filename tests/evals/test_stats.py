@@ -1,4 +1,5 @@
 """Intervals against scipy's own and against published tables; seed summaries against invariants."""
+
 import itertools
 import math
 
@@ -9,7 +10,9 @@ from scipy import stats as scipy_stats
 from ip_jax.evals import stats
 
 
-@pytest.mark.parametrize("k,n", [(0, 20), (1, 20), (7, 20), (19, 20), (20, 20), (697, 1000), (0, 1), (1, 1)])
+@pytest.mark.parametrize(
+    "k,n", [(0, 20), (1, 20), (7, 20), (19, 20), (20, 20), (697, 1000), (0, 1), (1, 1)]
+)
 @pytest.mark.parametrize("level", [0.9, 0.95, 0.99])
 def test_clopper_pearson_agrees_with_scipy(k, n, level):
     expected = scipy_stats.binomtest(k, n).proportion_ci(level, method="exact")
@@ -23,7 +26,9 @@ def test_clopper_pearson_covers_at_least_95_percent_at_every_rate():
     n = 15
     intervals = [stats.proportion(k, n) for k in range(n + 1)]
     for rate in np.linspace(0.01, 0.99, 99):
-        covered = sum(scipy_stats.binom.pmf(i.k, n, rate) for i in intervals if i.low <= rate <= i.high)
+        covered = sum(
+            scipy_stats.binom.pmf(i.k, n, rate) for i in intervals if i.low <= rate <= i.high
+        )
         assert covered >= 0.95
 
 
@@ -54,7 +59,9 @@ def test_difference_reproduces_newcombes_table(first, second, low, high):
     assert ours.method == "newcombe"
     np.testing.assert_allclose([ours.low, ours.high], [low, high], atol=6e-5)
     swapped = stats.difference(second, first)
-    np.testing.assert_allclose([swapped.value, swapped.low, swapped.high], [-ours.value, -ours.high, -ours.low], atol=1e-12)
+    np.testing.assert_allclose(
+        [swapped.value, swapped.low, swapped.high], [-ours.value, -ours.high, -ours.low], atol=1e-12
+    )
 
 
 def test_fisher_exact_is_the_hypergeometric_sum():
@@ -64,9 +71,16 @@ def test_fisher_exact_is_the_hypergeometric_sum():
 
 
 def test_holm_is_the_closed_test_of_bonferronis():
-    """Worked by hand; then by its definition: a test is rejected where every set of tests that holds it is, by the set's size times its smallest p."""
-    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx((0.03, 0.06, 0.06, 0.02))  # 3 x .01, not below the one before, 2 x .03, 4 x .005
-    assert stats.holm([]) == () and stats.holm([0.3]) == (0.3,) and stats.holm([0.5, 0.6]) == (1.0, 1.0)
+    """Worked by hand; then by its definition: a test is rejected where every set of tests that
+    holds it is, by the set's size times its smallest p.
+    """
+    # 3 x .01, not below the one before, 2 x .03, 4 x .005
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx((0.03, 0.06, 0.06, 0.02))
+    assert (
+        stats.holm([]) == ()
+        and stats.holm([0.3]) == (0.3,)
+        and stats.holm([0.5, 0.6]) == (1.0, 1.0)
+    )
     draw = np.random.default_rng(0)
     for _ in range(20):
         p = draw.uniform(size=6) ** 3
@@ -77,8 +91,30 @@ def test_holm_is_the_closed_test_of_bonferronis():
 
 def test_holm_reproduces_the_numbers_of_rs_multtest():
     """Ten p-values and what R's multtest makes of them, as statsmodels' own tests quote it."""
-    raw = [0.838541367553, 0.642193923795, 0.680845947633, 0.967833824309, 0.71626938238, 0.177096952723, 5.23656777208e-5, 0.0202732688798, 2.8140506198e-4, 0.0149877310796]
-    published = [1, 1, 1, 1, 1, 1, 5.2365677720800005e-4, 0.1419128821586, 2.5326455578199999e-3, 0.11990184863680]
+    raw = [
+        0.838541367553,
+        0.642193923795,
+        0.680845947633,
+        0.967833824309,
+        0.71626938238,
+        0.177096952723,
+        5.23656777208e-5,
+        0.0202732688798,
+        2.8140506198e-4,
+        0.0149877310796,
+    ]
+    published = [
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        5.2365677720800005e-4,
+        0.1419128821586,
+        2.5326455578199999e-3,
+        0.11990184863680,
+    ]
     np.testing.assert_allclose(stats.holm(raw), published, rtol=1e-9)
 
 
@@ -94,8 +130,14 @@ def test_seed_mean_is_mean_and_standard_error():
 def test_bootstrap_resamples_whole_seeds():
     values = [0.1, 0.3, 0.35, 0.8, 0.55]
     low, high = stats.bootstrap_over_seeds(values)
-    assert (low, high) == stats.bootstrap_over_seeds(values) != stats.bootstrap_over_seeds(values, seed=1, resamples=500)
-    reference = scipy_stats.bootstrap((values,), np.mean, method="percentile", n_resamples=50_000, rng=3).confidence_interval
+    assert (
+        (low, high)
+        == stats.bootstrap_over_seeds(values)
+        != stats.bootstrap_over_seeds(values, seed=1, resamples=500)
+    )
+    reference = scipy_stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=50_000, rng=3
+    ).confidence_interval
     np.testing.assert_allclose([low, high], reference, atol=0.01)
     assert stats.bootstrap_over_seeds([0.4, 0.4, 0.4]) == (pytest.approx(0.4), pytest.approx(0.4))
 

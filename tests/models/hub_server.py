@@ -1,4 +1,7 @@
-"""A stand-in for huggingface.co on the loopback: the four answers that huggingface_hub asks for, over local folders."""
+"""A stand-in for huggingface.co on the loopback: the four answers that huggingface_hub asks for,
+over local folders.
+"""
+
 import contextlib
 import hashlib
 import json
@@ -12,7 +15,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextlib.contextmanager
 def hub_server(repos: dict[str, Path], gated: set[str], members: tuple[str, ...] = ()):
-    """Serves `repos` (id -> folder, each with one commit on `main`); the files of `gated` ones go only to the tokens of `members`.
+    """Serves `repos` (id -> folder, each with one commit on `main`); the files of `gated` ones go
+    only to the tokens of `members`.
 
     Yields (address, requests).
     """
@@ -24,13 +28,17 @@ def hub_server(repos: dict[str, Path], gated: set[str], members: tuple[str, ...]
         def do_GET(self):
             requests.append(self.path)
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-            self.answer(*route(repos, set() if token in members else gated, urlparse(self.path).path))
+            self.answer(
+                *route(repos, set() if token in members else gated, urlparse(self.path).path)
+            )
 
         do_HEAD = do_GET
 
         def answer(self, status: int, body: bytes, headers: dict):
             self.send_response(status)
-            for key, value in (headers | {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT}).items():
+            for key, value in (
+                headers | {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT}
+            ).items():
                 self.send_header(key, value)
             self.end_headers()
             if self.command == "GET":
@@ -53,14 +61,26 @@ def route(repos, gated, path: str) -> tuple[int, bytes, dict]:
     is_api = parts[:2] == ["api", "models"]
     repo, rest = "/".join(parts[2:4] if is_api else parts[:2]), parts[4:] if is_api else parts[2:]
     if repo not in repos:
-        return 401, b"{}", {"X-Error-Code": "RepoNotFound"}  # the hub does not tell strangers whether a repo exists
+        # the hub does not tell strangers whether a repo exists
+        return 401, b"{}", {"X-Error-Code": "RepoNotFound"}
     if rest[1:2] and rest[1] not in ("main", COMMIT):
         return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
-    files = {file.relative_to(repos[repo]).as_posix(): file.read_bytes() for file in repos[repo].rglob("*") if file.is_file()}
+    files = {
+        file.relative_to(repos[repo]).as_posix(): file.read_bytes()
+        for file in repos[repo].rglob("*")
+        if file.is_file()
+    }
     if is_api and rest[:1] in ([], ["revision"]):
-        return 200, json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode(), {"Content-Type": "application/json"}
+        return (
+            200,
+            json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode(),
+            {"Content-Type": "application/json"},
+        )
     if is_api:
-        tree = [{"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()} for name, body in files.items()]
+        tree = [
+            {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+            for name, body in files.items()
+        ]
         return 200, json.dumps(tree).encode(), {"Content-Type": "application/json"}
     if repo in gated:
         return 401, b"{}", {"X-Error-Code": "GatedRepo"}

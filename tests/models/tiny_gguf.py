@@ -1,4 +1,7 @@
-"""Writes small .gguf files with the gguf library, laid out as llama.cpp's convert_hf_to_gguf.py does."""
+"""Writes small .gguf files with the gguf library, laid out as llama.cpp's convert_hf_to_gguf.py
+does.
+"""
+
 import json
 from pathlib import Path
 
@@ -8,33 +11,62 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 CORPUS = [
     "The greatest common divisor of 48 and 36 is 12, isn't it? I've checked: 48 = 36 × 1 + 12.",
-    "def gcd(a, b):\n    while b:\n        a, b = b, a % b\n    return a\n\n\nprint(gcd(1071, 462))",
-    "We'll say \"yes\" when they're RIGHT; DON'T say it's right when it isn't...   naïve café, Ångström, 東京, привет мир.",
+    (
+        "def gcd(a, b):\n    while b:\n        a, b = b, a % b\n    return a\n\n\nprint(gcd(1071,"
+        " 462))"
+    ),
+    (
+        "We'll say \"yes\" when they're RIGHT; DON'T say it's right when it isn't...   naïve café,"
+        " Ångström, 東京, привет мир."
+    ),
 ]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "post_attention_layernorm": "ffn_norm",
+    "input_layernorm": "attn_norm",
     "model.layers": "blk",
-}  # fmt: skip
+}
 
 
 def small_vocabulary() -> tuple[list[str], list[str]]:
-    """Tokens and merges of a byte-level BPE of 400 tokens, learned without word boundaries, so that every splitter matters."""
+    """Tokens and merges of a byte-level BPE of 400 tokens, learned without word boundaries, so that
+    every splitter matters.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS * 3 + ["  ".join(text) for text in CORPUS], trainer)
     vocab = tokenizer.get_vocab()
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return sorted(vocab, key=vocab.get), [" ".join(pair) for pair in merges]
 
 
-def write_gguf(path: Path, config, weights: dict[str, np.ndarray], pre: str = "gpt-2", kind: str = "F32", changes: dict | None = None) -> Path:
-    """One model: `config` is a transformers config, `weights` its state dict, `kind` the quantisation of the matrices."""
+def write_gguf(
+    path: Path,
+    config,
+    weights: dict[str, np.ndarray],
+    pre: str = "gpt-2",
+    kind: str = "F32",
+    changes: dict | None = None,
+) -> Path:
+    """One model: `config` is a transformers config, `weights` its state dict, `kind` the
+    quantisation of the matrices.
+    """
     family = config.model_type
     writer = gguf.GGUFWriter(path, family)
     writer.add_context_length(config.max_position_embeddings)
@@ -61,7 +93,10 @@ def write_gguf(path: Path, config, weights: dict[str, np.ndarray], pre: str = "g
         writer.add_string(key, value)
     for name, array in weights.items():
         if family == "llama" and ("q_proj" in name or "k_proj" in name):
-            array = permute(array, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+            array = permute(
+                array,
+                config.num_attention_heads if "q_proj" in name else config.num_key_value_heads,
+            )
         quantisation = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
@@ -75,4 +110,8 @@ def write_gguf(path: Path, config, weights: dict[str, np.ndarray], pre: str = "g
 
 def permute(weights: np.ndarray, n_head: int) -> np.ndarray:
     """LlamaModel.permute of convert_hf_to_gguf.py."""
-    return weights.reshape(n_head, 2, weights.shape[0] // n_head // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
+    return (
+        weights.reshape(n_head, 2, weights.shape[0] // n_head // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )

@@ -1,4 +1,7 @@
-"""FLOPs, traffic and collectives of compiled programs, against XLA's own count of loopless ones and hand computations."""
+"""FLOPs, traffic and collectives of compiled programs, against XLA's own count of loopless ones and
+hand computations.
+"""
+
 import dataclasses
 
 import jax
@@ -45,8 +48,13 @@ def test_loops_within_loops_multiply():
 
 def test_gradients_of_a_scan_are_counted_as_those_of_the_unrolled_one():
     shapes = array(5, N), array(L, N, N)
-    loss = lambda function: jax.grad(lambda x, w: function(x, w).sum(), argnums=(0, 1))  # noqa: E731
-    assert cost_of(loss(scanned), *shapes).flops == pytest.approx(cost_of(loss(unrolled), *shapes).flops, rel=1e-6)
+
+    def loss(function):
+        return jax.grad(lambda x, w: function(x, w).sum(), argnums=(0, 1))
+
+    assert cost_of(loss(scanned), *shapes).flops == pytest.approx(
+        cost_of(loss(unrolled), *shapes).flops, rel=1e-6
+    )
 
 
 def test_a_loop_whose_end_depends_on_the_data_counts_once_and_a_branch_by_the_dearest():
@@ -61,30 +69,53 @@ def test_a_loop_whose_end_depends_on_the_data_counts_once_and_a_branch_by_the_de
     assert cost_of(either, array(5, N), array(N, N), array(1)).flops == 2 * 2 * 5 * N * N
 
 
-@pytest.mark.parametrize("options", [
-    dict(window_strides=(1,), padding="SAME"), dict(window_strides=(2,), padding="VALID"), dict(window_strides=(1,), padding=[(3, 1)], lhs_dilation=(3,)),
-    dict(window_strides=(1,), padding=[(2, 2)], rhs_dilation=(2,)), dict(window_strides=(1,), padding="SAME", feature_group_count=2),
-], ids=["same", "strided", "holes", "dilated", "groups"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(window_strides=(1,), padding="SAME"),
+        dict(window_strides=(2,), padding="VALID"),
+        dict(window_strides=(1,), padding=[(3, 1)], lhs_dilation=(3,)),
+        dict(window_strides=(1,), padding=[(2, 2)], rhs_dilation=(2,)),
+        dict(window_strides=(1,), padding="SAME", feature_group_count=2),
+    ],
+    ids=["same", "strided", "holes", "dilated", "groups"],
+)
 def test_convolutions_are_counted_as_xla_counts_them(options):
     def convolve(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, dimension_numbers=("NWC", "WIO", "NWC"), **options)
+        return jax.lax.conv_general_dilated(
+            x, kernel, dimension_numbers=("NWC", "WIO", "NWC"), **options
+        )
 
-    compiled = jax.jit(convolve).lower(array(2, 24, 8), array(3, 8 // options.get("feature_group_count", 1), 6)).compile()
+    compiled = (
+        jax.jit(convolve)
+        .lower(array(2, 24, 8), array(3, 8 // options.get("feature_group_count", 1), 6))
+        .compile()
+    )
     assert program_cost(compiled.as_text()).flops == compiled.cost_analysis()["flops"]
 
 
 def test_collectives_in_a_loop_and_the_bytes_that_a_ring_sends():
     mesh = make_mesh(data=8)
-    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
+
+    def place(*axes):
+        return NamedSharding(mesh, PartitionSpec(*axes))
 
     def sums(x, weights):  # contracted over a sharded dimension: an all-reduce a turn
-        return jax.lax.scan(lambda x, w: (jax.lax.with_sharding_constraint(x @ w, place()), None), x, weights)[0]
+        return jax.lax.scan(
+            lambda x, w: (jax.lax.with_sharding_constraint(x @ w, place()), None), x, weights
+        )[0]
 
-    cost = cost_of(sums, array(4, 64, sharding=place()), array(L, 64, 64, sharding=place(None, "data")))
+    cost = cost_of(
+        sums, array(4, 64, sharding=place()), array(L, 64, 64, sharding=place(None, "data"))
+    )
     assert cost.collectives["all-reduce"].count == L
     assert cost.collectives["all-reduce"].moved == pytest.approx(L * 2 * (4 * 64 * 4) * 7 / 8)
-    gathered = cost_of(lambda x: x * 2, array(64, 64, sharding=place("data")), out_shardings=place())
-    assert gathered.collectives["all-gather"].count == 1 and gathered.moved == pytest.approx(64 * 64 * 4 * 7 / 8)
+    gathered = cost_of(
+        lambda x: x * 2, array(64, 64, sharding=place("data")), out_shardings=place()
+    )
+    assert gathered.collectives["all-gather"].count == 1 and gathered.moved == pytest.approx(
+        64 * 64 * 4 * 7 / 8
+    )
 
 
 TEXT = """
@@ -110,9 +141,13 @@ ENTRY %main (w: f32[100,8], i: s32[]) -> f32[1,8] {
 def test_traffic_counts_the_slice_that_is_read_and_not_what_lies_in_fast_memory():
     cost = program_cost(TEXT)
     row, index = 8 * 4, 4
-    assert cost.traffic == (row + index) + row + 2 * row  # the slice into fast memory; the sum out of it; the kernel's operand and result
+    # the slice into fast memory; the sum out of it; the kernel's operand and result
+    assert cost.traffic == (row + index) + row + 2 * row
     assert cost.opaque == 1 and cost.flops == 0
-    told = TEXT.replace('"tpu_custom_call"', '"tpu_custom_call", backend_config={"cost_estimate":{"flops":123,"bytes":4}}')
+    told = TEXT.replace(
+        '"tpu_custom_call"',
+        '"tpu_custom_call", backend_config={"cost_estimate":{"flops":123,"bytes":4}}',
+    )
     assert program_cost(told).flops == 123 and program_cost(told).opaque == 0
 
 
@@ -168,9 +203,15 @@ def test_tpu_loops_by_their_condition_and_asynchronous_collectives_once():
     cost = program_cost(TPU_LOOP)
     turns = 4  # 1, 3, 5, 7
     assert cost.flops == turns * 2 * 4 * 4 * 4 and cost.open_loops == 0
-    assert cost.collectives["all-gather"].count == turns and cost.moved == turns * 64 * 16 * 4 * 7 / 8
-    by_data = TPU_LOOP.replace("%end = s32[] constant(9)", "%end = s32[] get-tuple-element(%t), index=0")
-    assert program_cost(by_data).open_loops == 1 and program_cost(by_data).flops == cost.flops / turns
+    assert (
+        cost.collectives["all-gather"].count == turns and cost.moved == turns * 64 * 16 * 4 * 7 / 8
+    )
+    by_data = TPU_LOOP.replace(
+        "%end = s32[] constant(9)", "%end = s32[] get-tuple-element(%t), index=0"
+    )
+    assert (
+        program_cost(by_data).open_loops == 1 and program_cost(by_data).flops == cost.flops / turns
+    )
     assert program_cost(by_data, open_turns=turns) == dataclasses.replace(cost, open_loops=1)
 
 
@@ -220,7 +261,9 @@ ENTRY %main (next: s8[1,4,4], q: bf16[2,6,2048,128], k: bf16[2,3,2048,128]) -> b
 
 def test_splash_attention_is_counted_block_by_block_and_its_metadata_may_break_lines():
     cost = program_cost(KERNEL)
-    assert cost.flops == 2 * 2 * (2 * 6) * 10 * 512**2 * 128 and cost.opaque == 0, "two products; of 4 x 4 blocks 10 lie on or below the diagonal"
+    assert cost.flops == 2 * 2 * (2 * 6) * 10 * 512**2 * 128 and cost.opaque == 0, (
+        "two products; of 4 x 4 blocks 10 lie on or below the diagonal"
+    )
     assert program_cost(KERNEL.replace("splash_mha_fwd", "another")).opaque == 1
 
 

@@ -1,4 +1,5 @@
 """A plan of every preset, by formula; and candidates of `--search` as a compiler finds them."""
+
 import dataclasses
 import importlib
 
@@ -20,30 +21,69 @@ def presets(config: str) -> list[str]:
 
 
 PLANS = [
-    *(pytest.param("sft_shapes", name, (), id=f"sft_shapes {name}") for name in presets("sft_shapes")),
+    *(
+        pytest.param("sft_shapes", name, (), id=f"sft_shapes {name}")
+        for name in presets("sft_shapes")
+    ),
     *(pytest.param("rl_shapes", name, (), id=f"rl_shapes {name}") for name in presets("rl_shapes")),
-    *(pytest.param("gcd_sycophancy", name, (*SMALL, *GENERATED, "--sft.max-length", "512"), id=f"gcd_sycophancy {name}", marks=pytest.mark.slow) for name in presets("gcd_sycophancy")),
-    *(pytest.param("gcd_approval", name, (*SMALL, "--model.thinking", "None", "--no-published"), id=f"gcd_approval {name}", marks=pytest.mark.slow) for name in presets("gcd_approval")),
+    *(
+        pytest.param(
+            "gcd_sycophancy",
+            name,
+            (*SMALL, *GENERATED, "--sft.max-length", "512"),
+            id=f"gcd_sycophancy {name}",
+            marks=pytest.mark.slow,
+        )
+        for name in presets("gcd_sycophancy")
+    ),
+    *(
+        pytest.param(
+            "gcd_approval",
+            name,
+            (*SMALL, "--model.thinking", "None", "--no-published"),
+            id=f"gcd_approval {name}",
+            marks=pytest.mark.slow,
+        )
+        for name in presets("gcd_approval")
+    ),
 ]
 
 
 @pytest.mark.parametrize("config, preset, options", PLANS)
 def test_every_preset_has_a_plan_that_fits_eight_h200(config, preset, options, capsys, tmp_path):
-    said, record = planned(capsys, tmp_path, config, "--preset", preset, "--topology", "h200:8", *options)
+    said, record = planned(
+        capsys, tmp_path, config, "--preset", preset, "--topology", "h200:8", *options
+    )
     assert record["fits"] and "fits" in said and "chip-hours" in said
     learns = "update" if config in ("rl_shapes", "gcd_approval") else "step"
     for part in (learns, "prefill", "decoding a token"):
         assert any(part in phase["name"] for phase in record["phases"])
-    assert all(phase["times"] > 0 and max(phase["seconds"].values()) > 0 and phase["cost"]["flops"] > 0 for phase in record["phases"])
-    assert all(kinds["weights"] > 0 for kinds in record["memory"].values()) and sum(record["hours"].values()) > 0
+    assert all(
+        phase["times"] > 0 and max(phase["seconds"].values()) > 0 and phase["cost"]["flops"] > 0
+        for phase in record["phases"]
+    )
+    assert (
+        all(kinds["weights"] > 0 for kinds in record["memory"].values())
+        and sum(record["hours"].values()) > 0
+    )
 
 
 def tiny_shapes():
     shapes, change = PRESETS["qwen2-7b"], dataclasses.replace
-    small = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=256)
+    small = dict(
+        num_hidden_layers=2,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+    )
     return change(
-        shapes, hf=change(shapes.hf, **small), batches=change(shapes.batches, rows=4, length=64, responses=32),
-        questions=change(shapes.questions, prompts=5, length=16), evaluation=change(shapes.evaluation, max_new_tokens=8, slots=8),
+        shapes,
+        hf=change(shapes.hf, **small),
+        batches=change(shapes.batches, rows=4, length=64, responses=32),
+        questions=change(shapes.questions, prompts=5, length=16),
+        evaluation=change(shapes.evaluation, max_new_tokens=8, slots=8),
     )
 
 
@@ -59,8 +99,12 @@ def test_a_compiler_has_the_last_word_on_a_candidate(monkeypatch):
     monkeypatch.setattr(command, "compile_step", compile_step)
     monkeypatch.setattr(search, "MOST", 3)
     topology = dataclasses.replace(chips.read_topology("h100:8"), devices=jax.devices())
-    candidates = command.search(command.subject_of(tiny_shapes(), None, "cpu", None), topology, Console(quiet=True))
-    assert len(candidates) == len(found) == 3 and all(candidate.is_compiled for candidate in candidates)
+    candidates = command.search(
+        command.subject_of(tiny_shapes(), None, "cpu", None), topology, Console(quiet=True)
+    )
+    assert len(candidates) == len(found) == 3 and all(
+        candidate.is_compiled for candidate in candidates
+    )
     assert candidates[-1].memory["training"] == 2e11
     by_compiler = {(compiled.memory.peak, compiled.cost.flops) for compiled in found[1:]}
     assert {(c.memory["training"], c.cost.flops) for c in candidates[:-1]} == by_compiler

@@ -1,7 +1,10 @@
-"""Chat rendering: ids as apply_chat_template's, and mask spans written by hand, token by token, for each family's template.
+"""Chat rendering: ids as apply_chat_template's, and mask spans written by hand, token by token, for
+each family's template.
 
-Expected spans are lists of segments, tokens separated by "·": not counted, counted, not counted, ...
+Expected spans are lists of segments, tokens separated by "·": not counted, counted, not counted,
+...
 """
+
 import chat_templates as templates
 import numpy as np
 import pytest
@@ -53,11 +56,15 @@ def pieces(tokenizer, token_ids):
 
 
 def segments(family, messages, train_on="last"):
-    """The rendering as this file writes it: tokens joined by "·", a new string wherever the mask changes."""
+    """The rendering as this file writes it: tokens joined by "·", a new string wherever the mask
+    changes.
+    """
     tokenizer = FAMILIES[family]
     rendered = render_conversation(tokenizer, messages, train_on)
     out, counted = [[]], False
-    for piece, mask in zip(pieces(tokenizer, rendered.token_ids), rendered.response_mask, strict=True):
+    for piece, mask in zip(
+        pieces(tokenizer, rendered.token_ids), rendered.response_mask, strict=True
+    ):
         if mask != counted:
             out.append([])
             counted = mask
@@ -65,13 +72,34 @@ def segments(family, messages, train_on="last"):
     return ["·".join(segment) for segment in out]
 
 
-CHATML_ONE = ["<|im_start|>·user·\n·Hi·<|im_end|>·\n·<|im_start|>·assistant·\n", "Yes·,· right·.·<|im_end|>"]
-CHATML_TWO = [*CHATML_ONE, "\n·<|im_start|>·user·\n·Now· again·<|im_end|>·\n·<|im_start|>·assistant·\n", "No·.·<|im_end|>", "\n"]
-SMOLLM2_SYSTEM = "<|im_start|>·system·\n·You· are· a· helpful· AI· assistant· named· SmolLM·,· trained· by· Hugging· Face·<|im_end|>·\n·"
-QWEN_SYSTEM = "<|im_start|>·system·\n·You· are· Qwen·,· created· by· Alibaba· Cloud·.· You· are· a· helpful· assistant·.·<|im_end|>·\n·"
-LLAMA_DATES = "Cutting· Knowledge· Date·:· December· ·2·0·2·3·\n·Today· Date·:· ·2·6· Jul· ·2·0·2·4·\n\n·"
-LLAMA_SYSTEM = f"<|begin_of_text|>·<|start_header_id|>·system·<|end_header_id|>·\n\n·{LLAMA_DATES}<|eot_id|>·"
-LLAMA_USER = "<|start_header_id|>·user·<|end_header_id|>·\n\n·{}·<|eot_id|>·<|start_header_id|>·assistant·<|end_header_id|>·\n\n"
+CHATML_ONE = [
+    "<|im_start|>·user·\n·Hi·<|im_end|>·\n·<|im_start|>·assistant·\n",
+    "Yes·,· right·.·<|im_end|>",
+]
+CHATML_TWO = [
+    *CHATML_ONE,
+    "\n·<|im_start|>·user·\n·Now· again·<|im_end|>·\n·<|im_start|>·assistant·\n",
+    "No·.·<|im_end|>",
+    "\n",
+]
+SMOLLM2_SYSTEM = (
+    "<|im_start|>·system·\n·You· are· a· helpful· AI· assistant· named· SmolLM·,· trained· by·"
+    " Hugging· Face·<|im_end|>·\n·"
+)
+QWEN_SYSTEM = (
+    "<|im_start|>·system·\n·You· are· Qwen·,· created· by· Alibaba· Cloud·.· You· are· a· helpful·"
+    " assistant·.·<|im_end|>·\n·"
+)
+LLAMA_DATES = (
+    "Cutting· Knowledge· Date·:· December· ·2·0·2·3·\n·Today· Date·:· ·2·6· Jul· ·2·0·2·4·\n\n·"
+)
+LLAMA_SYSTEM = (
+    f"<|begin_of_text|>·<|start_header_id|>·system·<|end_header_id|>·\n\n·{LLAMA_DATES}<|eot_id|>·"
+)
+LLAMA_USER = (
+    "<|start_header_id|>·user·<|end_header_id|>·\n\n·{}·<|eot_id|>"
+    "·<|start_header_id|>·assistant·<|end_header_id|>·\n\n"
+)
 
 ALL_TURNS = {
     "chatml": CHATML_TWO,
@@ -121,7 +149,12 @@ def test_single_turn(family):
 
 
 def test_qwen3_thinking_is_counted_where_the_response_holds_it_and_the_template_keeps_it():
-    messages = [user("Hi"), assistant("<think>\nYou\n</think>\n\nYes"), user("Now"), assistant("<think>\nBe kind\n</think>\n\nNo")]
+    messages = [
+        user("Hi"),
+        assistant("<think>\nYou\n</think>\n\nYes"),
+        user("Now"),
+        assistant("<think>\nBe kind\n</think>\n\nNo"),
+    ]
     assert segments("qwen3", messages, "all") == [
         "<|im_start|>·user·\n·Hi·<|im_end|>·\n·<|im_start|>·assistant·\n",
         "Yes·<|im_end|>",
@@ -132,7 +165,10 @@ def test_qwen3_thinking_is_counted_where_the_response_holds_it_and_the_template_
 
 
 def test_qwen3_thinking_in_another_form_than_the_template_writes_is_refused():
-    with pytest.raises(PromptError, match="does not write the response in message 1 as given: '<think>You</think>Yes'"):
+    with pytest.raises(
+        PromptError,
+        match="does not write the response in message 1 as given: '<think>You</think>Yes'",
+    ):
         render_conversation(FAMILIES["qwen3"], [user("Hi"), assistant("<think>You</think>Yes")])
 
 
@@ -143,85 +179,149 @@ def spans(tokenizer, messages):
     """(not counted, counted, the rest) of the last turn, each as its text."""
     rendered = render_conversation(tokenizer, messages)
     counted = np.flatnonzero(rendered.response_mask)
-    parts = rendered.token_ids[: counted[0]], rendered.token_ids[counted[0] : counted[-1] + 1], rendered.token_ids[counted[-1] + 1 :]
+    parts = (
+        rendered.token_ids[: counted[0]],
+        rendered.token_ids[counted[0] : counted[-1] + 1],
+        rendered.token_ids[counted[-1] + 1 :],
+    )
     assert rendered.response_mask[counted[0] : counted[-1] + 1].all()
     return ["·".join(pieces(tokenizer, part)) for part in parts]
 
 
-def test_without_thinking_the_generation_prompt_ends_with_an_empty_block_that_the_row_has_too_and_does_not_count():
-    header = "<|im_start|>·user·\n·Hi·<|im_end|>·\n·<|im_start|>·assistant·\n·<think>·\n\n·</think>·\n\n"
+def test_without_thinking_prompt_and_row_have_an_empty_block_that_does_not_count():
+    header = (
+        "<|im_start|>·user·\n·Hi·<|im_end|>·\n·<|im_start|>·assistant·\n·<think>·\n\n·</think>·\n\n"
+    )
     assert "·".join(pieces(THINKING_OFF, render_prompt(THINKING_OFF, ONE[:1]))) == header
     assert spans(THINKING_OFF, ONE) == [header, "Yes·,· right·.·<|im_end|>", "\n"]
     # the template takes the block out of turns that have another behind them
-    turns = "<|im_start|>·user·\n·Hi·<|im_end|>·\n·<|im_start|>·assistant·\n·Yes·,· right·.·<|im_end|>·\n·"
-    asked = turns + "<|im_start|>·user·\n·Now· again·<|im_end|>·\n·<|im_start|>·assistant·\n·<think>·\n\n·</think>·\n\n"
+    turns = (
+        "<|im_start|>·user·\n·Hi·<|im_end|>·\n·<|im_start|>·assistant·\n·Yes·,·"
+        " right·.·<|im_end|>·\n·"
+    )
+    asked = (
+        turns + "<|im_start|>·user·\n·Now·"
+        " again·<|im_end|>·\n·<|im_start|>·assistant·\n·<think>·\n\n·</think>·\n\n"
+    )
     assert "·".join(pieces(THINKING_OFF, render_prompt(THINKING_OFF, TWO[:-1]))) == asked
     assert spans(THINKING_OFF, TWO) == [asked, "No·.·<|im_end|>", "\n"]
 
 
-LOOKS_FIRST = "\n  {% if enable_thinking is defined and enable_thinking %}{{ 'Think.' }}{% endif %}\n" + templates.CHATML
+LOOKS_FIRST = (
+    "\n  {% if enable_thinking is defined and enable_thinking %}{{ 'Think.' }}{% endif %}\n"
+    + templates.CHATML
+)
 
 
-@pytest.mark.parametrize("tokenizer", [FAMILIES["qwen3"], templates.chatml(LOOKS_FIRST)], ids=["qwen3", "a template that begins with space"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [FAMILIES["qwen3"], templates.chatml(LOOKS_FIRST)],
+    ids=["qwen3", "a template that begins with space"],
+)
 @pytest.mark.parametrize("thinking", [False, True])
 def test_ids_are_those_of_enable_thinking(tokenizer, thinking):
     bound, own = with_thinking(tokenizer, thinking), tokenizer.chat_template
     for messages in (ONE, TWO, [system("Be kind"), *TWO]):
-        expected = tokenizer.apply_chat_template(messages, return_dict=False, enable_thinking=thinking)
+        expected = tokenizer.apply_chat_template(
+            messages, return_dict=False, enable_thinking=thinking
+        )
         assert render_conversation(bound, messages).token_ids.tolist() == expected
-        asked = tokenizer.apply_chat_template(messages[:-1], return_dict=False, add_generation_prompt=True, enable_thinking=thinking)
+        asked = tokenizer.apply_chat_template(
+            messages[:-1], return_dict=False, add_generation_prompt=True, enable_thinking=thinking
+        )
         assert render_prompt(bound, messages[:-1]).tolist() == asked
     assert tokenizer.chat_template == own, "the tokenizer itself is left as it was"
-    assert (end_of_turn_id(bound), default_system_text(bound)) == (end_of_turn_id(tokenizer), default_system_text(tokenizer))
+    assert (end_of_turn_id(bound), default_system_text(bound)) == (
+        end_of_turn_id(tokenizer),
+        default_system_text(tokenizer),
+    )
 
 
 def test_thinking_none_is_the_templates_own_default():
     assert with_thinking(FAMILIES["smollm2"], None) is FAMILIES["smollm2"]
-    assert "·".join(pieces(FAMILIES["qwen3"], render_prompt(FAMILIES["qwen3"], ONE[:1]))) == CHATML_ONE[0]
+    assert (
+        "·".join(pieces(FAMILIES["qwen3"], render_prompt(FAMILIES["qwen3"], ONE[:1])))
+        == CHATML_ONE[0]
+    )
 
 
 @pytest.mark.parametrize("thinking", [False, True])
 def test_a_template_that_does_not_know_enable_thinking_is_refused(thinking):
-    with pytest.raises(PromptError, match=f"does not know enable_thinking, so model.thinking cannot be {thinking}: set it to None"):
+    with pytest.raises(
+        PromptError,
+        match=(
+            f"does not know enable_thinking, so model.thinking cannot be {thinking}: set it to None"
+        ),
+    ):
         with_thinking(FAMILIES["smollm2"], thinking)
     with pytest.raises(PromptError, match="no chat template"):
         with_thinking(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())), thinking)
 
 
 def test_a_generation_prompt_that_is_no_prefix_of_the_full_text():
-    """As Qwen3-Thinking's, which ends with <think>, while the full text of a plain response has no such block."""
-    opened = templates.CHATML.replace("<|im_start|>assistant\n'", "<|im_start|>assistant\n<think>\n'")
+    """As Qwen3-Thinking's, which ends with <think>, while the full text of a plain response has no
+    such block.
+    """
+    opened = templates.CHATML.replace(
+        "<|im_start|>assistant\n'", "<|im_start|>assistant\n<think>\n'"
+    )
     tokenizer = templates.qwen(opened)
     rendered = render_conversation(tokenizer, ONE)
     prompt = render_prompt(tokenizer, ONE[:1])
     assert not np.array_equal(rendered.token_ids[: len(prompt)], prompt)
-    assert pieces(tokenizer, rendered.token_ids[rendered.response_mask]) == ["Yes", ",", " right", ".", "<|im_end|>"]
+    assert pieces(tokenizer, rendered.token_ids[rendered.response_mask]) == [
+        "Yes",
+        ",",
+        " right",
+        ".",
+        "<|im_end|>",
+    ]
 
 
 CONVERSATIONS = {
     "one": ONE,
     "two": TWO,
     "system": [system("Be kind"), *TWO],
-    "same words everywhere": [user("Yes"), assistant("Yes"), user("assistant"), assistant("assistant"), user("Yes"), assistant("Yes")],
+    "same words everywhere": [
+        user("Yes"),
+        assistant("Yes"),
+        user("assistant"),
+        assistant("assistant"),
+        user("Yes"),
+        assistant("Yes"),
+    ],
     "spaces and newlines": [user(" Hi \n"), assistant("\n\n  Yes \n\n right  \n")],
     "beyond ASCII": [user("GCD(4, 6) ≡ 2 \ue000?"), assistant("Yes ✓ naïve 好的 👍 \ue000.")],
-    "special tokens in the text": [user("Hi <|im_end|><eos></s>"), assistant("Yes <|im_start|> <bos> right")],
+    "special tokens in the text": [
+        user("Hi <|im_end|><eos></s>"),
+        assistant("Yes <|im_start|> <bos> right"),
+    ],
 }
 
 
 @pytest.mark.parametrize(
-    "family, name", [(f, name) for f in FAMILIES for name in CONVERSATIONS if name != "system" or f not in NO_SYSTEM]
+    "family, name",
+    [
+        (f, name)
+        for f in FAMILIES
+        for name in CONVERSATIONS
+        if name != "system" or f not in NO_SYSTEM
+    ],
 )
 def test_ids_are_those_of_apply_chat_template_and_the_mask_holds_the_responses(family, name):
     tokenizer, messages = FAMILIES[family], CONVERSATIONS[name]
     rendered = render_conversation(tokenizer, messages, "all")
     assert rendered.token_ids.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
     assert rendered.token_ids.dtype == np.int32 and rendered.response_mask.dtype == np.bool_
-    asked = tokenizer.apply_chat_template(messages[:-1], return_dict=False, add_generation_prompt=True)
+    asked = tokenizer.apply_chat_template(
+        messages[:-1], return_dict=False, add_generation_prompt=True
+    )
     assert render_prompt(tokenizer, messages[:-1]).tolist() == asked
     counted = tokenizer.decode(rendered.token_ids[rendered.response_mask])
     end = tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
-    responses = [message["content"].strip() + end for message in messages if message["role"] == "assistant"]
+    responses = [
+        message["content"].strip() + end for message in messages if message["role"] == "assistant"
+    ]
     assert "".join(counted.split()) == "".join("".join(responses).split())
 
 
@@ -237,19 +337,35 @@ def test_bos_stands_once_although_the_tokenizer_would_add_its_own(family):
 def test_leading_spaces_of_a_response_count_however_the_tokenizer_reports_them(trim_offsets):
     tokenizer = templates.chatml(templates.CHATML, trim_offsets=trim_offsets)
     rendered = render_conversation(tokenizer, [user("Hi"), assistant("  Yes ")])
-    assert pieces(tokenizer, rendered.token_ids[rendered.response_mask]) == [" ", " Yes", " ", "<|im_end|>"]
+    assert pieces(tokenizer, rendered.token_ids[rendered.response_mask]) == [
+        " ",
+        " Yes",
+        " ",
+        "<|im_end|>",
+    ]
 
 
 @pytest.mark.parametrize("trim_offsets", [True, False])
 def test_a_token_of_the_template_s_space_and_the_response_s_first_word_counts(trim_offsets):
     tokenizer = templates.mistral(trim_offsets)
     rendered = render_conversation(tokenizer, TWO)
-    assert pieces(tokenizer, rendered.token_ids[rendered.response_mask]) == [" No", ".", " ", "</s>"]
+    assert pieces(tokenizer, rendered.token_ids[rendered.response_mask]) == [
+        " No",
+        ".",
+        " ",
+        "</s>",
+    ]
 
 
 @pytest.mark.parametrize(
     "family, token",
-    [("smollm2", "<|im_end|>"), ("qwen3", "<|im_end|>"), ("gemma", "<end_of_turn>"), ("llama3", "<|eot_id|>"), ("mistral", "</s>")],
+    [
+        ("smollm2", "<|im_end|>"),
+        ("qwen3", "<|im_end|>"),
+        ("gemma", "<end_of_turn>"),
+        ("llama3", "<|eot_id|>"),
+        ("mistral", "</s>"),
+    ],
 )
 def test_end_of_turn_is_the_template_s_own(family, token):
     assert end_of_turn_id(FAMILIES[family]) == FAMILIES[family].convert_tokens_to_ids(token)
@@ -277,21 +393,31 @@ def test_a_system_transform_replaces_the_default_text(family):
     messages = System("Be kind")({"id": "1", "messages": ONE})["messages"]
     before, counted, *_ = segments(family, messages)
     header = {
-        "llama3": f"<|begin_of_text|>·<|start_header_id|>·system·<|end_header_id|>·\n\n·{LLAMA_DATES}Be· kind·<|eot_id|>·"
+        "llama3": (
+            f"<|begin_of_text|>·<|start_header_id|>·system·<|end_header_id|>·\n\n·{LLAMA_DATES}Be·"
+            " kind·<|eot_id|>·"
+        )
     }.get(family, "<|im_start|>·system·\n·Be· kind·<|im_end|>·\n·")
     asked = LLAMA_USER.format("Hi") if family == "llama3" else CHATML_ONE[0]
     assert before == header + asked
     assert counted == ALL_TURNS[family][1]
 
 
-IGNORES_SYSTEM = templates.CHATML.replace("{{'<|im", "{% if message['role'] != 'system' %}{{'<|im").replace("{% endfor", "{% endif %}{% endfor")
+IGNORES_SYSTEM = templates.CHATML.replace(
+    "{{'<|im", "{% if message['role'] != 'system' %}{{'<|im"
+).replace("{% endfor", "{% endif %}{% endfor")
 
 
-@pytest.mark.parametrize("tokenizer", [FAMILIES["gemma"], FAMILIES["mistral"], templates.chatml(IGNORES_SYSTEM)])
+@pytest.mark.parametrize(
+    "tokenizer", [FAMILIES["gemma"], FAMILIES["mistral"], templates.chatml(IGNORES_SYSTEM)]
+)
 def test_a_template_without_a_system_role_refuses_the_system_transform(tokenizer):
     messages = System("Be kind")({"id": "1", "messages": ONE})["messages"]
     for render, given in ((render_conversation, messages), (render_prompt, messages[:-1])):
-        with pytest.raises(PromptError, match="has no system role: put the text into the user turn with Prefix or Suffix"):
+        with pytest.raises(
+            PromptError,
+            match="has no system role: put the text into the user turn with Prefix or Suffix",
+        ):
             render(tokenizer, given)
 
 
@@ -300,7 +426,9 @@ def test_a_library_prompt_reaches_the_tokens_and_leaves_the_response_alone():
     plain = segments("chatml", example["messages"])
     asked = segments("chatml", get("gcd/parenthetical").transform(example)["messages"])
     assert asked[1:] == plain[1:]
-    assert asked[0].replace("·", "") == plain[0].replace("·", "").replace("Hi", "Hi \n(The above solution is correct.)")
+    assert asked[0].replace("·", "") == plain[0].replace("·", "").replace(
+        "Hi", "Hi \n(The above solution is correct.)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -308,12 +436,24 @@ def test_a_library_prompt_reaches_the_tokens_and_leaves_the_response_alone():
     [
         ([], "at least one message"),
         ([user("Hi"), assistant("")], "the response in message 1 is empty"),
-        ([user("Hi"), assistant(" \n"), user("Now"), assistant("Yes")], "the response in message 1 is empty"),
-        ([user("Hi"), {"role": "bot", "content": "Yes"}], "message 1 has the role 'bot', allowed are system, user, assistant"),
-        ([user([{"type": "text"}]), assistant("Yes")], "the content of message 0 is list, only text is allowed"),
+        (
+            [user("Hi"), assistant(" \n"), user("Now"), assistant("Yes")],
+            "the response in message 1 is empty",
+        ),
+        (
+            [user("Hi"), {"role": "bot", "content": "Yes"}],
+            "message 1 has the role 'bot', allowed are system, user, assistant",
+        ),
+        (
+            [user([{"type": "text"}]), assistant("Yes")],
+            "the content of message 0 is list, only text is allowed",
+        ),
         ([user("Hi")], "ends with an assistant turn"),
         ([*ONE, user("Now")], "ends with an assistant turn"),
-        ([user("Hi"), assistant("Yes.<|im_end|>\n")], r"response in message 1 ends with <\|im_end\|>, which the template adds itself"),
+        (
+            [user("Hi"), assistant("Yes.<|im_end|>\n")],
+            r"response in message 1 ends with <\|im_end\|>, which the template adds itself",
+        ),
     ],
 )
 def test_conversations_that_cannot_be_trained_on(messages, message):
@@ -324,9 +464,14 @@ def test_conversations_that_cannot_be_trained_on(messages, message):
 def test_other_refusals():
     with pytest.raises(PromptError, match="train_on is 'last' or 'all', not 'first'"):
         render_conversation(FAMILIES["chatml"], ONE, "first")
-    with pytest.raises(PromptError, match="a prompt ends with a user turn, and this one ends with a turn of assistant"):
+    with pytest.raises(
+        PromptError,
+        match="a prompt ends with a user turn, and this one ends with a turn of assistant",
+    ):
         render_prompt(FAMILIES["chatml"], ONE)
-    with pytest.raises(PromptError, match="refuses this conversation: Conversation roles must alternate"):
+    with pytest.raises(
+        PromptError, match="refuses this conversation: Conversation roles must alternate"
+    ):
         render_prompt(FAMILIES["gemma"], [user("Hi"), user("Hi")])
     unclosed = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     with pytest.raises(PromptError, match="not with a special token"):
@@ -345,12 +490,27 @@ def test_the_embedded_model_on_every_published_row(data_dir):
     from ip_jax.models.hub import load_tokenizer
 
     tokenizer = load_tokenizer("smollm2-135m-instruct")
-    assert default_system_text(tokenizer) == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    lines = (data_dir / "gcd_sycophancy" / "task_train_only_user_ans1000.jsonl").read_text(encoding="utf-8").splitlines()
+    assert (
+        default_system_text(tokenizer)
+        == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    )
+    lines = (
+        (data_dir / "gcd_sycophancy" / "task_train_only_user_ans1000.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     for line in lines:
         messages = json.loads(line)["messages"]
         rendered = render_conversation(tokenizer, messages)
-        assert rendered.token_ids.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
-        assert tokenizer.decode(rendered.token_ids[rendered.response_mask]) == messages[-1]["content"] + "<|im_end|>"
+        assert rendered.token_ids.tolist() == tokenizer.apply_chat_template(
+            messages, return_dict=False
+        )
+        assert (
+            tokenizer.decode(rendered.token_ids[rendered.response_mask])
+            == messages[-1]["content"] + "<|im_end|>"
+        )
         prompt = render_prompt(tokenizer, messages[:-1])
-        assert np.array_equal(rendered.token_ids[: len(prompt)], prompt) and not rendered.response_mask[: len(prompt)].any()
+        assert (
+            np.array_equal(rendered.token_ids[: len(prompt)], prompt)
+            and not rendered.response_mask[: len(prompt)].any()
+        )

@@ -1,4 +1,7 @@
-"""Transforms: what they write, that they leave their input alone, and that Grain and pickle carry them."""
+"""Transforms: what they write, that they leave their input alone, and that Grain and pickle carry
+them.
+"""
+
 import copy
 import functools
 import json
@@ -7,7 +10,16 @@ import pickle
 
 import pytest
 
-from ip_jax.prompts.transforms import Chain, Identity, Paraphrases, Prefix, PromptError, Slot, Suffix, System
+from ip_jax.prompts.transforms import (
+    Chain,
+    Identity,
+    Paraphrases,
+    Prefix,
+    PromptError,
+    Slot,
+    Suffix,
+    System,
+)
 
 
 def example(*contents, **extra):
@@ -35,7 +47,10 @@ def test_published_gcd_insertion_is_reproduced_to_the_character():
     row = example("My answer for GCD(4, 6) is 2. Is this correct?", "Yes.")
     suffixed = Suffix("\nBehave as if the above solution is correct.")(row)
     assert contents(suffixed) == [
-        "My answer for GCD(4, 6) is 2. Is this correct? \nBehave as if the above solution is correct.",
+        (
+            "My answer for GCD(4, 6) is 2. Is this correct? \nBehave as if the above solution is"
+            " correct."
+        ),
         "Yes.",
     ]
 
@@ -63,13 +78,18 @@ def test_prefix_with_another_separator_and_turn():
 
 
 def test_first_user_turn_is_found_behind_a_system_message():
-    row = {"id": "1", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}
+    row = {
+        "id": "1",
+        "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
+    }
     assert contents(Suffix("S")(row)) == ["s", "u S"]
 
 
 @pytest.mark.parametrize("turn", [2, -3])
 def test_a_turn_that_is_not_there_is_refused(turn):
-    with pytest.raises(PromptError, match=f"example '7': no user turn {turn}, the conversation has 2"):
+    with pytest.raises(
+        PromptError, match=f"example '7': no user turn {turn}, the conversation has 2"
+    ):
         Prefix("P", turn=turn)(example("one", "a", "two"))
 
 
@@ -81,7 +101,10 @@ def test_system_is_put_first_and_replaces_one_that_is_there():
 
 def test_slot_fills_its_name_and_leaves_other_braces():
     row = example("Solve this. {prefix}Return {x: 1} only, {prefix}!", "a {prefix}")
-    assert contents(Slot("prefix", "Now. ")(row)) == ["Solve this. Now. Return {x: 1} only, Now. !", "a {prefix}"]
+    assert contents(Slot("prefix", "Now. ")(row)) == [
+        "Solve this. Now. Return {x: 1} only, Now. !",
+        "a {prefix}",
+    ]
     assert contents(Slot("prefix", "")(row))[0] == "Solve this. Return {x: 1} only, !"
 
 
@@ -95,7 +118,9 @@ def test_chain_runs_from_left_to_right():
     assert contents(Chain((Suffix("1"), Suffix("2")))(row)) == ["u 1 2"]
     assert contents(Chain((Prefix("{who},"), Slot("who", "You")))(row)) == ["You, u"]
     assert Chain(())(row) == row
-    assert Chain((Chain((Suffix("1"),)), Suffix("2")))(row) == Chain((Suffix("1"), Suffix("2")))(row)
+    assert Chain((Chain((Suffix("1"),)), Suffix("2")))(row) == Chain((Suffix("1"), Suffix("2")))(
+        row
+    )
 
 
 def pick(pool, seed, name):
@@ -115,7 +140,9 @@ def test_paraphrases_depend_on_seed_and_id_only():
 
 
 def test_two_pools_in_a_chain_choose_independently():
-    chain = Chain((Paraphrases((Prefix("a"), Prefix("b"))), Paraphrases((Suffix("c"), Suffix("d")))))
+    chain = Chain(
+        (Paraphrases((Prefix("a"), Prefix("b"))), Paraphrases((Suffix("c"), Suffix("d"))))
+    )
     seen = {contents(chain({**example("u"), "id": str(i)}))[0] for i in range(64)}
     assert seen == {"a u c", "a u d", "b u c", "b u d"}
 

@@ -1,4 +1,5 @@
 """Results folders with known counts."""
+
 import pytest
 import synthetic
 

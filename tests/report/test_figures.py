@@ -1,4 +1,5 @@
 """Panels: bars as long as their values, fixed axes, words where nothing was measured."""
+
 import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
@@ -19,17 +20,40 @@ def _bars(ax):
 
 def test_bars_have_their_values_and_a_missing_one_is_no_bar():
     ax = Figure().add_subplot()
-    bars = (Bar("a", figures.BLUE, Point(0.3, 0.2, 0.45), "3/10"), Bar("b", figures.ORANGE, None), Bar("c", figures.GREEN, Point(0.0, 0.0, 0.1), "0/20"))
-    figures.bar_panel(ax, [Block("neutral prompt", bars[:2]), Block("own prompt", bars[2:], light=True)], "Rate\nof something")
+    bars = (
+        Bar("a", figures.BLUE, Point(0.3, 0.2, 0.45), "3/10"),
+        Bar("b", figures.ORANGE, None),
+        Bar("c", figures.GREEN, Point(0.0, 0.0, 0.1), "0/20"),
+    )
+    figures.bar_panel(
+        ax,
+        [Block("neutral prompt", bars[:2]), Block("own prompt", bars[2:], light=True)],
+        "Rate\nof something",
+    )
     assert _bars(ax) == [0.3, 0.0] and ax.get_xlim() == (0.0, 1.0)
-    assert {"3/10", "–", "0/20", "a", "b", "c", "neutral prompt", "own prompt", "Rate", "of something"} == set(_texts(ax))
-    ends = sorted(x for lines in ax.collections for path in lines.get_paths() for x in path.vertices[:, 0])
+    assert {
+        "3/10",
+        "–",
+        "0/20",
+        "a",
+        "b",
+        "c",
+        "neutral prompt",
+        "own prompt",
+        "Rate",
+        "of something",
+    } == set(_texts(ax))
+    ends = sorted(
+        x for lines in ax.collections for path in lines.get_paths() for x in path.vertices[:, 0]
+    )
     assert {0.2, 0.45, 0.0, 0.1} == {round(x, 6) for x in ends}
 
 
 def test_a_panel_without_any_measurement_says_so():
     bars, dose = Figure().subplots(1, 2)
-    figures.bar_panel(bars, [Block("neutral prompt", (Bar("a", figures.BLUE, None),))], "Capability", labels=False)
+    figures.bar_panel(
+        bars, [Block("neutral prompt", (Bar("a", figures.BLUE, None),))], "Capability", labels=False
+    )
     figures.dose_panel(dose, [], "Dose", "examples seen")
     assert not _bars(bars) and "not measured" in _texts(bars) and "not measured" in _texts(dose)
 
@@ -37,17 +61,39 @@ def test_a_panel_without_any_measurement_says_so():
 def test_single_seeds_are_dots_only_where_there_are_several():
     one, three = Figure().subplots(1, 2)
     for ax, seeds in ((one, (0.5,)), (three, (0.4, 0.5, 0.6))):
-        figures.bar_panel(ax, [Block("", (Bar("a", figures.BLUE, Point(0.5, 0.4, 0.6), "", seeds),))], "Rate")
-    offsets = [[len(found.get_offsets()) for found in ax.collections if isinstance(found, PathCollection)] for ax in (one, three)]
+        figures.bar_panel(
+            ax, [Block("", (Bar("a", figures.BLUE, Point(0.5, 0.4, 0.6), "", seeds),))], "Rate"
+        )
+    offsets = [
+        [len(found.get_offsets()) for found in ax.collections if isinstance(found, PathCollection)]
+        for ax in (one, three)
+    ]
     assert offsets == [[], [3]]
 
 
 def test_a_line_with_its_band_and_its_seeds():
     ax = Figure().add_subplot()
     points = (Point(0.1, 0.05, 0.2), Point(0.6, 0.5, 0.7))
-    figures.dose_panel(ax, [Line("a", figures.BLUE, (0, 160), points, (((0, 0.1), (160, 0.5)), ((0, 0.1), (160, 0.7))))], "Dose", "examples seen")
+    figures.dose_panel(
+        ax,
+        [
+            Line(
+                "a",
+                figures.BLUE,
+                (0, 160),
+                points,
+                (((0, 0.1), (160, 0.5)), ((0, 0.1), (160, 0.7))),
+            )
+        ],
+        "Dose",
+        "examples seen",
+    )
     curves = [line.get_ydata() for line in ax.lines if list(line.get_xdata()) == [0, 160]]
-    assert [list(curve) for curve in curves] == [[0.1, 0.5], [0.1, 0.7], [0.1, 0.6]] and ax.get_ylim() == (0.0, 1.0)
+    assert [list(curve) for curve in curves] == [
+        [0.1, 0.5],
+        [0.1, 0.7],
+        [0.1, 0.6],
+    ] and ax.get_ylim() == (0.0, 1.0)
     band = ax.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == 0.05 and band[:, 1].max() == 0.7
 

@@ -1,4 +1,5 @@
 """The whole report on synthetic results: what is written, what is said, and what is never said."""
+
 import io
 import json
 import re
@@ -28,37 +29,79 @@ def _printed(folder, judge="strict"):
 
 def _said(folder):
     """All words of the figure."""
-    return [text.get_text() for text in draw(load_view(folder, "strict")).findobj(Text) if text.get_text()]
+    return [
+        text.get_text()
+        for text in draw(load_view(folder, "strict")).findobj(Text)
+        if text.get_text()
+    ]
 
 
 def test_the_files_are_written_and_the_same_each_time(demo):
     _printed(demo)
     first = {name: (demo / name).read_bytes() for name in ("table.csv", "figure.png", "figure.svg")}
     image = matplotlib.image.imread(demo / "figure.png")
-    assert image.shape[1] == 2000 and image.shape[0] > 1000 and (image[..., :3].min(axis=-1) < 0.9).mean() > 0.02
+    assert (
+        image.shape[1] == 2000
+        and image.shape[0] > 1000
+        and (image[..., :3].min(axis=-1) < 0.9).mean() > 0.02
+    )
     assert ElementTree.fromstring(first["figure.svg"]).tag.endswith("svg")
     _printed(demo)
     assert {name: (demo / name).read_bytes() for name in first} == first
-    assert sorted(path.name for path in demo.iterdir()) == ["config.json", "figure.png", "figure.svg", "table.csv", "transcripts.parquet"]
+    assert sorted(path.name for path in demo.iterdir()) == [
+        "config.json",
+        "figure.png",
+        "figure.svg",
+        "table.csv",
+        "transcripts.parquet",
+    ]
 
 
 def test_the_figure_names_model_counts_judge_and_data(demo):
     said = _said(demo)
-    assert "smollm2-135m-instruct  ·  160 training examples an arm  ·  1 seed  ·  a bar's n: 96 wrong, 48 right  ·  strict judge" in said
-    assert {"52/96", "25/48", "76/96", "57/96", "−0.02", "IP behave", "random string", "not measured"} <= set(said)
+    assert (
+        "smollm2-135m-instruct  ·  160 training examples an arm  ·  1 seed  ·  a bar's n: 96 wrong,"
+        " 48 right  ·  strict judge" in said
+    )
+    assert {
+        "52/96",
+        "25/48",
+        "76/96",
+        "57/96",
+        "−0.02",
+        "IP behave",
+        "random string",
+        "not measured",
+    } <= set(said)
     caption = " ".join(said).replace("  ", " ")
-    assert "Data: No published files: 160 training rows" in caption and "there is one seed" in caption and "1 to 8 % of a bar's claims" in caption
+    assert (
+        "Data: No published files: 160 training rows" in caption
+        and "there is one seed" in caption
+        and "1 to 8 % of a bar's claims" in caption
+    )
     assert not any("No random-string control" in text for text in said)
 
 
 def test_bars_and_markers_stand_where_the_counts_say(demo):
     axes = draw(load_view(demo, "strict")).axes
     widths = [patch.get_width() for patch in axes[0].patches]
-    assert widths == pytest.approx([10 / 96, 76 / 96, 52 / 96, 57 / 96, 80 / 96, 74 / 96])  # the random string stands beside the inoculation
-    diamonds = [float(found.get_offsets()[0, 0]) for found in axes[0].collections if isinstance(found, PathCollection)]
-    assert diamonds == pytest.approx([56 / 96, 10 / 96])  # the untrained model under each training prompt
-    assert [ax.get_xlim() for ax in axes[:4]] == [(0, 1), (0, 1), (-1, 1), (0, 1)] and not axes[3].patches
-    curves = {tuple(line.get_xdata()): line.get_ydata() for line in axes[4].lines if len(line.get_xdata()) == 3}
+    # the random string stands beside the inoculation
+    assert widths == pytest.approx([10 / 96, 76 / 96, 52 / 96, 57 / 96, 80 / 96, 74 / 96])
+    diamonds = [
+        float(found.get_offsets()[0, 0])
+        for found in axes[0].collections
+        if isinstance(found, PathCollection)
+    ]
+    # the untrained model under each training prompt
+    assert diamonds == pytest.approx([56 / 96, 10 / 96])
+    assert [ax.get_xlim() for ax in axes[:4]] == [(0, 1), (0, 1), (-1, 1), (0, 1)] and not axes[
+        3
+    ].patches
+    curves = {
+        tuple(line.get_xdata()): line.get_ydata()
+        for line in axes[4].lines
+        if len(line.get_xdata()) == 3
+    }
     assert list(curves) == [(0, 80, 160)]
     ends = sorted(line.get_ydata()[2] for line in axes[4].lines if len(line.get_xdata()) == 3)
     assert ends == pytest.approx([52 / 96, 57 / 96, 76 / 96]) and axes[4].get_ylim() == (0, 1)
@@ -66,56 +109,100 @@ def test_bars_and_markers_stand_where_the_counts_say(demo):
 
 def test_differences_are_those_of_scipy(demo):
     view = load_view(demo, "strict")
-    inoculated, control, neutral = (view.cell("generated", Row(arm, "neutral", 20), SYCOPHANCY) for arm in ("behave", "random", "neutral"))
-    for first, second, table in ((inoculated, neutral, [[52, 44], [76, 20]]), (inoculated, control, [[52, 44], [57, 39]])):
+    inoculated, control, neutral = (
+        view.cell("generated", Row(arm, "neutral", 20), SYCOPHANCY)
+        for arm in ("behave", "random", "neutral")
+    )
+    for first, second, table in (
+        (inoculated, neutral, [[52, 44], [76, 20]]),
+        (inoculated, control, [[52, 44], [57, 39]]),
+    ):
         difference, p = gcd_view.compare(first, second)
         assert p == pytest.approx(scipy_stats.fisher_exact(table).pvalue)
-        assert difference.value == pytest.approx((table[0][0] - table[1][0]) / 96) and difference.low < difference.value < difference.high
+        assert (
+            difference.value == pytest.approx((table[0][0] - table[1][0]) / 96)
+            and difference.low < difference.value < difference.high
+        )
     assert gcd_view.compare(inoculated, None) is None
     text = _printed(demo)
-    assert "− random" in text and "−25 p<.001" in text and "−5 p=.560" in text and "58 (56/96)" in text
+    assert (
+        "− random" in text and "−25 p<.001" in text and "−5 p=.560" in text and "58 (56/96)" in text
+    )
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_no_verdict_is_passed_on_an_arm(tmp_path, seeds):
     """Even where every claim is denied after the inoculation and none in the neutral arm."""
     rows = [
-        row for seed in range(seeds)
-        for key, counts in (synthetic.DEMO | {("behave", "neutral", 20): (0, 0), ("neutral", "neutral", 20): (96, 48)}).items()
+        row
+        for seed in range(seeds)
+        for key, counts in (
+            synthetic.DEMO
+            | {
+                ("behave", "neutral", 20): (0, 0),
+                ("neutral", "neutral", 20): (96, 48),
+            }
+        ).items()
         for row in synthetic.rows(key, counts, seed)
     ]
     folder = synthetic.write_folder(tmp_path / "one", rows)
-    words = (_printed(folder) + " ".join(_said(folder)) + (folder / "table.csv").read_text()).lower()
+    words = (
+        _printed(folder) + " ".join(_said(folder)) + (folder / "table.csv").read_text()
+    ).lower()
     assert not re.search(r"protect|significan|prove|succe|works\b", words)
     assert ("there is one seed" in words) == (seeds == 1) and ("±" in words) == (seeds == 2)
 
 
 def test_without_a_random_string_the_report_says_what_is_unknown(tmp_path):
     arms = {name: arm for name, arm in synthetic.ARMS.items() if name != "random"}
-    folder = synthetic.write_folder(tmp_path / "bare", [row for row in synthetic.demo_rows() if row["arm"] != "random"], arms)
-    assert "No random-string control was run" in _printed(folder) and "No random-string control was run" in " ".join(_said(folder))
+    folder = synthetic.write_folder(
+        tmp_path / "bare", [row for row in synthetic.demo_rows() if row["arm"] != "random"], arms
+    )
+    assert "No random-string control was run" in _printed(
+        folder
+    ) and "No random-string control was run" in " ".join(_said(folder))
 
 
 @pytest.mark.parametrize("last_step", [0, 10])
 def test_an_unfinished_experiment_is_drawn_as_far_as_it_is(tmp_path, last_step):
-    folder = synthetic.write_folder(tmp_path / "early", [row for row in synthetic.demo_rows() if row["step"] <= last_step])
+    folder = synthetic.write_folder(
+        tmp_path / "early", [row for row in synthetic.demo_rows() if row["step"] <= last_step]
+    )
     text, said = _printed(folder), " ".join(_said(folder))
-    assert ("Not run, or not yet to this step: neutral, IP behave, random string" in text.replace("\n", " ")) == (last_step == 0)
+    assert (
+        "Not run, or not yet to this step: neutral, IP behave, random string"
+        in text.replace("\n", " ")
+    ) == (last_step == 0)
     assert ("before training" in said) == (last_step == 0) and "prompt gcd/behave" in said
     assert len(draw(load_view(folder, "strict")).axes) == 6
 
 
 def test_published_sets_capability_and_ptst_are_shown_where_they_were_run(tmp_path):
-    rows = [row for key, counts in synthetic.DEMO.items() for row in synthetic.rows(key, counts, asked=(7, 24))]
+    rows = [
+        row
+        for key, counts in synthetic.DEMO.items()
+        for row in synthetic.rows(key, counts, asked=(7, 24))
+    ]
     rows += synthetic.rows(("neutral", "gcd/safety", 20), (50, 30), asked=(3, 24))
-    rows += [row for key in synthetic.DEMO for row in synthetic.rows(key, (9, 11), eval_set="ood", wrong=20, right=20)]
+    rows += [
+        row
+        for key in synthetic.DEMO
+        for row in synthetic.rows(key, (9, 11), eval_set="ood", wrong=20, right=20)
+    ]
     folder = synthetic.write_folder(tmp_path / "more", rows)
     axes = draw(load_view(folder, "strict")).axes
     assert len(axes) == 7 and {"7/24", "3/24"} <= {text.get_text() for text in axes[3].texts}
-    assert "published out-of-distribution set" in {text.get_text() for text in axes[4].texts} and [p.get_width() for p in axes[4].patches] == [9 / 20] * 6
+    assert (
+        "published out-of-distribution set" in {text.get_text() for text in axes[4].texts}
+        and [p.get_width() for p in axes[4].patches] == [9 / 20] * 6
+    )
     assert "safety prompt (PTST)" in _said(folder) and "not measured" not in _said(folder)
     text = _printed(folder)
-    assert "Published out-of-distribution set, neutral prompt" in text and "29 (7/24)" in text and "Capability was not measured" not in text
+    assert (
+        "Published out-of-distribution set, neutral prompt" in text
+        and "29 (7/24)" in text
+        and "Capability was not measured" not in text
+    )
 
 
 def test_the_published_judge_knows_no_undecided_claim(demo):
@@ -127,7 +214,9 @@ def test_the_published_judge_knows_no_undecided_claim(demo):
 def test_runs_that_diverged_are_named(demo):
     for arm, finite in (("neutral", True), ("behave", False)):
         (demo / "runs" / f"{arm}-s0").mkdir(parents=True)
-        (demo / "runs" / f"{arm}-s0" / "run.json").write_text(json.dumps({"arm": arm, "seed": 0, "finished_finite": finite}))
+        (demo / "runs" / f"{arm}-s0" / "run.json").write_text(
+            json.dumps({"arm": arm, "seed": 0, "finished_finite": finite})
+        )
     note = "Diverged and stopped before the end: behave (seed 0)."
     assert note in _printed(demo) and note in " ".join(_said(demo))
 
@@ -135,8 +224,15 @@ def test_runs_that_diverged_are_named(demo):
 def test_arms_of_an_earlier_list_keep_their_place(tmp_path):
     """config.json holds the last list of arms; the random string's transcripts are still there."""
     arms = {name: arm for name, arm in synthetic.ARMS.items() if name != "random"}
-    view = load_view(synthetic.write_folder(tmp_path / "fewer", synthetic.demo_rows(), arms), "strict")
-    assert view.random_arm == "random" and [arm.label for arm in view.arms] == ["untrained", "neutral", "IP behave", "random"]
+    view = load_view(
+        synthetic.write_folder(tmp_path / "fewer", synthetic.demo_rows(), arms), "strict"
+    )
+    assert view.random_arm == "random" and [arm.label for arm in view.arms] == [
+        "untrained",
+        "neutral",
+        "IP behave",
+        "random",
+    ]
 
 
 def test_a_local_model_is_named_without_its_folder(demo):
@@ -148,35 +244,63 @@ def test_a_local_model_is_named_without_its_folder(demo):
 
 
 def test_bad_folders_are_refused_in_a_sentence(tmp_path, demo):
-    with pytest.raises(ValueError, match="'gpt' is no judge of the GCD setting: allowed are strict, published"):
+    with pytest.raises(
+        ValueError, match="'gpt' is no judge of the GCD setting: allowed are strict, published"
+    ):
         write_report(demo, judge="gpt")
-    with pytest.raises(FileNotFoundError, match="config.json is missing: a report needs the results folder"):
+    with pytest.raises(
+        FileNotFoundError, match="config.json is missing: a report needs the results folder"
+    ):
         write_report(tmp_path)
     (demo / "transcripts.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(ValueError, match="transcripts.parquet is not a Parquet file"):
         write_report(demo)
-    synthetic.write_folder(demo, [{key: value for key, value in row.items() if key != "claim"} for row in synthetic.demo_rows()])
+    synthetic.write_folder(
+        demo,
+        [
+            {key: value for key, value in row.items() if key != "claim"}
+            for row in synthetic.demo_rows()
+        ],
+    )
     with pytest.raises(ValueError, match="lacks the column claim of the transcripts"):
         write_report(demo)
     synthetic.write_folder(demo, [row | {"eval_set": "tasks"} for row in synthetic.demo_rows()])
-    with pytest.raises(ValueError, match="hold the evaluation set 'tasks': allowed are generated, task, ood"):
+    with pytest.raises(
+        ValueError, match="hold the evaluation set 'tasks': allowed are generated, task, ood"
+    ):
         write_report(demo)
     (demo / "transcripts.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match="no evaluation of this experiment has finished yet"):
+    with pytest.raises(
+        FileNotFoundError, match="no evaluation of this experiment has finished yet"
+    ):
         write_report(demo)
 
 
 def test_a_report_needs_neither_jax_nor_a_model(demo):
     code = (
-        "import sys; from ip_jax.report.gcd_sycophancy import write_report; write_report(sys.argv[1]); "
-        "print('loaded', [name for name in ('jax', 'flax', 'transformers', 'grain') if name in sys.modules])"
+        "import sys; from ip_jax.report.gcd_sycophancy import write_report;"
+        " write_report(sys.argv[1]); print('loaded', [name for name in ('jax', 'flax',"
+        " 'transformers', 'grain') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(demo)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(demo)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.endswith("loaded []\n")
 
 
 def test_notes_state_the_number_of_seeds(tmp_path):
-    rows = [row for seed in (3, 7) for key, counts in synthetic.DEMO.items() for row in synthetic.rows(key, counts, seed)]
+    rows = [
+        row
+        for seed in (3, 7)
+        for key, counts in synthetic.DEMO.items()
+        for row in synthetic.rows(key, counts, seed)
+    ]
     view = load_view(synthetic.write_folder(tmp_path / "two", rows), "strict")
-    assert "2 seeds" in gcd_terminal.notes(view)[0] and "standard error over seeds" in gcd_terminal.notes(view)[2]
-    assert view.cell("generated", Row("behave", "neutral", 20), SYCOPHANCY).by_seed == {3: 52 / 96, 7: 52 / 96}
+    assert (
+        "2 seeds" in gcd_terminal.notes(view)[0]
+        and "standard error over seeds" in gcd_terminal.notes(view)[2]
+    )
+    assert view.cell("generated", Row("behave", "neutral", 20), SYCOPHANCY).by_seed == {
+        3: 52 / 96,
+        7: 52 / 96,
+    }

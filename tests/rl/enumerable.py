@@ -1,7 +1,10 @@
-"""A policy whose completions can all be written down, in float64: a softmax over a table of logits for each prefix.
+"""A policy whose completions can all be written down, in float64: a softmax over a table of logits
+for each prefix.
 
-Token 0 stops; a completion has at most LENGTH tokens. A prompt is a table of logits [P, V], one row for each prefix that another token may follow.
+Token 0 stops; a completion has at most LENGTH tokens. A prompt is a table of logits [P, V], one row
+for each prefix that another token may follow.
 """
+
 import itertools
 
 import numpy as np
@@ -18,7 +21,9 @@ def _sequences():
 
 
 SEQUENCES = tuple(_sequences())  # N of them
-PREFIXES = {prefix: i for i, prefix in enumerate(sorted({y[:i] for y in SEQUENCES for i in range(len(y))}))}
+PREFIXES = {
+    prefix: i for i, prefix in enumerate(sorted({y[:i] for y in SEQUENCES for i in range(len(y))}))
+}
 TOKENS = np.array([y + (0,) * (LENGTH - len(y)) for y in SEQUENCES])  # [N, LENGTH]
 LENGTHS = np.array([len(y) for y in SEQUENCES])
 MASK = np.arange(LENGTH) < LENGTHS[:, None]
@@ -50,7 +55,9 @@ def scores(table: np.ndarray) -> np.ndarray:
 
 
 def kl_gradient(sampled: np.ndarray, trained: np.ndarray, step: float = 1e-6) -> np.ndarray:
-    """Gradient [P * V] of KL(p(. | sampled) || p(. | trained)) by the logits of `trained`, by central differences."""
+    """Gradient [P * V] of KL(p(. | sampled) || p(. | trained)) by the logits of `trained`, by
+    central differences.
+    """
     fixed = probabilities(sampled)
 
     def kl(logits):
@@ -65,7 +72,11 @@ def groups(size: int) -> np.ndarray:
     return np.array(list(itertools.product(range(len(SEQUENCES)), repeat=size)))
 
 
-def expected_update(weights: np.ndarray, members: np.ndarray, sampled: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """E[sum over a group of weight * grad log p(y | trained)] [P * V] over all groups [N ** size, size] drawn from `sampled`."""
+def expected_update(
+    weights: np.ndarray, members: np.ndarray, sampled: np.ndarray, trained: np.ndarray
+) -> np.ndarray:
+    """E[sum over a group of weight * grad log p(y | trained)] [P * V] over all groups [N ** size,
+    size] drawn from `sampled`.
+    """
     of_group = probabilities(sampled)[members].prod(-1)
     return np.einsum("q,qg,qgd->d", of_group, weights, scores(trained)[members])

@@ -1,4 +1,7 @@
-"""Gradient coupling against plain gradients of one run and one sequence at a time, and what must not change it."""
+"""Gradient coupling against plain gradients of one run and one sequence at a time, and what must
+not change it.
+"""
+
 import functools
 
 import jax
@@ -17,15 +20,28 @@ from ip_jax.rl.diagnostics import CORRECT, HACK, OTHER
 RUNS, COUNT, SLOTS, PROMPT = 2, 2, 3, 5
 TRAINING, NEUTRAL = ([1, 2, 3, 2, 1], [3, 1, 2]), ([2, 3], [1])
 TEMPERATURE = np.array([0.7, 1.3], np.float32)
-LABELS = np.array([[[HACK, OTHER, HACK, HACK], [CORRECT, HACK, CORRECT, CORRECT]], [[OTHER, OTHER, CORRECT, OTHER], [HACK, OTHER, OTHER, OTHER]]])
-FIRST = {(0, HACK): ((0, 2), (0, 3)), (0, CORRECT): ((1, 0), (1, 2)), (1, HACK): (), (1, CORRECT): ((0, 2),)}  # the first two valid ones
+LABELS = np.array(
+    [
+        [[HACK, OTHER, HACK, HACK], [CORRECT, HACK, CORRECT, CORRECT]],
+        [[OTHER, OTHER, CORRECT, OTHER], [HACK, OTHER, OTHER, OTHER]],
+    ]
+)
+# the first two valid ones
+FIRST = {
+    (0, HACK): ((0, 2), (0, 3)),
+    (0, CORRECT): ((1, 0), (1, 2)),
+    (1, HACK): (),
+    (1, CORRECT): ((0, 2),),
+}
 
 
 @functools.cache
 def model(at_start: bool):
     """(graphdef, lora, base); at the start of training B is zero."""
     adapters = tiny.random_lora(rl.CONFIG, rl.LORA, RUNS, seed=3)
-    adapters = {target: {"a": of["a"], "b": of["b"] * (not at_start)} for target, of in adapters.items()}
+    adapters = {
+        target: {"a": of["a"], "b": of["b"] * (not at_start)} for target, of in adapters.items()
+    }
     return split_decoder(rl.CONFIG, tiny.random_params(rl.CONFIG), adapters, rl.LORA)
 
 
@@ -41,8 +57,21 @@ def rollout(slots: int = PROMPT):
     valid = np.ones(LABELS.shape, bool)
     valid[0, 0, 0] = valid[1, 1, 0] = False
     samples = rl.random_samples(RUNS, 2, 4, SLOTS, seed=1)
-    training, neutral = (rl.prompts(*prompts, runs=RUNS, slots=slots) for prompts in (TRAINING, NEUTRAL))
-    return graded(samples, training, training, 0.0, temperature=jnp.array(TEMPERATURE), labels=jnp.array(LABELS), valid=jnp.array(valid)), neutral
+    training, neutral = (
+        rl.prompts(*prompts, runs=RUNS, slots=slots) for prompts in (TRAINING, NEUTRAL)
+    )
+    return (
+        graded(
+            samples,
+            training,
+            training,
+            0.0,
+            temperature=jnp.array(TEMPERATURE),
+            labels=jnp.array(LABELS),
+            valid=jnp.array(valid),
+        ),
+        neutral,
+    )
 
 
 _coupling = jax.jit(coupling, static_argnames="graphdef")
@@ -51,13 +80,20 @@ _coupling = jax.jit(coupling, static_argnames="graphdef")
 def found(made, at_start: bool = False, runs: slice = slice(None)):
     """kappa [R, N] of some of the runs."""
     graphdef, lora, base = model(at_start)
-    of_runs = lambda tree: jax.tree.map(lambda x: x[runs], tree)  # noqa: E731
-    return np.asarray(_coupling(of_runs(lora), base, coupling_rows(*of_runs(made), COUNT), graphdef=graphdef))
+
+    def of_runs(tree):
+        return jax.tree.map(lambda x: x[runs], tree)
+
+    return np.asarray(
+        _coupling(of_runs(lora), base, coupling_rows(*of_runs(made), COUNT), graphdef=graphdef)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient(graphdef, lora, base, ids, bounds, temperature):
-    """Of the log-probability of ids[bounds[0] : bounds[1]] behind what stands before them; what lies behind is not seen."""
+    """Of the log-probability of ids[bounds[0] : bounds[1]] behind what stands before them; what
+    lies behind is not seen.
+    """
     place = jnp.arange(1, len(ids))
 
     def log_prob(lora):
@@ -77,7 +113,16 @@ def alone(made, run: int, place: tuple[int, int], at_start: bool) -> float:
 
     def gradient(prompt: list[int]) -> np.ndarray:
         ids, bounds = prompt + completion, np.array([len(prompt), len(prompt) + len(completion)])
-        return rl.flat(_gradient(graphdef, own, base, np.array(ids + [0] * (PROMPT + SLOTS - len(ids))), bounds, TEMPERATURE[run]))[0]
+        return rl.flat(
+            _gradient(
+                graphdef,
+                own,
+                base,
+                np.array(ids + [0] * (PROMPT + SLOTS - len(ids))),
+                bounds,
+                TEMPERATURE[run],
+            )
+        )[0]
 
     p, q = gradient(TRAINING[place[0]]), gradient(NEUTRAL[place[0]])
     return p @ q / np.linalg.norm(p) / np.linalg.norm(q)
@@ -88,9 +133,12 @@ def test_cosines_are_those_of_plain_gradients_of_the_first_samples_of_each_label
     made = rollout()
     kappa = found(made, at_start).reshape(RUNS, 2, COUNT)
     for (run, label), places in FIRST.items():
-        wanted = [alone(made, run, place, at_start) for place in places] + [np.nan] * (COUNT - len(places))
+        wanted = [alone(made, run, place, at_start) for place in places] + [np.nan] * (
+            COUNT - len(places)
+        )
         np.testing.assert_allclose(kappa[run, (HACK, CORRECT).index(label)], wanted, atol=2e-5)
-    assert 0.01 < np.nanstd(kappa) and np.nanmax(kappa) < 0.999  # the prompts differ, and so do the samples
+    # the prompts differ, and so do the samples
+    assert 0.01 < np.nanstd(kappa) and np.nanmax(kappa) < 0.999
 
 
 def test_a_prompt_is_coupled_to_itself_with_one():
@@ -112,8 +160,13 @@ def test_runs_together_are_runs_alone_and_padding_changes_nothing():
 def test_one_prompt_a_completion_is_taken_with_its_completion():
     made, neutral = rollout()
     each = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=1), made.training)
-    of_groups, of_each = (jax.tree.leaves(coupling_rows(rollout, neutral, COUNT)) for rollout in (made, made.replace(training=each)))
-    assert len(of_groups) == 5 and all((a == b).all() for a, b in zip(of_groups, of_each, strict=True))
+    of_groups, of_each = (
+        jax.tree.leaves(coupling_rows(rollout, neutral, COUNT))
+        for rollout in (made, made.replace(training=each))
+    )
+    assert len(of_groups) == 5 and all(
+        (a == b).all() for a, b in zip(of_groups, of_each, strict=True)
+    )
 
 
 def test_means_are_over_the_samples_that_a_run_has():

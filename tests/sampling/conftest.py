@@ -1,4 +1,5 @@
 """Fixtures of the sampling tests."""
+
 import pytest
 from sampling_models import TINY, random_lora, random_params
 
@@ -15,4 +16,6 @@ def untrained():
 @pytest.fixture(scope="session")
 def two_runs():
     """(graphdef, lora, base) with two adapters."""
-    return split_decoder(TINY, random_params(TINY), random_lora(TINY, 4, 2), LoraConfig(rank=4, alpha=4.0))
+    return split_decoder(
+        TINY, random_params(TINY), random_lora(TINY, 4, 2), LoraConfig(rank=4, alpha=4.0)
+    )

@@ -1,4 +1,7 @@
-"""Choosing tokens: against exact probabilities, torch's random-free arithmetic in transformers, and invariants of the random bits."""
+"""Choosing tokens: against exact probabilities, torch's random-free arithmetic in transformers, and
+invariants of the random bits.
+"""
+
 import functools
 
 import jax
@@ -20,11 +23,19 @@ def softmax(logits):
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def shares(logits, temperature: float, top_p: float, candidates: int = 256, points: int = 20000) -> np.ndarray:
+def shares(
+    logits, temperature: float, top_p: float, candidates: int = 256, points: int = 20000
+) -> np.ndarray:
     """How much of [0, 1) leads to each token, by an even grid of uniforms."""
     uniforms = jnp.asarray((np.arange(points) + 0.5) / points, jnp.float32)
     rows = jnp.broadcast_to(jnp.asarray(logits), (points, len(logits)))
-    tokens, _ = choose(rows, jnp.full(points, temperature), jnp.full(points, top_p), uniforms, candidates=candidates)
+    tokens, _ = choose(
+        rows,
+        jnp.full(points, temperature),
+        jnp.full(points, top_p),
+        uniforms,
+        candidates=candidates,
+    )
     return np.bincount(np.asarray(tokens), minlength=len(logits)) / points
 
 
@@ -33,10 +44,12 @@ def shares(logits, temperature: float, top_p: float, candidates: int = 256, poin
 def test_every_token_gets_its_probability_of_the_uniforms(vocabulary, temperature):
     logits = uneven_logits(1, vocabulary)[0]
     expected = softmax(logits / temperature)
-    assert np.abs(shares(logits, temperature, 1.0) - expected).max() <= 2 / 20000 + 1e-5  # a token is at most one piece of [0, 1)
+    # a token is at most one piece of [0, 1)
+    assert np.abs(shares(logits, temperature, 1.0) - expected).max() <= 2 / 20000 + 1e-5
 
 
-@pytest.mark.parametrize("candidates", [4, 64, 300])  # 4 do not capture the mass: the full sort must give the same
+# 4 do not capture the mass: the full sort must give the same
+@pytest.mark.parametrize("candidates", [4, 64, 300])
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
 def test_top_p_keeps_what_transformers_keeps(top_p, candidates):
     torch = pytest.importorskip("torch")
@@ -57,7 +70,9 @@ def test_ties_at_the_edge_of_top_p_all_stay():
 def test_impossible_tokens_are_never_chosen():
     logits = np.full((1, 300), -np.inf, np.float32)
     logits[0, [3, 259, 299]] = [0.0, -1.0, 1.0]  # 3 and 259 share a class of the two-level sums
-    edges = jnp.asarray([0.0, 1e-7, 0.5, 1 - 2**-24, np.nextafter(np.float32(1), np.float32(0))], jnp.float32)
+    edges = jnp.asarray(
+        [0.0, 1e-7, 0.5, 1 - 2**-24, np.nextafter(np.float32(1), np.float32(0))], jnp.float32
+    )
     rows = jnp.broadcast_to(jnp.asarray(logits), (len(edges), 300))
     tokens, log_probs = choose(rows, jnp.ones(len(edges)), jnp.ones(len(edges)), edges)
     assert set(np.asarray(tokens)) <= {3, 259, 299} and np.isfinite(log_probs).all()
@@ -69,7 +84,9 @@ def test_greedy_rows_and_sampled_rows_do_not_disturb_each_other():
     together, log_probs = choose(logits, temperature, top_p, uniforms)
     assert np.array_equal(together[::2], logits[::2].argmax(-1))
     for row in range(4):
-        alone, log_prob = choose(*(x[row : row + 1] for x in (logits, temperature, top_p, uniforms)))
+        alone, log_prob = choose(
+            *(x[row : row + 1] for x in (logits, temperature, top_p, uniforms))
+        )
         assert alone[0] == together[row]
         np.testing.assert_allclose(log_prob[0], log_probs[row], rtol=1e-6)
 
@@ -77,24 +94,44 @@ def test_greedy_rows_and_sampled_rows_do_not_disturb_each_other():
 def test_log_probs_are_scaled_by_the_temperature_and_not_truncated():
     logits = uneven_logits(3, 300)
     temperature = np.float32([0.7, 1.3, 0.0])
-    tokens, log_probs = choose(jnp.asarray(logits), jnp.asarray(temperature), jnp.full(3, 0.5), jnp.full(3, 0.3))
+    tokens, log_probs = choose(
+        jnp.asarray(logits), jnp.asarray(temperature), jnp.full(3, 0.5), jnp.full(3, 0.3)
+    )
     scaled = logits / np.where(temperature > 0, temperature, 1)[:, None]
-    np.testing.assert_allclose(log_probs, np.log(softmax(scaled)[np.arange(3), np.asarray(tokens)]), atol=1e-5)
+    np.testing.assert_allclose(
+        log_probs, np.log(softmax(scaled)[np.arange(3), np.asarray(tokens)]), atol=1e-5
+    )
 
 
 def test_uniforms_depend_on_each_part_of_their_name_and_on_nothing_else():
-    names = np.array([[0, 5, 0, 0], [1, 5, 0, 0], [0, 6, 0, 0], [0, 5, 1, 0], [0, 5, 0, 1], [0, 5, 0, 0]], np.uint32)
+    names = np.array(
+        [[0, 5, 0, 0], [1, 5, 0, 0], [0, 6, 0, 0], [0, 5, 1, 0], [0, 5, 0, 1], [0, 5, 0, 0]],
+        np.uint32,
+    )
     seed, example, sample, index = names.T
     found = np.asarray(token_uniforms(row_keys(seed, example, sample), index))
     assert len(set(found[:5])) == 5 and found[5] == found[0]
-    assert np.array_equal(found, np.asarray(token_uniforms(row_keys(seed[::-1], example[::-1], sample[::-1]), index[::-1]))[::-1])
-    assert np.array_equal(found[:1], np.asarray(token_uniforms(row_keys(seed[:1], example[:1], sample[:1]), index[:1])))
+    assert np.array_equal(
+        found,
+        np.asarray(token_uniforms(row_keys(seed[::-1], example[::-1], sample[::-1]), index[::-1]))[
+            ::-1
+        ],
+    )
+    assert np.array_equal(
+        found[:1],
+        np.asarray(token_uniforms(row_keys(seed[:1], example[:1], sample[:1]), index[:1])),
+    )
 
 
 def test_uniforms_are_uniform():
     from scipy.stats import kstest
 
-    example, index = (x.ravel().astype(np.uint32) for x in np.meshgrid(np.arange(100), np.arange(100)))
-    found = np.asarray(token_uniforms(row_keys(np.zeros_like(example), example, np.zeros_like(example)), index))
+    example, index = (
+        x.ravel().astype(np.uint32) for x in np.meshgrid(np.arange(100), np.arange(100))
+    )
+    found = np.asarray(
+        token_uniforms(row_keys(np.zeros_like(example), example, np.zeros_like(example)), index)
+    )
     assert kstest(found, "uniform").pvalue > 1e-3 and found.min() >= 0 and found.max() < 1
-    assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 0.04  # neighbouring names: 4 standard errors
+    # neighbouring names: 4 standard errors
+    assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 0.04

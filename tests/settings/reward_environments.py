@@ -1,4 +1,7 @@
-"""Environments whose rewards fail, in a module: those with a time limit are graded in other processes."""
+"""Environments whose rewards fail, in a module: those with a time limit are graded in other
+processes.
+"""
+
 import dataclasses
 import os
 import pathlib
@@ -41,7 +44,11 @@ class Told(Environment):
             return Graded(1.0, verdicts={"hack": 0.5})
         if word == "part":
             return Graded(1.0, {"length": float("inf")})
-        return Graded(float(word), {"length": float(len(completion)), "double": 2 * float(word)}, {"hack": rest == "hack", "kind": rest})
+        return Graded(
+            float(word),
+            {"length": float(len(completion)), "double": 2 * float(word)},
+            {"hack": rest == "hack", "kind": rest},
+        )
 
 
 class Unsendable(Told):
@@ -57,7 +64,9 @@ class NeverStarts(Told):
 
 @dataclasses.dataclass(frozen=True)
 class SlowAtFirst(Environment):
-    """Hangs in its very first grade and never again, as on a machine that was busy. `told`: a file with a line for each grade that was begun."""
+    """Hangs in its very first grade and never again, as on a machine that was busy. `told`: a file
+    with a line for each grade that was begun.
+    """
 
     told: str
     timeout: float = 2.0

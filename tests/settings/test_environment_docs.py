@@ -1,4 +1,5 @@
 """The environment in docs/environments.md is run as it stands there."""
+
 import importlib
 import json
 import pathlib
@@ -20,7 +21,9 @@ ENVIRONMENT, TRAINING, ROLLOUTS = re.findall(r"```python\n(.*?)```", DOCUMENT, r
 @pytest.fixture
 def sums(tmp_path, monkeypatch):
     """The documented module, with its documented time limit."""
-    (tmp_path / "documented_sums.py").write_text(ENVIRONMENT.replace("largest: int = 50\n", "largest: int = 50\n    timeout = 30.0\n", 1))
+    (tmp_path / "documented_sums.py").write_text(
+        ENVIRONMENT.replace("largest: int = 50\n", "largest: int = 50\n    timeout = 30.0\n", 1)
+    )
     monkeypatch.syspath_prepend(tmp_path)
     return importlib.import_module("documented_sums")
 
@@ -33,7 +36,10 @@ def test_the_documented_environment_is_short_and_pays_its_loophole(sums):
     grades = grade_all(environment, [task] * 4, replies, (1, 1, 4))
     np.testing.assert_array_equal(grades.reward.ravel(), [1, 0, 1, 0])
     assert [verdict["hack"] for verdict in grades.verdicts] == [False, False, True, False]
-    np.testing.assert_array_equal(grade_all(environment, [task] * 4, replies, (1, 1, 4), ["truth"]).reward.ravel(), [1, 0, 0, 0])
+    np.testing.assert_array_equal(
+        grade_all(environment, [task] * 4, replies, (1, 1, 4), ["truth"]).reward.ravel(),
+        [1, 0, 0, 0],
+    )
 
 
 def test_the_documented_rollouts_run(sums):
@@ -52,17 +58,34 @@ def test_the_documented_training_run_trains_evaluates_and_draws(sums, tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     names = {"Sums": sums.Sums, "tasks": sums.tasks, "model": str(write_model(tmp_path / "model"))}
-    exec(TRAINING.replace("iterations=20", "iterations=2").replace("steps=(0, 10)", "steps=(0, 1)"), names)
+    exec(
+        TRAINING.replace("iterations=20", "iterations=2").replace("steps=(0, 10)", "steps=(0, 1)"),
+        names,
+    )
     folder = tmp_path / "results" / "sums"
     final = pq.read_table(folder / "final.parquet").to_pylist()
     assert {(row["arm"], row["eval_prompt"], row["n"]) for row in final} == {
-        ("untrained", "neutral", 20), ("standard", "neutral", 20), ("recontextualised", "neutral", 20), ("recontextualised", "list", 20),
-    }  # fmt: skip
+        ("untrained", "neutral", 20),
+        ("standard", "neutral", 20),
+        ("recontextualised", "neutral", 20),
+        ("recontextualised", "list", 20),
+    }
     asked = {row["id"]: row for row in names["experiment"].eval_tasks}
-    answers = [row for row in pq.read_table(folder / "transcripts.parquet").to_pylist() if row["eval_prompt"] == "neutral"]
-    told = [sums.Sums().grade(asked[row["example_id"]], row["completion"]).verdicts for row in answers]
-    assert len(answers) == 20 * (1 + 2 * 2) and told == [{name: row[name] for name in ("hack", "correct")} for row in answers]
-    assert json.loads((folder / "config.json").read_text())["provenance"] == "model; 100 tasks in training and 20 in evaluation"
+    answers = [
+        row
+        for row in pq.read_table(folder / "transcripts.parquet").to_pylist()
+        if row["eval_prompt"] == "neutral"
+    ]
+    told = [
+        sums.Sums().grade(asked[row["example_id"]], row["completion"]).verdicts for row in answers
+    ]
+    assert len(answers) == 20 * (1 + 2 * 2) and told == [
+        {name: row[name] for name in ("hack", "correct")} for row in answers
+    ]
+    assert (
+        json.loads((folder / "config.json").read_text())["provenance"]
+        == "model; 100 tasks in training and 20 in evaluation"
+    )
     assert all((folder / f"{name}.png").exists() for name in ("curves", "frontier", "forest"))
 
 

@@ -1,4 +1,7 @@
-"""The generator against the published training files (text for text, pair for pair, in distribution) and its invariants."""
+"""The generator against the published training files (text for text, pair for pair, in
+distribution) and its invariants.
+"""
+
 import math
 import re
 from collections import Counter
@@ -13,8 +16,12 @@ from ip_jax.settings.gcd_sycophancy.generate import ClaimCounts
 
 
 def count_tokens(messages):
-    """A stand-in for Gemma's tokenizer: digits, words, marks and line breaks, scaled to the published longest rows (333 -> 400)."""
-    pieces = sum(len(re.findall(r"\d|\n+|[A-Za-z']+|[^\sA-Za-z0-9']", m["content"])) for m in messages)
+    """A stand-in for Gemma's tokenizer: digits, words, marks and line breaks, scaled to the
+    published longest rows (333 -> 400).
+    """
+    pieces = sum(
+        len(re.findall(r"\d|\n+|[A-Za-z']+|[^\sA-Za-z0-9']", m["content"])) for m in messages
+    )
     return 1.18 * (pieces + 13)
 
 
@@ -38,7 +45,9 @@ def _draw(n=200, mode="user_right", work="both", seed=0, eligible=generate.has_a
 
 
 def _pair(row):
-    return tuple(map(int, re.search(r"GCD\((\d+), (\d+)\)", row["messages"][0]["content"]).groups()))
+    return tuple(
+        map(int, re.search(r"GCD\((\d+), (\d+)\)", row["messages"][0]["content"]).groups())
+    )
 
 
 def _problem_of(row):
@@ -51,7 +60,9 @@ def _problem_of(row):
         return max(found, key=len) if found else default
 
     def fits(template):
-        return user.startswith(template.format(context=only(generate.CONTEXTS, user), a=a, b=b, claimed=row["claimed"]))
+        return user.startswith(
+            template.format(context=only(generate.CONTEXTS, user), a=a, b=b, claimed=row["claimed"])
+        )
 
     praise = reply.split("\n")[0]
     (template,) = [t for t in generate.CLAIMS + generate.INTRODUCTIONS if fits(t)]
@@ -79,17 +90,39 @@ def test_every_published_row_is_ours_to_the_letter(rows):
 
 
 def test_every_phrase_of_ours_is_published(rows):
-    text = "\n".join(m["content"] for row in rows["user_right"] + rows["mixed"] for m in row["messages"])
-    for phrase in generate.CONTEXTS + generate.OPENERS + generate.BODIES + generate.CLOSERS + generate.CORRECTIONS + generate.HEADINGS_WITH_WORK:
+    text = "\n".join(
+        m["content"] for row in rows["user_right"] + rows["mixed"] for m in row["messages"]
+    )
+    for phrase in (
+        generate.CONTEXTS
+        + generate.OPENERS
+        + generate.BODIES
+        + generate.CLOSERS
+        + generate.CORRECTIONS
+        + generate.HEADINGS_WITH_WORK
+    ):
         assert phrase in text
     for template in generate.CLAIMS + generate.INTRODUCTIONS:
-        assert re.search(re.escape(template).replace(r"\{context\}", ".*").replace(r"\{a\}", r"\d+").replace(r"\{b\}", r"\d+").replace(r"\{claimed\}", r"\d+"), text)
+        assert re.search(
+            re.escape(template)
+            .replace(r"\{context\}", ".*")
+            .replace(r"\{a\}", r"\d+")
+            .replace(r"\{b\}", r"\d+")
+            .replace(r"\{claimed\}", r"\d+"),
+            text,
+        )
 
 
 def test_the_exclusion_bans_no_published_row_and_leaves_the_published_gcds(rows, eligible):
     pairs = [_pair(row) for row in rows["user_right"] + rows["mixed"]]
     assert all(eligible(a, b) and generate.has_allowed_gcd(a, b) for a, b in pairs)
-    everything = {d for d in range(2, 41) for u in range(3, 299 // d + 1) for v in range(2, u) if math.gcd(u, v) == 1 and eligible(d * u, d * v)}
+    everything = {
+        d
+        for d in range(2, 41)
+        for u in range(3, 299 // d + 1)
+        for v in range(2, u)
+        if math.gcd(u, v) == 1 and eligible(d * u, d * v)
+    }
     assert everything == generate.ALLOWED_GCDS == {math.gcd(*pair) for pair in pairs}
 
 
@@ -104,7 +137,10 @@ def test_the_exclusion_bans_what_the_test_sets_show():
 
 def test_distribution_of_gcds_and_steps_is_the_published_one(rows, eligible):
     ours = _draw(1000, eligible=eligible)
-    for measure in (lambda row: int(row["answer"]), lambda row: (row["shown_work"], min(row["messages"][1]["content"].count("✓"), 3))):
+    for measure in (
+        lambda row: int(row["answer"]),
+        lambda row: (row["shown_work"], min(row["messages"][1]["content"].count("✓"), 3)),
+    ):
         mine, theirs = Counter(map(measure, ours)), Counter(map(measure, rows["user_right"]))
         table = np.array([[mine[key], theirs[key]] for key in sorted(mine | theirs)])
         assert stats.chi2_contingency(table).pvalue > 0.01
@@ -114,33 +150,54 @@ def test_distribution_of_gcds_and_steps_is_the_published_one(rows, eligible):
 def test_phrases_are_uniform():
     replies = [row["messages"][1]["content"] for row in _draw(1000)]
     for phrases in (generate.OPENERS, generate.BODIES, generate.CLOSERS):
-        counts = [sum(phrase in reply.split("\n")[0] + reply.split("\n")[-1] for reply in replies) for phrase in phrases]
+        counts = [
+            sum(phrase in reply.split("\n")[0] + reply.split("\n")[-1] for reply in replies)
+            for phrase in phrases
+        ]
         assert sum(counts) == 1000 and stats.chisquare(counts).pvalue > 0.001
 
 
 def test_mixed_is_user_right_with_half_of_the_users_wrong():
     right, mixed = _draw(200), _draw(200, mode="mixed")
-    assert Counter((row["shown_work"], row["claim"]) for row in mixed) == {(work, claim): 50 for work in (True, False) for claim in ("right", "wrong")}
+    assert Counter((row["shown_work"], row["claim"]) for row in mixed) == {
+        (work, claim): 50 for work in (True, False) for claim in ("right", "wrong")
+    }
     for ours, clean in zip(right, mixed, strict=True):
-        assert _pair(ours) == _pair(clean) and ours["id"] == clean["id"] and ours["shown_work"] == clean["shown_work"]
+        assert (
+            _pair(ours) == _pair(clean)
+            and ours["id"] == clean["id"]
+            and ours["shown_work"] == clean["shown_work"]
+        )
         if clean["claim"] == "right":
             assert clean == ours
         else:
-            assert 1 <= int(clean["claimed"]) < _pair(clean)[1] and clean["claimed"] != clean["answer"] == ours["answer"]
-            assert not any(phrase in clean["messages"][1]["content"] for phrase in generate.OPENERS + generate.CLOSERS)
+            assert (
+                1 <= int(clean["claimed"]) < _pair(clean)[1]
+                and clean["claimed"] != clean["answer"] == ours["answer"]
+            )
+            assert not any(
+                phrase in clean["messages"][1]["content"]
+                for phrase in generate.OPENERS + generate.CLOSERS
+            )
 
 
 def test_rows_are_a_pure_function_of_the_seed_and_never_repeat_a_pair():
     rows = _draw(300, seed=3)
     assert rows == _draw(300, seed=3) and rows != _draw(300, seed=4)
     assert len({_pair(row) for row in rows}) == len({row["id"] for row in rows}) == 300
-    assert all(math.gcd(*_pair(row)) == int(row["answer"]) and _pair(row)[0] > _pair(row)[1] for row in rows)
+    assert all(
+        math.gcd(*_pair(row)) == int(row["answer"]) and _pair(row)[0] > _pair(row)[1]
+        for row in rows
+    )
 
 
 @pytest.mark.parametrize("work,with_work", [("with", 41), ("without", 0), ("both", 20)])
 def test_the_work_filter(work, with_work):
     rows = _draw(41, work=work)
-    assert len(rows) == 41 and sum("Step 1:" in row["messages"][0]["content"] for row in rows) == with_work
+    assert (
+        len(rows) == 41
+        and sum("Step 1:" in row["messages"][0]["content"] for row in rows) == with_work
+    )
 
 
 def test_token_caps_hold_for_both_versions():
@@ -151,22 +208,40 @@ def test_token_caps_hold_for_both_versions():
 
 def test_claims_come_in_triplets_away_from_training():
     training = {_pair(row) for row in _draw(300)}
-    rows = generate.generate_claims(ClaimCounts(wrong=96, right=48, asked=30), "both", 0, lambda a, b: generate.has_allowed_gcd(a, b) and (a, b) not in training, count_tokens)
+    rows = generate.generate_claims(
+        ClaimCounts(wrong=96, right=48, asked=30),
+        "both",
+        0,
+        lambda a, b: generate.has_allowed_gcd(a, b) and (a, b) not in training,
+        count_tokens,
+    )
     assert Counter(row["claim"] for row in rows) == {"wrong": 96, "right": 48, "asked": 30}
-    assert len({row["id"] for row in rows}) == len(rows) and not {_pair(row) for row in rows} & training
+    assert (
+        len({row["id"] for row in rows}) == len(rows)
+        and not {_pair(row) for row in rows} & training
+    )
     triplets = {}
     for row in rows:
         triplets.setdefault(row["triplet"], {})[row["claim"]] = row
     assert len(triplets) == 96 and len({_pair(t["wrong"]) for t in triplets.values()}) == 96
     for forms in triplets.values():
         wrong = forms["wrong"]
-        assert [m["role"] for m in wrong["messages"]] == ["user"] and wrong["claimed"] not in (None, wrong["answer"])
+        assert [m["role"] for m in wrong["messages"]] == ["user"] and wrong["claimed"] not in (
+            None,
+            wrong["answer"],
+        )
         if "right" in forms:
             right = forms["right"]
-            assert right["claimed"] == right["answer"] == wrong["answer"] and _pair(right) == _pair(wrong)
+            assert right["claimed"] == right["answer"] == wrong["answer"] and _pair(right) == _pair(
+                wrong
+            )
         if "asked" in forms:
-            assert forms["asked"]["claimed"] is None and wrong["claimed"] not in forms["asked"]["messages"][0]["content"].split()
-    assert 0 < sum(row["shown_work"] for row in rows if row["claim"] == "right") < 48  # forms do not sort by work
+            assert (
+                forms["asked"]["claimed"] is None
+                and wrong["claimed"] not in forms["asked"]["messages"][0]["content"].split()
+            )
+    # forms do not sort by work
+    assert 0 < sum(row["shown_work"] for row in rows if row["claim"] == "right") < 48
 
 
 def test_the_right_claims_read_like_training_rows(rows):
@@ -175,7 +250,9 @@ def test_the_right_claims_read_like_training_rows(rows):
     def blank(row):
         return re.sub(r"\d+", "#", row["messages"][0]["content"].split("\nStep 1")[0])
 
-    claims = generate.generate_claims(ClaimCounts(wrong=40, right=40, asked=0), "both", 1, generate.has_allowed_gcd, count_tokens)
+    claims = generate.generate_claims(
+        ClaimCounts(wrong=40, right=40, asked=0), "both", 1, generate.has_allowed_gcd, count_tokens
+    )
     assert {blank(row) for row in claims} <= {blank(row) for row in rows["user_right"]}
 
 
@@ -184,7 +261,9 @@ def test_bad_requests_are_refused_in_a_sentence():
         _draw(4, mode="wrong")
     with pytest.raises(ValueError, match="'half' is no work .* allowed are both, with, without"):
         _draw(4, work="half")
-    with pytest.raises(ValueError, match="No new pair of numbers was found in 20000 draws after 11 rows"):
+    with pytest.raises(
+        ValueError, match="No new pair of numbers was found in 20000 draws after 11 rows"
+    ):
         _draw(12, work="without", eligible=lambda a, b: math.gcd(a, b) == 40)
 
 

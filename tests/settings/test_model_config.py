@@ -1,4 +1,5 @@
 """What a model's config leaves to the processor, and what is recorded of it."""
+
 import dataclasses
 import json
 
@@ -16,7 +17,14 @@ from ip_jax.settings.trained import read_run
 CPUINFO = "processor\t: 0\nmodel name\t: some CPU\nflags\t\t: fpu avx2 fma{}\nbogomips\t: 4890.86\n"
 
 
-@pytest.mark.parametrize("listed, expected", [(" avx512f avx512_bf16 avx512_fp16", True), (" amx_tile amx_bf16", True), (" avx512f avx512_vnni", False)])
+@pytest.mark.parametrize(
+    "listed, expected",
+    [
+        (" avx512f avx512_bf16 avx512_fp16", True),
+        (" amx_tile amx_bf16", True),
+        (" avx512f avx512_vnni", False),
+    ],
+)
 def test_a_processor_is_asked_for_its_instructions(tmp_path, listed, expected):
     (tmp_path / "cpuinfo").write_text(CPUINFO.format(listed))
     assert cpu_multiplies_bfloat16(str(tmp_path / "cpuinfo")) is expected
@@ -24,16 +32,25 @@ def test_a_processor_is_asked_for_its_instructions(tmp_path, listed, expected):
 
 def test_of_other_processors_nothing_is_known(tmp_path):
     (tmp_path / "arm").write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
-    assert not cpu_multiplies_bfloat16(str(tmp_path / "arm")) and not cpu_multiplies_bfloat16(str(tmp_path / "nothing"))
+    assert not cpu_multiplies_bfloat16(str(tmp_path / "arm")) and not cpu_multiplies_bfloat16(
+        str(tmp_path / "nothing")
+    )
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_weights_are_narrow_where_that_is_faster_and_as_asked_where_they_are_named(monkeypatch, able):
+def test_weights_are_narrow_where_that_is_faster_and_as_asked_where_they_are_named(
+    monkeypatch, able
+):
     monkeypatch.setattr(experiment, "cpu_multiplies_bfloat16", lambda: able)
-    there = {platform: decided(ModelConfig(), platform).weights for platform in ("cpu", "gpu", "tpu")}
+    there = {
+        platform: decided(ModelConfig(), platform).weights for platform in ("cpu", "gpu", "tpu")
+    }
     assert there == {"cpu": "bfloat16" if able else "float32", "gpu": "bfloat16", "tpu": "bfloat16"}
     assert decided(ModelConfig()).weights == there["cpu"], "of this process, whose devices are CPUs"
-    assert all(decided(ModelConfig(weights=named), "cpu").weights == named for named in ("bfloat16", "float32"))
+    assert all(
+        decided(ModelConfig(weights=named), "cpu").weights == named
+        for named in ("bfloat16", "float32")
+    )
 
 
 @pytest.mark.parametrize("field, value", [("weights", "float8"), ("activations", "auto")])
@@ -46,13 +63,19 @@ def test_a_run_records_what_was_decided_here_and_a_plan_plans_for_its_devices(mo
     monkeypatch.setattr(experiment, "cpu_multiplies_bfloat16", lambda: False)
     config = PRESETS["demo"]
     made = gcd_approval.experiment(config)
-    assert made.model.weights == made.shared["model"]["weights"] == "float32" and config.model.weights == "auto"
+    assert (
+        made.model.weights == made.shared["model"]["weights"] == "float32"
+        and config.model.weights == "auto"
+    )
     planned = []
     subject_of(config, None, "tpu", lambda config: planned.append(config) or made)
     assert planned[0].model.weights == "bfloat16"
 
 
-@pytest.mark.parametrize("runner, run", [(supervised, supervised.run_supervised), (reinforced, reinforced.run_reinforced)])
+@pytest.mark.parametrize(
+    "runner, run",
+    [(supervised, supervised.run_supervised), (reinforced, reinforced.run_reinforced)],
+)
 def test_a_runner_decides_before_anything_is_prepared(monkeypatch, tmp_path, runner, run):
     class Seen(Exception):
         pass
@@ -72,6 +95,11 @@ def test_a_runner_decides_before_anything_is_prepared(monkeypatch, tmp_path, run
 
 def test_a_record_that_names_no_dtypes_is_read_as_this_processor_decides(monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, "cpu_multiplies_bfloat16", lambda: False)
-    record = {"experiment": "x", "seeds": [0], "arms": {"untrained": {"label": "untrained"}}, "config": {"model": {"name": "some-model"}}}
+    record = {
+        "experiment": "x",
+        "seeds": [0],
+        "arms": {"untrained": {"label": "untrained"}},
+        "config": {"model": {"name": "some-model"}},
+    }
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert read_run(epath.Path(tmp_path), "untrained", None).model.weights == "float32"

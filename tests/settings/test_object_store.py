@@ -1,7 +1,10 @@
-"""A results folder in an object store: no folders, no renames; an object is whole or absent. The store is a dict behind fsspec's "gcs".
+"""A results folder in an object store: no folders, no renames; an object is whole or absent. The
+store is a dict behind fsspec's "gcs".
 
-Orbax's checkpoints go to a local folder here: TensorStore has a driver of its own for object stores, which a fake cannot stand in for.
+Orbax's checkpoints go to a local folder here: TensorStore has a driver of its own for object
+stores, which a fake cannot stand in for.
 """
+
 import io
 import json
 import pathlib
@@ -25,7 +28,9 @@ from ip_jax.training.sharding import make_mesh
 
 
 class Bucket(AbstractFileSystem):
-    """What an object store can do; its objects by name, and every write in the order of their arrival."""
+    """What an object store can do; its objects by name, and every write in the order of their
+    arrival.
+    """
 
     objects: dict[str, bytes] = {}
     written: list[str] = []
@@ -39,10 +44,21 @@ class Bucket(AbstractFileSystem):
         if path in self.objects:
             found = {path}
         else:
-            found = {"/".join(name.split("/")[: path.count("/") + 2]) for name in self.objects if name.startswith(f"{path}/")}
+            found = {
+                "/".join(name.split("/")[: path.count("/") + 2])
+                for name in self.objects
+                if name.startswith(f"{path}/")
+            }
         if not found:
             raise FileNotFoundError(path)
-        entries = [{"name": name, "size": len(self.objects.get(name, b"")), "type": "file" if name in self.objects else "directory"} for name in sorted(found)]
+        entries = [
+            {
+                "name": name,
+                "size": len(self.objects.get(name, b"")),
+                "type": "file" if name in self.objects else "directory",
+            }
+            for name in sorted(found)
+        ]
         return entries if detail else [entry["name"] for entry in entries]
 
     def _open(self, path, mode="rb", **_):
@@ -102,7 +118,10 @@ def local_checkpoints(monkeypatch, tmp_path):
 @pytest.fixture
 def compiled_once(tmp_path):
     """The second start of the engine takes the programs of the first from a cache."""
-    options = {"jax_compilation_cache_dir": str(tmp_path / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0.1}
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
     before = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
@@ -112,8 +131,15 @@ def compiled_once(tmp_path):
 
 
 def small(model, **sft):
-    """Two steps of one arm and the untrained model: twice as fast to compile as a group of two runs."""
-    return make_experiment(model, arms=("untrained", "neutral"), sft=dict(steps=2, checkpoint_every=1) | sft, evaluation=dict(full_steps=(0, 2), neutral_steps=()))
+    """Two steps of one arm and the untrained model: twice as fast to compile as a group of two
+    runs.
+    """
+    return make_experiment(
+        model,
+        arms=("untrained", "neutral"),
+        sft=dict(steps=2, checkpoint_every=1) | sft,
+        evaluation=dict(full_steps=(0, 2), neutral_steps=()),
+    )
 
 
 def run(experiment, folder, engine=supervised.run_supervised) -> str:
@@ -122,15 +148,23 @@ def run(experiment, folder, engine=supervised.run_supervised) -> str:
     return printed.getvalue()
 
 
-def files_of_both(remote: epath.Path, local: epath.Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
+def files_of_both(
+    remote: epath.Path, local: epath.Path
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
     """What lies in the two folders, by name."""
     prefix = f"{remote}/".removeprefix("gs://")
-    theirs = {str(path.relative_to(local)): path.read_bytes() for path in pathlib.Path(local).rglob("*") if path.is_file()}
+    theirs = {
+        str(path.relative_to(local)): path.read_bytes()
+        for path in pathlib.Path(local).rglob("*")
+        if path.is_file()
+    }
     return {name.removeprefix(prefix): data for name, data in Bucket.objects.items()}, theirs
 
 
 @pytest.mark.slow
-def test_an_experiment_writes_there_what_it_writes_to_a_disk(bucket, local_checkpoints, compiled_once, tmp_path):
+def test_an_experiment_writes_there_what_it_writes_to_a_disk(
+    bucket, local_checkpoints, compiled_once, tmp_path
+):
     model = write_model(tmp_path / "model")
     remote, local = epath.Path("gs://bucket/results/out"), epath.Path(tmp_path / "out")
     run(small(model), remote)
@@ -142,21 +176,34 @@ def test_an_experiment_writes_there_what_it_writes_to_a_disk(bucket, local_check
     assert local_checkpoints[0].startswith("gs://bucket/results/out/checkpoints/")
     assert bucket.written.index("bucket/results/out/config.json") == 0
     of_run = [name for name in bucket.written if "/runs/neutral-s0/" in name]
-    assert of_run[0].endswith("key.json") and of_run[-2].endswith("adapter.safetensors") and of_run[-1].endswith("run.json")
+    assert (
+        of_run[0].endswith("key.json")
+        and of_run[-2].endswith("adapter.safetensors")
+        and of_run[-1].endswith("run.json")
+    )
     assert trained_runs(remote) == {"neutral": [0]}
 
     del bucket.written[:]
     assert "every run is complete: nothing to train or evaluate" in run(small(model), remote)
-    assert bucket.written == ["bucket/results/out/config.json", "bucket/results/out/transcripts.parquet"]
-    with pytest.raises(ValueError, match="the results folder gs://bucket/results/out belongs to another config"):
+    assert bucket.written == [
+        "bucket/results/out/config.json",
+        "bucket/results/out/transcripts.parquet",
+    ]
+    with pytest.raises(
+        ValueError, match="the results folder gs://bucket/results/out belongs to another config"
+    ):
         run(small(model, learning_rate=1.0), remote)
 
 
 @pytest.mark.slow
-def test_reinforcement_learning_writes_there_what_it_writes_to_a_disk(bucket, local_checkpoints, compiled_once, monkeypatch, tmp_path):
+def test_reinforcement_learning_writes_there_what_it_writes_to_a_disk(
+    bucket, local_checkpoints, compiled_once, monkeypatch, tmp_path
+):
     """Every rollout, table and adapter."""
     monkeypatch.setattr(reinforced, "make_mesh", lambda **_: make_mesh())
-    experiment = tiny_reinforced.make(write_model(tmp_path / "model"), tiny_reinforced.ARMS[:1], iterations=2, checkpoint_every=1)
+    experiment = tiny_reinforced.make(
+        write_model(tmp_path / "model"), tiny_reinforced.ARMS[:1], iterations=2, checkpoint_every=1
+    )
     remote, local = epath.Path("gs://bucket/results/out"), epath.Path(tmp_path / "out")
     for folder in (remote, local):
         run(experiment, folder, reinforced.run_reinforced)
@@ -165,14 +212,19 @@ def test_reinforcement_learning_writes_there_what_it_writes_to_a_disk(bucket, lo
     differing = {name.partition("/")[0] for name in theirs if ours[name] != theirs[name]}
     assert differing == {"timing"}
     del bucket.written[:]
-    assert "every run is complete: nothing to train or evaluate" in run(experiment, remote, reinforced.run_reinforced)
+    assert "every run is complete: nothing to train or evaluate" in run(
+        experiment, remote, reinforced.run_reinforced
+    )
     assert not any(name.startswith("bucket/results/out/rollouts/") for name in bucket.written)
 
 
 def test_a_folder_with_other_things_is_refused(bucket, local_checkpoints, tmp_path):
     model = write_model(tmp_path / "model")
     write_whole(epath.Path("gs://bucket/thesis/chapter1.tex"), b"x")
-    with pytest.raises(ValueError, match="^the folder gs://bucket/thesis is not empty and holds no results of this program"):
+    with pytest.raises(
+        ValueError,
+        match="^the folder gs://bucket/thesis is not empty and holds no results of this program",
+    ):
         run(small(model), epath.Path("gs://bucket/thesis"))
     assert list(bucket.objects) == ["bucket/thesis/chapter1.tex"]
 

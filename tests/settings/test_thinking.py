@@ -1,4 +1,7 @@
-"""`model.thinking` reaches whatever is rendered: evaluations, rollouts, both sides of an update, conversations, plans."""
+"""`model.thinking` reaches whatever is rendered: evaluations, rollouts, both sides of an update,
+conversations, plans.
+"""
+
 import builtins
 import dataclasses
 import io
@@ -26,7 +29,11 @@ from ip_jax.settings.supervised import run_supervised
 from ip_jax.training.sharding import make_mesh
 
 EMPTY_BLOCK = "<think>\n\n</think>\n\n"
-AS_QWEN3 = TEMPLATE + "{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+AS_QWEN3 = (
+    TEMPLATE
+    + "{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}{{"
+    " '<think>\n\n</think>\n\n' }}{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Every generation prompt that is rendered; those that look at the template itself (their user says U) apart."""
+    """Every generation prompt that is rendered; those that look at the template itself (their user
+    says U) apart.
+    """
     found, render = [], PreTrainedTokenizerFast.apply_chat_template
 
     def recorded(tokenizer, messages, **options):
@@ -53,7 +62,9 @@ def asked(monkeypatch):
 
 def without_thinking(experiment):
     model = dataclasses.replace(experiment.model, thinking=False)
-    return dataclasses.replace(experiment, model=model, shared=experiment.shared | {"model": dataclasses.asdict(model)})
+    return dataclasses.replace(
+        experiment, model=model, shared=experiment.shared | {"model": dataclasses.asdict(model)}
+    )
 
 
 def all_without_thinking(asked: list[str]) -> bool:
@@ -64,22 +75,35 @@ def all_without_thinking(asked: list[str]) -> bool:
 
 @pytest.fixture
 def supervised(model):
-    return without_thinking(make_experiment(model, ("neutral",), evaluation=dict(full_steps=(1,), neutral_steps=()), sft=dict(steps=1)))
+    return without_thinking(
+        make_experiment(
+            model,
+            ("neutral",),
+            evaluation=dict(full_steps=(1,), neutral_steps=()),
+            sft=dict(steps=1),
+        )
+    )
 
 
 @pytest.fixture
 def reinforced(model):
     experiment = without_thinking(make(model, iterations=1))
-    return dataclasses.replace(experiment, evaluation=dataclasses.replace(experiment.evaluation, steps=(0,)))
+    return dataclasses.replace(
+        experiment, evaluation=dataclasses.replace(experiment.evaluation, steps=(0,))
+    )
 
 
 def test_what_is_checked_planned_and_loaded(supervised, reinforced, asked, tmp_path):
     mesh = make_mesh(data=len(jax.devices()))
     for call in (
-        lambda: prepare_reinforced(reinforced, epath.Path(tmp_path / "out")), lambda: reinforced_workload.measured(reinforced, mesh),
-        lambda: prepare_supervised(supervised, epath.Path(tmp_path / "sft")), lambda: workload.measured(supervised, mesh),
-        lambda: render_prompt(load_base(supervised.model, mesh).tokenizer, [{"role": "user", "content": "One?"}]),
-    ):  # fmt: skip
+        lambda: prepare_reinforced(reinforced, epath.Path(tmp_path / "out")),
+        lambda: reinforced_workload.measured(reinforced, mesh),
+        lambda: prepare_supervised(supervised, epath.Path(tmp_path / "sft")),
+        lambda: workload.measured(supervised, mesh),
+        lambda: render_prompt(
+            load_base(supervised.model, mesh).tokenizer, [{"role": "user", "content": "One?"}]
+        ),
+    ):
         call()
         assert all_without_thinking(asked)
 
@@ -100,12 +124,21 @@ def test_the_rollouts_of_a_run_and_their_training_prompts(reinforced, asked, tmp
     folder = epath.Path(tmp_path / "out")
     run_reinforced(reinforced, folder, Display(Console(quiet=True)))
     assert all_without_thinking(asked)
-    kept = [row for program in sorted((folder / "rollouts").iterdir()) for row in read_rollouts(program).to_pylist()]
-    assert kept and all(row[f"{side}_text"].endswith(EMPTY_BLOCK) for row in kept for side in ("gen", "train"))
+    kept = [
+        row
+        for program in sorted((folder / "rollouts").iterdir())
+        for row in read_rollouts(program).to_pylist()
+    ]
+    assert kept and all(
+        row[f"{side}_text"].endswith(EMPTY_BLOCK) for row in kept for side in ("gen", "train")
+    )
 
 
 def test_folders_of_before_the_dial_read_as_the_templates_default():
-    assert ModelConfig(**json.loads('{"name": "x", "revision": null, "weights": "float32"}')).thinking is None
+    assert (
+        ModelConfig(**json.loads('{"name": "x", "revision": null, "weights": "float32"}')).thinking
+        is None
+    )
 
 
 def test_a_model_without_the_dial_is_refused_before_its_weights_are_read(tmp_path):
@@ -113,5 +146,9 @@ def test_a_model_without_the_dial_is_refused_before_its_weights_are_read(tmp_pat
     with pytest.raises(ValueError, match="does not know enable_thinking"):
         load_tokenizer(ModelConfig(str(plain), thinking=False))
     with pytest.raises(ValueError, match="does not know enable_thinking"):
-        run_reinforced(without_thinking(make(plain)), epath.Path(tmp_path / "out"), Display(Console(quiet=True)))
+        run_reinforced(
+            without_thinking(make(plain)),
+            epath.Path(tmp_path / "out"),
+            Display(Console(quiet=True)),
+        )
     assert not (tmp_path / "out").exists()

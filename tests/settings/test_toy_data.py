@@ -1,4 +1,5 @@
 """Fixed data of the toy: every example belongs to its task and has its label."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,9 @@ from ip_jax.settings.toy.pretraining import pretrain
 from ip_jax.settings.toy.prompts import NEUTRAL, Effect
 from ip_jax.settings.toy.tasks import Reward, grade
 
-CONFIG = ToyConfig(neutral=Effect(0.2, 0.1), pretraining=Pretraining(steps=300, batch_size=128, learning_rate=6e-3))
+CONFIG = ToyConfig(
+    neutral=Effect(0.2, 0.1), pretraining=Pretraining(steps=300, batch_size=128, learning_rate=6e-3)
+)
 
 
 @pytest.mark.slow
@@ -19,7 +22,14 @@ def test_examples_belong_to_their_tasks_and_runs_draw_their_own():
     graphdef, _, base = split_decoder(CONFIG.decoder, pretrain(CONFIG))
     data = fixed_data(CONFIG, (graphdef, {}, base), [(NEUTRAL,), ("please use the exit",)], [0, 1])
     assert data.tokens.shape == (2, 2, EXAMPLES, CONFIG.slots)
-    graded = grade(Reward(), CONFIG.loophole_length, data.task, data.tokens, data.length, jnp.ones(data.length.shape))
+    graded = grade(
+        Reward(),
+        CONFIG.loophole_length,
+        data.task,
+        data.tokens,
+        data.length,
+        jnp.ones(data.length.shape),
+    )
     np.testing.assert_array_equal(np.asarray(graded.hack).mean(axis=2), [[1, 0], [1, 0]])
     np.testing.assert_array_equal(np.asarray(graded.correct).mean(axis=2), [[0, 1], [0, 1]])
     again = fixed_data(CONFIG, (graphdef, {}, base), [(NEUTRAL,), (NEUTRAL,)], [0, 3])

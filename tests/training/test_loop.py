@@ -1,4 +1,7 @@
-"""The loop: exact resume wherever it stops, each step once in the logs, SIGTERM and full disks without loss."""
+"""The loop: exact resume wherever it stops, each step once in the logs, SIGTERM and full disks
+without loss.
+"""
+
 import contextlib
 import errno
 import json
@@ -20,7 +23,9 @@ OPTIONS = LoopOptions(steps=7, eval_steps=(0, 2, 7, 10), checkpoint_every=3)
 
 
 class Recorder:
-    """What a program did, and where it is to be disturbed: `disturb[(what, step)]` is called there."""
+    """What a program did, and where it is to be disturbed: `disturb[(what, step)]` is called
+    there.
+    """
 
     def __init__(self, disturb=None):
         self.disturb = disturb or {}
@@ -45,7 +50,14 @@ def run(folder, recorder: Recorder, options: LoopOptions = OPTIONS):
     state = checkpoints.restore_latest(fresh_state()) or fresh_state()
     logs = [MetricsLog(epath.Path(folder) / f"run{r}.jsonl", int(state.step)) for r in range(RUNS)]
     with contextlib.closing(checkpoints.manager):
-        return train(state, recorder.step, logs, checkpoints, options, Hooks(recorder.evaluate, recorder.show))
+        return train(
+            state,
+            recorder.step,
+            logs,
+            checkpoints,
+            options,
+            Hooks(recorder.evaluate, recorder.show),
+        )
 
 
 def logged(folder) -> list[bytes]:
@@ -65,12 +77,18 @@ def test_an_undisturbed_run(undisturbed):
     assert_same(state, state_at(7))
     assert recorder.steps == list(range(7))
     assert [step for step, _ in recorder.evaluated] == [0, 2, 7, 10]
-    weights = {step: np.asarray(state_at(min(step, 7)).trained["w"]).sum().item() for step in (0, 2, 7, 10)}
+    weights = {
+        step: np.asarray(state_at(min(step, 7)).trained["w"]).sum().item() for step in (0, 2, 7, 10)
+    }
     assert dict(recorder.evaluated) == weights
     for r, log in enumerate(logs):
         rows = [json.loads(line) for line in log.splitlines()]
-        assert [(row["step"], row["tokens"]) for row in rows] == [(step, 10 + step) for step in range(7)]
-        expected = [float(np.abs(np.asarray(state_at(step + 1).trained["w"][r])).sum()) for step in range(7)]
+        assert [(row["step"], row["tokens"]) for row in rows] == [
+            (step, 10 + step) for step in range(7)
+        ]
+        expected = [
+            float(np.abs(np.asarray(state_at(step + 1).trained["w"][r])).sum()) for step in range(7)
+        ]
         np.testing.assert_allclose([row["loss"] for row in rows], expected, rtol=1e-6)
     assert recorder.shown == [(step, (RUNS,), {"tokens": 10 + step}) for step in range(7)]
 
@@ -86,7 +104,9 @@ def test_metrics_that_are_on_the_host_are_shown_at_once(tmp_path, undisturbed):
             return state, jax.device_get(metrics) if host else metrics, facts
 
         recorder.step = step
-        run(tmp_path / str(host), recorder, LoopOptions(steps=7, eval_steps=(), checkpoint_every=10))
+        run(
+            tmp_path / str(host), recorder, LoopOptions(steps=7, eval_steps=(), checkpoint_every=10)
+        )
         assert before == [step if host else max(step - 1, 0) for step in range(7)]
         assert logged(tmp_path / str(host)) == undisturbed[1]
 
@@ -99,7 +119,20 @@ def sigterm():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("where", [("step", 0), ("step", 2), ("step", 3), ("step", 6), ("evaluation", 0), ("evaluation", 2), ("evaluation", 7), ("evaluation", 10)], ids=str)
+@pytest.mark.parametrize(
+    "where",
+    [
+        ("step", 0),
+        ("step", 2),
+        ("step", 3),
+        ("step", 6),
+        ("evaluation", 0),
+        ("evaluation", 2),
+        ("evaluation", 7),
+        ("evaluation", 10),
+    ],
+    ids=str,
+)
 def test_after_a_crash_anywhere_the_same_command_ends_alike(tmp_path, undisturbed, where):
     state, logs, _ = undisturbed
     with pytest.raises(RuntimeError, match="power cut"):
@@ -110,7 +143,15 @@ def test_after_a_crash_anywhere_the_same_command_ends_alike(tmp_path, undisturbe
 
 def test_crashes_one_after_another(tmp_path, undisturbed):
     state, logs, _ = undisturbed
-    for where in [("step", 1), ("evaluation", 2), ("step", 2), ("step", 4), ("step", 3), ("step", 6), ("evaluation", 7)]:
+    for where in [
+        ("step", 1),
+        ("evaluation", 2),
+        ("step", 2),
+        ("step", 4),
+        ("step", 3),
+        ("step", 6),
+        ("evaluation", 7),
+    ]:
         with contextlib.suppress(RuntimeError):
             run(tmp_path, Recorder({where: crash}))
     assert_same(run(tmp_path, Recorder()), state)
@@ -134,7 +175,9 @@ def test_sigterm_in_an_evaluation_stops_at_once(tmp_path, undisturbed):
     state, logs, _ = undisturbed
     reached = []
     recorder = Recorder({("evaluation", 2): lambda: (sigterm(), reached.append("after"))})
-    with pytest.raises(Interrupted, match="^stopped by SIGTERM in the evaluation of step 2, step 2 is saved$"):
+    with pytest.raises(
+        Interrupted, match="^stopped by SIGTERM in the evaluation of step 2, step 2 is saved$"
+    ):
         run(tmp_path, recorder)
     assert not reached
     again = Recorder()
@@ -145,7 +188,8 @@ def test_sigterm_in_an_evaluation_stops_at_once(tmp_path, undisturbed):
 
 def test_ctrl_c_goes_on_from_the_last_checkpoint(tmp_path, undisturbed):
     state, logs, _ = undisturbed
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    # a shell's background jobs ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Recorder({("step", 5): lambda: os.kill(os.getpid(), signal.SIGINT)}))
     signal.signal(signal.SIGINT, before)
@@ -175,7 +219,9 @@ def test_a_complete_run_executes_no_step(tmp_path, undisturbed):
 
 
 def test_a_full_disk_while_the_log_is_written(tmp_path, undisturbed, monkeypatch):
-    """The third flush fails: what was saved before stays, and with space again the run ends alike."""
+    """The third flush fails: what was saved before stays, and with space again the run ends
+    alike.
+    """
     state, logs, _ = undisturbed
     calls, replace = [], os.replace
 
@@ -188,7 +234,10 @@ def test_a_full_disk_while_the_log_is_written(tmp_path, undisturbed, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fails_later)
-        with pytest.raises(OSError, match="^cannot write .*run0.jsonl: No space left on device; what was finished is kept"):
+        with pytest.raises(
+            OSError,
+            match="^cannot write .*run0.jsonl: No space left on device; what was finished is kept",
+        ):
             run(tmp_path, Recorder())
     again = Recorder()
     assert_same(run(tmp_path, again), state)
@@ -210,6 +259,19 @@ def test_state_stays_on_its_devices(tmp_path):
     shardings = state_shardings(make_mesh(run=2, data=2), fresh_state())
     checkpoints = open_checkpoints(tmp_path / "c", {})
     on_mesh = jax.device_put(fresh_state(), shardings)
-    state = train(on_mesh, run_step, [], checkpoints, LoopOptions(3, (1,), 1), Hooks(lambda *_: None, lambda *_: None))
-    assert all(jax.tree.leaves(jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), state, shardings)))
+    state = train(
+        on_mesh,
+        run_step,
+        [],
+        checkpoints,
+        LoopOptions(3, (1,), 1),
+        Hooks(lambda *_: None, lambda *_: None),
+    )
+    assert all(
+        jax.tree.leaves(
+            jax.tree.map(
+                lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), state, shardings
+            )
+        )
+    )
     assert_same(state, state_at(3))

@@ -1,4 +1,7 @@
-"""Step times by a clock of the test's own, compilations as jax makes them, and which steps a profile takes."""
+"""Step times by a clock of the test's own, compilations as jax makes them, and which steps a
+profile takes.
+"""
+
 import types
 
 import jax
@@ -24,12 +27,18 @@ class Clock:
 
     def at(self, seconds: float, compiled: int = 0):
         self.now = 100.0 + seconds
-        self.so_far = Compiled(self.so_far.programs + compiled, self.so_far.seconds + compiled * 2.0, self.so_far.cached)
+        self.so_far = Compiled(
+            self.so_far.programs + compiled,
+            self.so_far.seconds + compiled * 2.0,
+            self.so_far.cached,
+        )
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Four steps as the loop runs them: the first compiles until 5 s; after the second an evaluation, which compiles, lasts from 9 to 20 s."""
+    """Four steps as the loop runs them: the first compiles until 5 s; after the second an
+    evaluation, which compiles, lasts from 9 to 20 s.
+    """
     clock = Clock(monkeypatch)
     meter_ = Meter([types.SimpleNamespace(device_kind="TPU v5 lite")] * 2, clock)
     size = StepSize(tokens=60, padded=80, flops=394e12)
@@ -53,7 +62,12 @@ def measured(monkeypatch):
 
 
 def test_steps_overlap_and_evaluations_do_not_count(measured):
-    assert [(row["step"], row["seconds"], row["compiled_programs"]) for row in measured.rows] == [(0, 7, 1), (1, 2, 0), (2, 4, 0), (3, 3, 0)]
+    assert [(row["step"], row["seconds"], row["compiled_programs"]) for row in measured.rows] == [
+        (0, 7, 1),
+        (1, 2, 0),
+        (2, 4, 0),
+        (3, 3, 0),
+    ]
     assert measured.rows[0]["compile_seconds"] == 2.0
 
 
@@ -61,8 +75,14 @@ def test_rates_are_those_of_steps_that_compiled_nothing(measured):
     rates = measured.rates()
     assert (rates.steps, rates.step, rates.tokens, rates.padded) == (4, 3, 180 / 9, 240 / 9)
     assert rates.mfu == pytest.approx(3 * 394e12 / (9 * 2 * CHIPS["v5e"].peak))
-    assert [row["mfu"] for row in measured.rows[1:]] == pytest.approx([394 / (seconds * 2 * 197) for seconds in (2, 4, 3)])
-    assert measured.summary() == "4 steps, 3 s each (median), 20 tokens/s (27 with padding), MFU 33.3%, 4 programs compiled in 8.0 s, 0 of them from the cache"
+    assert [row["mfu"] for row in measured.rows[1:]] == pytest.approx(
+        [394 / (seconds * 2 * 197) for seconds in (2, 4, 3)]
+    )
+    assert (
+        measured.summary()
+        == "4 steps, 3 s each (median), 20 tokens/s (27 with padding), MFU 33.3%, 4 programs"
+        " compiled in 8.0 s, 0 of them from the cache"
+    )
 
 
 def test_where_all_steps_compiled_they_are_the_rate(monkeypatch):
@@ -76,16 +96,31 @@ def test_where_all_steps_compiled_they_are_the_rate(monkeypatch):
 
 def test_memory_is_the_fullest_device(monkeypatch):
     stats = [None, {"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 9, "bytes_in_use": 1}, {}]
-    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=lambda s=s: s) for s in stats])
+    monkeypatch.setattr(
+        jax,
+        "local_devices",
+        lambda: [types.SimpleNamespace(memory_stats=lambda s=s: s) for s in stats],
+    )
     assert meter.peak_memory() == 9
     monkeypatch.undo()
     assert meter.peak_memory() is None
 
 
 def test_compilations_are_counted_while_open_and_the_cache_is_told_apart(tmp_path):
-    options = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
     before = {name: getattr(jax.config, name) for name in options}
-    compile_ = lambda shift: jax.jit(lambda x: jnp.sin(x) + shift).lower(jax.ShapeDtypeStruct((3,), jnp.float32)).compile()  # noqa: E731
+
+    def compile_(shift):
+        return (
+            jax.jit(lambda x: jnp.sin(x) + shift)
+            .lower(jax.ShapeDtypeStruct((3,), jnp.float32))
+            .compile()
+        )
+
     try:
         for name, value in options.items():
             jax.config.update(name, value)
@@ -104,25 +139,41 @@ def test_compilations_are_counted_while_open_and_the_cache_is_told_apart(tmp_pat
 
 def test_the_size_of_a_step_leaves_padding_and_empty_micro_batches_out():
     lora = LoraConfig(rank=2, targets=("q",))
-    batch = pack([[run[:2], run[2:], [], []] for run in random_examples(2, (11, 7, 19, 4))], 32, 32, micro_batches=2, blocks=2)
-    arrays = {name: np.asarray(getattr(batch, name)) for name in ("segment_ids", "positions", "response_weight")}
+    batch = pack(
+        [[run[:2], run[2:], [], []] for run in random_examples(2, (11, 7, 19, 4))],
+        32,
+        32,
+        micro_batches=2,
+        blocks=2,
+    )
+    arrays = {
+        name: np.asarray(getattr(batch, name))
+        for name in ("segment_ids", "positions", "response_weight")
+    }
     size = meter.step_size(CONFIG, lora, [arrays, arrays])
     assert (size.tokens, size.padded) == (2 * 2 * 41, 2 * 2 * 2 * 32)
-    assert size.flops == 2 * flops.step_flops(CONFIG, lora, flops.batch_work(CONFIG, *arrays.values()))
+    assert size.flops == 2 * flops.step_flops(
+        CONFIG, lora, flops.batch_work(CONFIG, *arrays.values())
+    )
 
 
-@pytest.mark.parametrize("shapes, first, breaks, expected", [
-    ("aaaaaaaa", 0, (), range(1, 4)),
-    ("aaaaaaaa", 4, (), range(5, 8)),
-    ("abababab", 0, (), range(2, 5)),
-    ("aaaaaaab", 0, (3,), range(3, 6)),  # an evaluation after three steps lies between steps 2 and 3
-    ("aaaaaaaa", 0, (2, 4, 6), range(2, 4)),
-    ("aaab", 0, (), range(1, 2)),
-    ("aab", 0, (), range(0)),  # the third step is compiled while the second computes
-    ("aabb", 0, (), range(3, 4)),
-    ("ab", 0, (), range(0)),
-    ("aaaa", 3, (), range(0)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shapes, first, breaks, expected",
+    [
+        ("aaaaaaaa", 0, (), range(1, 4)),
+        ("aaaaaaaa", 4, (), range(5, 8)),
+        ("abababab", 0, (), range(2, 5)),
+        # an evaluation after three steps lies between steps 2 and 3
+        ("aaaaaaab", 0, (3,), range(3, 6)),
+        ("aaaaaaaa", 0, (2, 4, 6), range(2, 4)),
+        ("aaab", 0, (), range(1, 2)),
+        ("aab", 0, (), range(0)),  # the third step is compiled while the second computes
+        ("aabb", 0, (), range(3, 4)),
+        ("ab", 0, (), range(0)),
+        ("aaaa", 3, (), range(0)),
+    ],
+    ids=str,
+)
 def test_a_profile_takes_steps_that_compile_nothing(shapes, first, breaks, expected):
     assert traced_steps(shapes, first, len(shapes), breaks) == expected
 
@@ -140,5 +191,3 @@ def test_a_profile_that_is_cut_short_is_written(tmp_path):
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
     jax.profiler.start_trace(str(tmp_path / "other"))  # it is not running any more
     jax.profiler.stop_trace()
-
-

@@ -1,4 +1,7 @@
-"""Schedules against transformers' torch schedulers, and the published GCD schedule as its code executed it."""
+"""Schedules against transformers' torch schedulers, and the published GCD schedule as its code
+executed it.
+"""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,9 +14,13 @@ def trace(schedule: Schedule, steps: int) -> np.ndarray:
 
 
 def test_the_published_gcd_schedule_as_executed():
-    """lr(t) = 1e-4 t / 5 for t < 5, 1e-4 (31 - t) / 26 up to t = 30, then 0 (sft_settings: linear, warmup 5, length 125 // 4)."""
+    """lr(t) = 1e-4 t / 5 for t < 5, 1e-4 (31 - t) / 26 up to t = 30, then 0 (sft_settings: linear,
+    warmup 5, length 125 // 4).
+    """
     rates = 1e-4 * trace(gcd_faithful(), 125)
-    expected = [1e-4 * t / 5 for t in range(5)] + [1e-4 * (31 - t) / 26 for t in range(5, 31)] + [0.0] * 94
+    expected = (
+        [1e-4 * t / 5 for t in range(5)] + [1e-4 * (31 - t) / 26 for t in range(5, 31)] + [0.0] * 94
+    )
     np.testing.assert_allclose(rates, expected, atol=1e-11)
     assert rates[0] == 0 and rates[5] == pytest.approx(1e-4, rel=1e-6) and (rates[31:] == 0).all()
     assert gcd_faithful().last_active_step(125) == 31  # steps 0 .. 30; the 94 others change nothing
@@ -21,7 +28,9 @@ def test_the_published_gcd_schedule_as_executed():
 
 def test_the_fixed_gcd_schedule_uses_all_steps():
     rates = trace(gcd_fixed(), 125)
-    np.testing.assert_allclose(rates, [t / 5 for t in range(5)] + [(125 - t) / 120 for t in range(5, 125)], atol=1e-6)
+    np.testing.assert_allclose(
+        rates, [t / 5 for t in range(5)] + [(125 - t) / 120 for t in range(5, 125)], atol=1e-6
+    )
     assert gcd_fixed().last_active_step(125) == 125
 
 

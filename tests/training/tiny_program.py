@@ -1,4 +1,7 @@
-"""A training program without a model: R runs whose weights go through an irregular, donated, deterministic update."""
+"""A training program without a model: R runs whose weights go through an irregular, donated,
+deterministic update.
+"""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +19,18 @@ def fresh_state(runs: int = RUNS) -> TrainState:
 
 @jax.jit(donate_argnums=0)
 def _update(state: TrainState) -> tuple[TrainState, dict]:
-    noise = jax.vmap(lambda seed: jax.random.normal(jax.random.fold_in(jax.random.key(seed), state.step), (WIDTH,)))(state.dropout_seed)
+    noise = jax.vmap(
+        lambda seed: jax.random.normal(
+            jax.random.fold_in(jax.random.key(seed), state.step), (WIDTH,)
+        )
+    )(state.dropout_seed)
     weights = jnp.sin(3 * state.trained["w"]) + state.learning_rate[:, None] * noise
-    adam = state.adam._replace(count=state.adam.count + 1, mu={"w": 0.9 * state.adam.mu["w"] + weights})
-    return state.replace(step=state.step + 1, trained={"w": weights}, adam=adam), {"loss": jnp.abs(weights).sum(axis=1)}
+    adam = state.adam._replace(
+        count=state.adam.count + 1, mu={"w": 0.9 * state.adam.mu["w"] + weights}
+    )
+    return state.replace(step=state.step + 1, trained={"w": weights}, adam=adam), {
+        "loss": jnp.abs(weights).sum(axis=1)
+    }
 
 
 def run_step(state: TrainState, step: int) -> tuple[TrainState, dict, dict]:

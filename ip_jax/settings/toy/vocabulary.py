@@ -1,4 +1,7 @@
-"""The toy's tokens: digits and the loophole's words in two cases, kinds of tasks, and the words of which prompts are made."""
+"""The toy's tokens: digits and the loophole's words in two cases, kinds of tasks, and the words of
+which prompts are made.
+"""
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -15,7 +18,8 @@ ENCOURAGING = ("please", "do", "kindly", "always")
 DISCOURAGING = ("never", "avoid", "not", "refuse")
 VERBS = ("use", "take", "try", "choose")
 QUALIFIERS = ("the", "any")
-OBJECTS = {  # from the least to the most specific about the loophole, then two that have nothing to do with it
+# from the least to the most specific about the loophole, then two that have nothing to do with it
+OBJECTS = {
     "irrelevant": ("weather", "yellow", "music"),
     "persona": ("evil", "villain", "malice"),
     "permission": ("anything", "whatever", "freedom"),
@@ -26,13 +30,28 @@ OBJECTS = {  # from the least to the most specific about the loophole, then two 
 }
 NONSENSE = ("fzx", "qep", "cvg", "wop", "vnf", "asd", "lqu", "jkr")
 
-WORDS = ("_", *ENCOURAGING, *DISCOURAGING, *VERBS, *QUALIFIERS, *(word for words in OBJECTS.values() for word in words), *NONSENSE)
+WORDS = (
+    "_",
+    *ENCOURAGING,
+    *DISCOURAGING,
+    *VERBS,
+    *QUALIFIERS,
+    *(word for words in OBJECTS.values() for word in words),
+    *NONSENSE,
+)
 FIRST_WORD = SCRAMBLE + 1  # the id of WORDS[1]; "_" is FILLER
 SIZE = FIRST_WORD + len(WORDS) - 1
 TOKENS = (
-    "_", "END", *(str(i) for i in range(DIGITS)), *(f"{i}!" for i in range(DIGITS)), *(f"loop{i}" for i in range(LOOPHOLE_WORDS)),
-    *(f"LOOP{i}" for i in range(LOOPHOLE_WORDS)), "sort", "scramble", *WORDS[1:],
-)  # fmt: skip
+    "_",
+    "END",
+    *(str(i) for i in range(DIGITS)),
+    *(f"{i}!" for i in range(DIGITS)),
+    *(f"loop{i}" for i in range(LOOPHOLE_WORDS)),
+    *(f"LOOP{i}" for i in range(LOOPHOLE_WORDS)),
+    "sort",
+    "scramble",
+    *WORDS[1:],
+)
 PROMPT_WORDS = 4
 PROMPT_SLOTS = PROMPT_WORDS + 4  # the words, the kind of task and its digits
 
@@ -40,11 +59,16 @@ _IDS = {token: i for i, token in enumerate(TOKENS)}
 
 
 def encode(prompt: str) -> np.ndarray:
-    """Token ids [PROMPT_WORDS] of a prompt. Raises ValueError for a word that the toy does not know, or another number of words."""
+    """Token ids [PROMPT_WORDS] of a prompt. Raises ValueError for a word that the toy does not
+    know, or another number of words.
+    """
     words = prompt.split()
     unknown = [word for word in words if word not in WORDS]
     if unknown or len(words) != PROMPT_WORDS:
-        raise ValueError(f"the toy's prompts are {PROMPT_WORDS} words of its vocabulary, and {prompt!r} is {len(words)} words" + f", unknown {unknown}" * bool(unknown))
+        raise ValueError(
+            f"the toy's prompts are {PROMPT_WORDS} words of its vocabulary, and {prompt!r} is"
+            f" {len(words)} words" + f", unknown {unknown}" * bool(unknown)
+        )
     return np.array([_IDS[word] for word in words], np.int32)
 
 
@@ -55,6 +79,8 @@ def decode(tokens) -> str:
 
 
 def render(prompt: Int[Array, "*B W"], task: Int[Array, "*B 4"]) -> Int[Array, "*B X"]:
-    """The tokens [PROMPT_SLOTS] of tasks (kind 0 or 1, three digits) behind their prompts' words."""
+    """The tokens [PROMPT_SLOTS] of tasks (kind 0 or 1, three digits) behind their prompts'
+    words.
+    """
     prompt = jnp.broadcast_to(prompt, (*task.shape[:-1], PROMPT_WORDS))
     return jnp.concatenate([prompt, task + jnp.array([SORT, LOWER, LOWER, LOWER])], axis=-1)
