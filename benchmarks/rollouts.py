@@ -18,8 +18,8 @@ def planned_rollouts():
     """(the demo's experiment, its rollout plan, what iteration 0 asks)."""
     from configs.gcd_approval import PRESETS
     from experiments.gcd_approval import experiment
+    from ip_jax.lab.reinforced import plan as reinforced_plan
     from ip_jax.models import hub
-    from ip_jax.settings import reinforced_plan
 
     demo = experiment(PRESETS["demo"])
     plan = reinforced_plan.rollout_plan(
@@ -35,11 +35,11 @@ def our_rollouts():
     import jax
     import jax.numpy as jnp
 
+    from ip_jax.lab.experiment import decided
     from ip_jax.models import hub
     from ip_jax.models.decoder import split_decoder
     from ip_jax.models.lora import init_lora
     from ip_jax.rl.rollout import generate, sampler_options
-    from ip_jax.settings.experiment import decided
 
     demo, plan, asked = planned_rollouts()
     model, lora = (

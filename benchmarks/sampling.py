@@ -19,7 +19,7 @@ def gcd_prompts(count: int) -> np.ndarray:
     """int32 [count, PROMPT]: consecutive pieces of rendered conversations of the GCD setting."""
     from ip_jax.models import hub
     from ip_jax.prompts.chat import render_conversation
-    from ip_jax.settings.gcd_sycophancy import data, published
+    from ip_jax.studies.gcd_sycophancy import data, published
 
     tokenizer = hub.load_tokenizer(MODEL)
 
@@ -40,10 +40,10 @@ def our_sampler(prompts: np.ndarray, samples: int):
     """A function that samples NEW tokens for every prompt, with nothing that stops early."""
     import jax.numpy as jnp
 
+    from ip_jax.lab.experiment import ModelConfig, decided
     from ip_jax.models import hub
     from ip_jax.models.decoder import split_decoder
     from ip_jax.sampling.sampler import Request, SamplerOptions, sample
-    from ip_jax.settings.experiment import ModelConfig, decided
 
     model = hub.load_pretrained(MODEL, jnp.dtype(decided(ModelConfig(MODEL)).weights))
     parts = split_decoder(model.config, model.params)
@@ -110,7 +110,7 @@ def best_peer(prompts: np.ndarray, samples: int) -> tuple[dict, tuple]:
 
 
 def main():
-    from ip_jax.settings.experiment import ModelConfig, decided
+    from ip_jax.lab.experiment import ModelConfig, decided
 
     weights = decided(ModelConfig(MODEL)).weights
     for case, (count, samples) in CASES.items():

@@ -25,7 +25,7 @@ def gcd_sources(arms: list[str], rows: int = 160):
     from ip_jax.models import hub
     from ip_jax.prompts import library
     from ip_jax.prompts.chat import render_conversation
-    from ip_jax.settings.gcd_sycophancy import data, published
+    from ip_jax.studies.gcd_sycophancy import data, published
 
     tokenizer = hub.load_tokenizer("smollm2-135m-instruct")
     gcd = data.load(
@@ -48,10 +48,10 @@ def our_step(tokenizer, sources):
     from configs.gcd_sycophancy import PRESETS
     from ip_jax.data.packing import positions_of, usage
     from ip_jax.data.pipeline import batch_reader, renderer
+    from ip_jax.lab.experiment import ModelConfig, decided
     from ip_jax.models import hub
     from ip_jax.models.decoder import split_decoder
     from ip_jax.models.lora import LoraConfig, init_lora
-    from ip_jax.settings.experiment import ModelConfig, decided
     from ip_jax.training.schedules import Schedule
     from ip_jax.training.sft import SftOptions, compile_sft_step
     from ip_jax.training.state import Batch, init_state
@@ -160,7 +160,7 @@ def best_peer() -> tuple[dict, tuple]:
 
 def against_peer() -> None:
     """One arm against HF transformers + PEFT."""
-    from ip_jax.settings.experiment import ModelConfig, decided
+    from ip_jax.lab.experiment import ModelConfig, decided
 
     tokenizer, sources = gcd_sources(["neutral"])
     one, tokens, density, step, _ = our_step(tokenizer, sources)

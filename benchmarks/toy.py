@@ -21,7 +21,7 @@ def main() -> None:
     from configs.estimators import PRESETS
     from experiments import estimators
     from ip_jax.report.rl_view import load_rl_view
-    from ip_jax.settings.toy.pretraining import base_params
+    from ip_jax.studies.toy.pretraining import base_params
 
     config = dataclasses.replace(PRESETS["full"], arms=ARMS)
     with tempfile.TemporaryDirectory() as name:

@@ -21,10 +21,10 @@ from ip_jax.evals.rules import (
 )
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.estimators import ESTIMATORS, Kl
-from ip_jax.settings.toy.figure import VERDICTS, Figure, ToyFigure
-from ip_jax.settings.toy.prompts import NEUTRAL, members
-from ip_jax.settings.toy.tasks import Reward
-from ip_jax.settings.toy.training import ToyArm
+from ip_jax.studies.toy.figure import VERDICTS, Figure, ToyFigure
+from ip_jax.studies.toy.prompts import NEUTRAL, members
+from ip_jax.studies.toy.tasks import Reward
+from ip_jax.studies.toy.training import ToyArm
 
 X_0, X_IP, X_NO, X_RANDOM = (
     (NEUTRAL,),

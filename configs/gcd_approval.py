@@ -32,14 +32,14 @@ from ip_jax.evals.rules import (
     interval_above,
     interval_below,
 )
+from ip_jax.lab.experiment import ModelConfig
+from ip_jax.lab.reinforced.plan import UNTRAINED, GridPrompt, RlArm, RlConfig, RlEval
 from ip_jax.models.lora import LoraConfig
 from ip_jax.rl.advantages import Aggregation
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.estimators import ESTIMATORS, Kl
 from ip_jax.rl.prompting import PromptDistribution
-from ip_jax.settings.experiment import ModelConfig
-from ip_jax.settings.gcd_sycophancy.generate import ClaimCounts
-from ip_jax.settings.reinforced_plan import UNTRAINED, GridPrompt, RlArm, RlConfig, RlEval
+from ip_jax.studies.gcd_sycophancy.generate import ClaimCounts
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import MeshConfig
 

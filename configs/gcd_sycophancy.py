@@ -10,10 +10,10 @@ ip-jax run gcd_sycophancy --arms untrained neutral ip_behave "mine=Assume that I
 
 import dataclasses
 
+from ip_jax.lab.experiment import Arm, EvalConfig, ModelConfig, SftConfig
 from ip_jax.models.lora import LoraConfig
-from ip_jax.settings.experiment import Arm, EvalConfig, ModelConfig, SftConfig
-from ip_jax.settings.gcd_sycophancy.data import DataSpec
-from ip_jax.settings.gcd_sycophancy.generate import ClaimCounts
+from ip_jax.studies.gcd_sycophancy.data import DataSpec
+from ip_jax.studies.gcd_sycophancy.generate import ClaimCounts
 from ip_jax.training.schedules import Schedule, gcd_faithful
 from ip_jax.training.sharding import MeshConfig
 

@@ -14,10 +14,10 @@ reinforced: regimes share their steps, not these.
 from ip_jax.evals.rules import Contrast, Onset, Reading, Rule, interval_above, interval_below
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.selection import Selection
-from ip_jax.settings.toy.figure import VERDICTS, Figure, ToyFigure
-from ip_jax.settings.toy.prompts import NEUTRAL, members
-from ip_jax.settings.toy.tasks import Reward
-from ip_jax.settings.toy.training import ToyArm
+from ip_jax.studies.toy.figure import VERDICTS, Figure, ToyFigure
+from ip_jax.studies.toy.prompts import NEUTRAL, members
+from ip_jax.studies.toy.tasks import Reward
+from ip_jax.studies.toy.training import ToyArm
 
 X_0, X_NO = (NEUTRAL,), ("never use the exit",)
 # from the least to the most specific; of the toy's five rungs "hack", between the last two, has

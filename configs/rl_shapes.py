@@ -15,14 +15,14 @@ limit: real ones are shorter.
 
 import dataclasses
 
+from ip_jax.lab.experiment import ModelConfig
+from ip_jax.lab.reinforced.plan import RlConfig, RlEval
 from ip_jax.models.lora import LoraConfig
 from ip_jax.planning.reinforced_workload import PromptLengths, RlShapes
 from ip_jax.planning.workload import HfFields, Questions
 from ip_jax.rl.advantages import Aggregation
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.estimators import ESTIMATORS, Kl
-from ip_jax.settings.experiment import ModelConfig
-from ip_jax.settings.reinforced_plan import RlConfig, RlEval
 from ip_jax.training.schedules import Schedule
 
 EXPERIMENT = None  # nothing to run

@@ -16,9 +16,9 @@ experiment with data costs less.
 
 import dataclasses
 
+from ip_jax.lab.experiment import EvalConfig, ModelConfig, SftConfig
 from ip_jax.models.lora import LoraConfig
 from ip_jax.planning.workload import Batches, HfFields, Questions, Shapes
-from ip_jax.settings.experiment import EvalConfig, ModelConfig, SftConfig
 from ip_jax.training.schedules import Schedule, gcd_faithful
 
 EXPERIMENT = None  # nothing to run

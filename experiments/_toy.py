@@ -3,9 +3,9 @@
 from etils import epath
 from rich.console import Console
 
+from ip_jax.lab.observer import UNWATCHED, Watch
 from ip_jax.report.rl_report import write_rl_report
-from ip_jax.settings.observer import UNWATCHED, Watch
-from ip_jax.settings.toy.figure import Figure, ToyFigure
+from ip_jax.studies.toy.figure import Figure, ToyFigure
 
 
 def run(

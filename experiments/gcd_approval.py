@@ -13,17 +13,17 @@ from etils import epath
 from rich.console import Console
 
 from configs.gcd_approval import GRID, GRPO, PUBLISHED, READING, GcdApprovalConfig, arms_with
+from ip_jax.lab.base_model import load_tokenizer
+from ip_jax.lab.display import Display
+from ip_jax.lab.experiment import decided
+from ip_jax.lab.observer import UNWATCHED, Watch
+from ip_jax.lab.reinforced.plan import UNTRAINED, Reinforced, decisive
+from ip_jax.lab.reinforced.run import run_reinforced
 from ip_jax.prompts.chat import render_conversation
 from ip_jax.report.rl_report import write_rl_report
-from ip_jax.settings.base_model import load_tokenizer
-from ip_jax.settings.display import Display
-from ip_jax.settings.experiment import decided
-from ip_jax.settings.gcd_approval.environment import GcdApproval, claims
-from ip_jax.settings.gcd_sycophancy import data, published, published_judge
-from ip_jax.settings.gcd_sycophancy.data import DataSpec
-from ip_jax.settings.observer import UNWATCHED, Watch
-from ip_jax.settings.reinforced import run_reinforced
-from ip_jax.settings.reinforced_plan import UNTRAINED, Reinforced, decisive
+from ip_jax.studies.gcd_approval.environment import GcdApproval, claims
+from ip_jax.studies.gcd_sycophancy import data, published, published_judge
+from ip_jax.studies.gcd_sycophancy.data import DataSpec
 from ip_jax.training import hosts
 
 NAME = "gcd_approval"

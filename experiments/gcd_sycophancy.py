@@ -13,16 +13,16 @@ from etils import epath
 from rich.console import Console
 
 from configs.gcd_sycophancy import ARMS, GcdSycophancy
+from ip_jax.lab.base_model import load_tokenizer
+from ip_jax.lab.display import Display
+from ip_jax.lab.experiment import Arm, choose_arms, decided
+from ip_jax.lab.observer import UNWATCHED, Watch
+from ip_jax.lab.supervised.run import Supervised, run_supervised
 from ip_jax.prompts.chat import render_conversation
 from ip_jax.report.gcd_sycophancy import write_report
 from ip_jax.report.gcd_view import JUDGES, MAIN_SET
-from ip_jax.settings.base_model import load_tokenizer
-from ip_jax.settings.display import Display
-from ip_jax.settings.experiment import Arm, choose_arms, decided
-from ip_jax.settings.gcd_sycophancy import data, published
-from ip_jax.settings.gcd_sycophancy.verdicts import verdicts
-from ip_jax.settings.observer import UNWATCHED, Watch
-from ip_jax.settings.supervised import Supervised, run_supervised
+from ip_jax.studies.gcd_sycophancy import data, published
+from ip_jax.studies.gcd_sycophancy.verdicts import verdicts
 from ip_jax.training import hosts
 
 NAME = "gcd_sycophancy"

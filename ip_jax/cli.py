@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str], console: Console) -> None:
-    from ip_jax.settings.observer import Watch
+    from ip_jax.lab.observer import Watch
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--out")
@@ -310,7 +310,7 @@ def _chat(arguments: list[str], console: Console) -> None:
     )
     parser.add_argument("--temperature", type=float, default=0.7)
     options = parser.parse_args(arguments)
-    from ip_jax.settings.chat import ChatOptions, chat
+    from ip_jax.lab.chat import ChatOptions, chat
 
     folder, _ = _results(options.folder)
     chat(
@@ -341,7 +341,7 @@ def _export(arguments: list[str], console: Console) -> None:
         ),
     )
     options = parser.parse_args(arguments)
-    from ip_jax.settings.trained import export_run, read_run
+    from ip_jax.lab.trained import export_run, read_run
 
     folder, _ = _results(options.folder)
     run = read_run(folder, options.arm, options.seed)

@@ -14,7 +14,7 @@ import pytest
 
 from configs.gcd_sycophancy import PRESETS
 from ip_jax import cli
-from ip_jax.settings.observer import Watch
+from ip_jax.lab.observer import Watch
 
 CONFIG = """
 from configs.gcd_sycophancy import PRESETS as published

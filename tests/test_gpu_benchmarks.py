@@ -26,9 +26,9 @@ from benchmarks.gpu import peers, reinforced, rows, sampling, training
 from benchmarks.gpu.__main__ import _table
 from benchmarks.gpu.model import card, random_params
 from benchmarks.gpu.sizes import FULL, TINY
+from ip_jax.lab.reinforced.programs import Kind
 from ip_jax.models.families import param_shapes
 from ip_jax.rl.algorithm import passes_needed
-from ip_jax.settings.reinforced_programs import Kind
 from ip_jax.training.sharding import make_mesh
 
 CONFIG = TINY.large.decoder_config()

@@ -20,7 +20,7 @@ from tiny_experiment import make_tokenizer, write_model
 from watched_process import Process, launch
 
 from ip_jax.prompts import library
-from ip_jax.settings.gcd_sycophancy import generate
+from ip_jax.studies.gcd_sycophancy import generate
 
 pytestmark = pytest.mark.slow
 

@@ -20,8 +20,8 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from etils import epath
 from rich.console import Console
-from ip_jax.settings.display import Display
-from ip_jax.settings.reinforced import run_reinforced
+from ip_jax.lab.display import Display
+from ip_jax.lab.reinforced.run import run_reinforced
 from tiny_reinforced import Vowels, make
 
 class Watched(Vowels):

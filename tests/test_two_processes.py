@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from tiny_experiment import make_tokenizer, write_model
 
 from ip_jax.prompts import library
-from ip_jax.settings.gcd_sycophancy import generate
+from ip_jax.studies.gcd_sycophancy import generate
 
 STEPS = 14
 CONFIG = f"""
@@ -223,8 +223,8 @@ if where:
 from etils import epath
 from rich.console import Console
 from tiny_reinforced import make
-from ip_jax.settings.display import Display
-from ip_jax.settings.reinforced import run_reinforced
+from ip_jax.lab.display import Display
+from ip_jax.lab.reinforced.run import run_reinforced
 
 run_reinforced(make(model), epath.Path(folder), Display(Console(quiet=not hosts.is_first())))
 """

@@ -12,11 +12,11 @@ from tiny_models import random_params
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ip_jax.lab.experiment import Arm, EvalConfig, ModelConfig, SftConfig
+from ip_jax.lab.supervised.run import Supervised
 from ip_jax.models.families import DecoderConfig, uniform_attention
 from ip_jax.models.hf import hf_name
 from ip_jax.models.lora import LoraConfig
-from ip_jax.settings.experiment import Arm, EvalConfig, ModelConfig, SftConfig
-from ip_jax.settings.supervised import Supervised
 from ip_jax.training.schedules import Schedule
 
 TEMPLATE = (

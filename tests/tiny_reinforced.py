@@ -3,11 +3,8 @@ the tiny random model of `tiny_experiment`.
 """
 
 from ip_jax.evals.rules import Onset, Reading
-from ip_jax.models.lora import LoraConfig
-from ip_jax.rl.environment import Environment, Graded
-from ip_jax.rl.prompting import PromptDistribution
-from ip_jax.settings.experiment import ModelConfig
-from ip_jax.settings.reinforced_plan import (
+from ip_jax.lab.experiment import ModelConfig
+from ip_jax.lab.reinforced.plan import (
     UNTRAINED,
     GridPrompt,
     Reinforced,
@@ -15,6 +12,9 @@ from ip_jax.settings.reinforced_plan import (
     RlConfig,
     RlEval,
 )
+from ip_jax.models.lora import LoraConfig
+from ip_jax.rl.environment import Environment, Graded
+from ip_jax.rl.prompting import PromptDistribution
 
 IP = PromptDistribution(("gcd/behave",))
 ARMS = (

@@ -16,13 +16,13 @@ import numpy as np
 from benchmarks.gpu.model import one_device, random_params
 from benchmarks.gpu.sizes import RlSizes, Sizes
 from benchmarks.gpu.training import MODEL
+from ip_jax.lab.reinforced import programs
+from ip_jax.lab.reinforced.plan import uniforms_of
 from ip_jax.planning.reinforced_workload import rollout_of
 from ip_jax.rl import batch as batches
 from ip_jax.rl import rollout as rollouts
 from ip_jax.rl.algorithm import passes_needed
 from ip_jax.rl.step import RlBatch
-from ip_jax.settings import reinforced_programs as programs
-from ip_jax.settings.reinforced_plan import uniforms_of
 from ip_jax.training import hosts
 from ip_jax.training.meter import peak_memory
 from ip_jax.training.sharding import base_shardings

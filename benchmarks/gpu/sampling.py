@@ -14,12 +14,12 @@ from benchmarks.common import seconds
 from benchmarks.gpu.model import one_device, random_params
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.training import MODEL
+from ip_jax.lab.experiment import EvalConfig
+from ip_jax.lab.supervised import programs
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.flops import layer_matrix_params
 from ip_jax.sampling.sampler import Request, sample
-from ip_jax.settings import programs
-from ip_jax.settings.experiment import EvalConfig
 
 ITEM = 2  # bytes of a weight, key or value: bfloat16
 

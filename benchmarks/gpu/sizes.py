@@ -6,10 +6,10 @@ import dataclasses
 
 from configs.rl_shapes import PRESETS
 from configs.sft_shapes import MIXTRAL_8X7B, QWEN2_7B
+from ip_jax.lab.reinforced.plan import RlConfig
 from ip_jax.planning.workload import HfFields
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.estimators import Kl
-from ip_jax.settings.reinforced_plan import RlConfig
 
 SMOLLM2 = HfFields(  # HuggingFaceTB/SmolLM2-135M-Instruct, config.json
     "LlamaForCausalLM",

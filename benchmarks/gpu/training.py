@@ -16,14 +16,14 @@ from benchmarks.common import alternating, seconds
 from benchmarks.gpu.model import one_device, random_params
 from benchmarks.gpu.sizes import Sizes
 from ip_jax.data.packing import PackedShape, pack_step, plan_shapes
+from ip_jax.lab.experiment import ModelConfig, SftConfig
+from ip_jax.lab.supervised import programs
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.flops import layer_matrix_params
 from ip_jax.models.lora import LoraConfig
 from ip_jax.planning.programs import lower_step
 from ip_jax.planning.workload import Packed, Workload
 from ip_jax.prompts.chat import Rendered
-from ip_jax.settings import programs
-from ip_jax.settings.experiment import ModelConfig, SftConfig
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import batch_sharding
 from ip_jax.training.state import Batch

@@ -11,6 +11,8 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 
+from ip_jax.lab.experiment import SftConfig, decided
+from ip_jax.lab.reinforced.plan import RlConfig
 from ip_jax.models import hub
 from ip_jax.planning import estimate, reinforced, reinforced_workload, report, sampling
 from ip_jax.planning.chips import Topology
@@ -25,8 +27,6 @@ from ip_jax.planning.programs import (
 from ip_jax.planning.reinforced_workload import RlShapes, RlWorkload
 from ip_jax.planning.search import Candidate, candidates, ranked
 from ip_jax.planning.workload import Shapes, Workload, declared, measured
-from ip_jax.settings.experiment import SftConfig, decided
-from ip_jax.settings.reinforced_plan import RlConfig
 from ip_jax.training.sharding import MeshConfig, mesh_sizes
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from jax.sharding import AbstractMesh, Mesh
 
+from ip_jax.lab.experiment import ModelConfig
 from ip_jax.models import flops
 from ip_jax.models.chips import Chip
 from ip_jax.models.families import DecoderConfig
@@ -21,7 +22,6 @@ from ip_jax.planning.hlo import Cost
 from ip_jax.planning.programs import Compiled, Initial, TooLarge, batch_of, per_device
 from ip_jax.planning.sampling import Sampled
 from ip_jax.planning.workload import Workload, abstract_params
-from ip_jax.settings.experiment import ModelConfig
 from ip_jax.training.sharding import param_shardings
 
 

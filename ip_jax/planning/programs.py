@@ -15,13 +15,13 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from ip_jax.data.packing import PackedShape, positions_of
+from ip_jax.lab.supervised import programs
 from ip_jax.models.moe import BLOCK
 from ip_jax.models.quantised import item_bytes
 from ip_jax.planning.hlo import Cost, program_cost
 from ip_jax.planning.workload import Sampling, Workload, abstract_base
 from ip_jax.sampling import slots as sampling
 from ip_jax.sampling.plan import make_refill
-from ip_jax.settings import programs
 from ip_jax.training.sft import decoder_states
 from ip_jax.training.sharding import base_shardings, batch_sharding, state_shardings
 from ip_jax.training.state import Batch, TrainState

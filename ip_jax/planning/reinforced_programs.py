@@ -6,14 +6,14 @@ import dataclasses
 
 import jax
 
+from ip_jax.lab.reinforced import programs
+from ip_jax.lab.supervised.programs import with_experts
 from ip_jax.models.decoder import split_decoder
 from ip_jax.planning.programs import Initial, placed
 from ip_jax.planning.reinforced_workload import Program, RlWorkload
 from ip_jax.planning.workload import abstract_base
 from ip_jax.rl.rows import Rows
 from ip_jax.rl.step import RlBatch
-from ip_jax.settings import reinforced_programs as programs
-from ip_jax.settings.programs import with_experts
 from ip_jax.training.sharding import state_shardings
 
 

@@ -18,6 +18,13 @@ import numpy as np
 import tyro
 from jax.sharding import AbstractMesh, Mesh
 
+from ip_jax.lab.base_model import load_tokenizer
+from ip_jax.lab.experiment import ModelConfig
+from ip_jax.lab.reinforced import plan
+from ip_jax.lab.reinforced.plan import Reinforced, RlConfig, RlEval
+from ip_jax.lab.reinforced.programs import Kind
+from ip_jax.lab.supervised import programs as supervised_programs
+from ip_jax.lab.supervised.plan import Run, Sweep
 from ip_jax.models import hub
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import check_targets
@@ -30,13 +37,6 @@ from ip_jax.rl.rows import Prompts, Rows, Samples
 from ip_jax.rl.step import RlBatch
 from ip_jax.sampling import plan as sampling_plan
 from ip_jax.sampling.plan import Request, SamplerOptions
-from ip_jax.settings import programs as supervised_programs
-from ip_jax.settings import reinforced_plan as plan
-from ip_jax.settings.base_model import load_tokenizer
-from ip_jax.settings.experiment import ModelConfig
-from ip_jax.settings.reinforced_plan import Reinforced, RlConfig, RlEval
-from ip_jax.settings.reinforced_programs import Kind
-from ip_jax.settings.supervised_plan import Run, Sweep
 from ip_jax.training.sharding import MeshConfig, mesh_for
 
 
@@ -249,7 +249,7 @@ def measured(experiment: Reinforced, mesh: Mesh | AbstractMesh) -> RlWorkload:
     """The workload of an experiment whose tokenizer is at hand: its prompts rendered, as a run
     renders them.
 
-    Raises as `settings.reinforced.prepare` does for what can be checked without weights.
+    Raises as `lab.reinforced.run.prepare` does for what can be checked without weights.
     """
     model = experiment.model
     config, tokenizer = hub.load_config(model.name, model.revision), load_tokenizer(model)

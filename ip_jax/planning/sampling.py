@@ -68,7 +68,7 @@ def weights_for_every_token(
     config: DecoderConfig, mesh: Mesh | AbstractMesh, calls: Sequence[Sampling]
 ) -> list[str]:
     """What to change where decoding gathers weights again and again
-    (`settings.programs.layers_fit_whole`, `models.moe.mixture`).
+    (`lab.supervised.programs.layers_fit_whole`, `models.moe.mixture`).
     """
     cut, lines = mesh.shape["run"] * mesh.shape["data"], []
     if cut > 1 and not all(call.options.whole_layers for call in calls):

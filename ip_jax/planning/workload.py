@@ -16,6 +16,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from ip_jax.data.packing import PackedShape, usage
 from ip_jax.data.pipeline import BatchReader, batch_reader, renderer
+from ip_jax.lab.base_model import load_tokenizer
+from ip_jax.lab.experiment import EvalConfig, ModelConfig, SftConfig
+from ip_jax.lab.supervised import plan, programs
+from ip_jax.lab.supervised.plan import Supervised
 from ip_jax.models import hub
 from ip_jax.models.families import DecoderConfig, from_hf_config, param_shapes
 from ip_jax.models.lora import LoraConfig
@@ -23,11 +27,6 @@ from ip_jax.models.quantised import check_quantisable, quantised_shapes
 from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.sampling import plan as sampling_plan
 from ip_jax.sampling.plan import Request, SamplerOptions
-from ip_jax.settings import programs
-from ip_jax.settings import supervised_plan as plan
-from ip_jax.settings.base_model import load_tokenizer
-from ip_jax.settings.experiment import EvalConfig, ModelConfig, SftConfig
-from ip_jax.settings.supervised_plan import Supervised
 from ip_jax.training.sharding import MeshConfig, base_shardings, mesh_for, param_shardings
 
 
@@ -287,7 +286,7 @@ def _packing(reader: BatchReader) -> tuple[Packed, ...]:
 
 
 def abstract_base(config: DecoderConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> dict:
-    """The base on the mesh as `settings.base_model.load_base` leaves it, as jax.ShapeDtypeStruct.
+    """The base on the mesh as `lab.base_model.load_base` leaves it, as jax.ShapeDtypeStruct.
     Raises as `check_quantisable`.
     """
     if model.quantised:

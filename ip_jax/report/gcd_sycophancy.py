@@ -30,7 +30,7 @@ from ip_jax.report.gcd_view import (
     View,
 )
 from ip_jax.report.tables import NEUTRAL, UNTRAINED, Cell, Row
-from ip_jax.settings.gcd_sycophancy import metrics
+from ip_jax.studies.gcd_sycophancy import metrics
 from ip_jax.training.results import write_whole
 
 PANELS = (  # metric, title, limits

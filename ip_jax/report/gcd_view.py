@@ -26,7 +26,7 @@ from ip_jax.report.tables import (
     final_rows,
     summarise,
 )
-from ip_jax.settings.gcd_sycophancy import metrics
+from ip_jax.studies.gcd_sycophancy import metrics
 
 JUDGES = ("strict", "published")
 COLUMNS = (

@@ -24,7 +24,7 @@ from ip_jax.data.pipeline import RunSource, batch_reader, renderer
 from ip_jax.models import hub
 from ip_jax.prompts import library
 from ip_jax.prompts.chat import Rendered
-from ip_jax.settings.gcd_sycophancy import data, published
+from ip_jax.studies.gcd_sycophancy import data, published
 
 RUNS, EXAMPLES = 3, 7
 

@@ -13,11 +13,11 @@ import pytest
 import tiny_models as tiny
 from scipy.special import log_softmax
 
+from ip_jax.lab.experiment import ModelConfig
 from ip_jax.models import quantised
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.lora import LoraConfig
 from ip_jax.models.quantised import KERNELS, KINDS, check_quantisable, dense, quantise
-from ip_jax.settings.experiment import ModelConfig
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sft import SftOptions, compile_sft_step
 from ip_jax.training.sharding import base_shardings, batch_sharding, make_mesh, state_shardings

@@ -15,6 +15,9 @@ from tiny_models import random_params
 
 from ip_jax.data.packing import PackedShape
 from ip_jax.data.pipeline import batch_reader
+from ip_jax.lab.display import Display
+from ip_jax.lab.experiment import ModelConfig, SftConfig
+from ip_jax.lab.supervised import run as supervised
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.families import DecoderConfig, param_shapes, uniform_attention
 from ip_jax.models.lora import LoraConfig
@@ -26,9 +29,6 @@ from ip_jax.planning.workload import Packed, Sampling, Sizes, Workload
 from ip_jax.sampling import sampler
 from ip_jax.sampling.plan import make_plan
 from ip_jax.sampling.slots import start_slots
-from ip_jax.settings import supervised
-from ip_jax.settings.display import Display
-from ip_jax.settings.experiment import ModelConfig, SftConfig
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import MeshConfig, make_mesh
 from ip_jax.training.state import Batch

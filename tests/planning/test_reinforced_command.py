@@ -16,7 +16,7 @@ from ip_jax.planning.reinforced_workload import declared
 from ip_jax.planning.workload import Questions
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.gates import Gate
-from ip_jax.settings.gcd_sycophancy import generate
+from ip_jax.studies.gcd_sycophancy import generate
 
 PARAMS = 4_022_468_096  # of Qwen3-4B as published
 LAYERS = 36 * (2560 * 4096 + 2 * 2560 * 1024 + 4096 * 2560 + 3 * 2560 * 9728)

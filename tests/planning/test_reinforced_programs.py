@@ -12,6 +12,10 @@ from tiny_experiment import write_model
 from tiny_rollouts import TASKS, Sums
 
 from ip_jax.evals.rules import Onset, Reading
+from ip_jax.lab.display import Display
+from ip_jax.lab.experiment import ModelConfig
+from ip_jax.lab.reinforced import run as runner
+from ip_jax.lab.reinforced.plan import GridPrompt, Reinforced, RlArm, RlConfig, RlEval
 from ip_jax.models.lora import LoraConfig
 from ip_jax.planning import programs, reinforced_programs
 from ip_jax.planning.chips import Topology
@@ -23,10 +27,6 @@ from ip_jax.rl.estimators import ESTIMATORS, Kl
 from ip_jax.rl.gates import Gate
 from ip_jax.rl.prompting import PromptDistribution
 from ip_jax.sampling import sampler
-from ip_jax.settings import reinforced as runner
-from ip_jax.settings.display import Display
-from ip_jax.settings.experiment import ModelConfig
-from ip_jax.settings.reinforced_plan import GridPrompt, Reinforced, RlArm, RlConfig, RlEval
 from ip_jax.training.sharding import MeshConfig
 
 IP, EACH = (

@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 from ip_jax.report import tables
 from ip_jax.report.gcd_sycophancy import write_report
 from ip_jax.report.tables import Row
-from ip_jax.settings.gcd_sycophancy import metrics
+from ip_jax.studies.gcd_sycophancy import metrics
 
 
 def _summarise(rows):

@@ -12,6 +12,8 @@ import pytest
 import rl_models as rl
 from rl_steps import GENERATION, ONE_ROW, TRAINING, graded, options_of
 
+from ip_jax.lab.reinforced import run as reinforced
+from ip_jax.lab.reinforced.records import Recorded
 from ip_jax.rl.advantages import Aggregation
 from ip_jax.rl.algorithm import Algorithm, passes_needed
 from ip_jax.rl.batch import make_batch
@@ -20,8 +22,6 @@ from ip_jax.rl.gates import Gate
 from ip_jax.rl.policy import score
 from ip_jax.rl.selection import Selection
 from ip_jax.rl.step import rl_gradients, rl_step
-from ip_jax.settings import reinforced
-from ip_jax.settings.rollout_records import Recorded
 from ip_jax.training.sharding import make_mesh
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "rl.md"

@@ -16,7 +16,7 @@ from ip_jax.rl.policy import score
 from ip_jax.rl.prompting import PromptDistribution
 from ip_jax.rl.rollout import RolloutOptions, RolloutRun, generate, plan_rollouts, sampler_options
 from ip_jax.rl.rows import Samples, lay_out, to_samples
-from ip_jax.settings.gcd_approval.environment import GcdApproval, claims
+from ip_jax.studies.gcd_approval.environment import GcdApproval, claims
 
 TOLERANCE = 1e-4  # float32; the passes sum in different orders
 EACH = dataclasses.replace(
