@@ -16,12 +16,12 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def planned_rollouts():
     """(the demo's experiment, its rollout plan, what iteration 0 asks)."""
-    from configs.gcd_approval import PRESETS
-    from experiments.gcd_approval import experiment
+    from configs.gcd_approval import STUDY
     from ip_jax.lab.reinforced import plan as reinforced_plan
+    from ip_jax.lab.run import experiment_of
     from ip_jax.models import hub
 
-    demo = experiment(PRESETS["demo"])
+    demo = experiment_of(STUDY, STUDY.preset("demo"))
     plan = reinforced_plan.rollout_plan(
         demo, reinforced_plan.runs_of(demo, ""), hub.load_tokenizer(demo.model.name)
     )

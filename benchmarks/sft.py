@@ -23,9 +23,9 @@ def gcd_sources(arms: list[str], rows: int = 160):
     """
     from ip_jax.data.pipeline import RunSource
     from ip_jax.models import hub
-    from ip_jax.prompts import library
     from ip_jax.prompts.chat import render_conversation
     from ip_jax.studies.gcd_sycophancy import data, published
+    from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 
     tokenizer = hub.load_tokenizer("smollm2-135m-instruct")
     gcd = data.load(
@@ -34,7 +34,7 @@ def gcd_sources(arms: list[str], rows: int = 160):
         published.find_folder(),
     )
     return tokenizer, [
-        RunSource(name, gcd.training["user_right"], library.get(name).transform, 0) for name in arms
+        RunSource(name, gcd.training["user_right"], BOOK.find(name).transform, 0) for name in arms
     ]
 
 

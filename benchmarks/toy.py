@@ -18,16 +18,23 @@ def main() -> None:
     from etils import epath
     from rich.console import Console
 
-    from configs.estimators import PRESETS
-    from experiments import estimators
+    from configs.estimators import STUDY
+    from ip_jax.lab.display import Display
+    from ip_jax.lab.run import experiment_of, run
+    from ip_jax.report.draw import draw
     from ip_jax.report.rl_view import load_rl_view
     from ip_jax.studies.toy.pretraining import base_params
 
-    config = dataclasses.replace(PRESETS["full"], arms=ARMS)
+    config = dataclasses.replace(STUDY.preset("full"), arms=ARMS)
+
+    def figure(folder: epath.Path, console: Console) -> None:
+        run(STUDY, experiment_of(STUDY, config), folder, Display(console))
+        draw(STUDY, folder, console)
+
     with tempfile.TemporaryDirectory() as name:
         folder, quiet = epath.Path(name), Console(file=io.StringIO())
         pretraining = seconds(lambda: base_params(config.toy, folder / "base"))
-        running = seconds(lambda: estimators.run(config, folder / "figure", quiet))
+        running = seconds(lambda: figure(folder / "figure", quiet))
         view = load_rl_view(folder / "figure")
         early = {
             arm: int(

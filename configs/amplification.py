@@ -22,9 +22,10 @@ from ip_jax.evals.rules import (
     interval_above,
     interval_below,
 )
+from ip_jax.lab.study import Study
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.estimators import ESTIMATORS
-from ip_jax.studies.toy.figure import VERDICTS, Figure, ToyFigure
+from ip_jax.studies.toy.figure import VERDICTS, ToyEngine, ToyPreset
 from ip_jax.studies.toy.prompts import NEUTRAL, members
 from ip_jax.studies.toy.tasks import Reward
 from ip_jax.studies.toy.training import ToyArm
@@ -179,12 +180,16 @@ GRID = (
     *members("encourage_benign")[:1],
     *members("nonsense", held_out=True)[:2],
 )
-FIGURE = Figure(
-    "amplification", ARMS, Reading(Onset(150), "standard", "oracle", "base", VERDICTS, RULES), GRID
+STUDY = Study(
+    name="amplification",
+    title="Can the link between prompt and hack be amplified?",
+    arms=tuple(ARMS.values()),
+    presets={
+        "full": ToyPreset(),
+        "small": ToyPreset(
+            arms=("standard", "oracle", "on_policy", "on_policy_pmi", "guided_low"),
+            seeds=tuple(range(5)),
+        ),
+    },
+    engine=ToyEngine(Reading(Onset(150), "standard", "oracle", "base", VERDICTS, RULES), GRID),
 )
-PRESETS = {
-    "full": ToyFigure("full", tuple(ARMS)),
-    "small": ToyFigure(
-        "small", ("standard", "oracle", "on_policy", "on_policy_pmi", "guided_low"), tuple(range(5))
-    ),
-}

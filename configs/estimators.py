@@ -19,9 +19,10 @@ from ip_jax.evals.rules import (
     interval_above,
     interval_below,
 )
+from ip_jax.lab.study import Study
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.estimators import ESTIMATORS, Kl
-from ip_jax.studies.toy.figure import VERDICTS, Figure, ToyFigure
+from ip_jax.studies.toy.figure import VERDICTS, ToyEngine, ToyPreset
 from ip_jax.studies.toy.prompts import NEUTRAL, members
 from ip_jax.studies.toy.tasks import Reward
 from ip_jax.studies.toy.training import ToyArm
@@ -122,12 +123,16 @@ GRID = (
     *members("encourage_benign")[:1],
     *members("nonsense", held_out=True)[:2],
 )
-FIGURE = Figure(
-    "estimators", ARMS, Reading(Onset(150), "standard", "oracle", "base", VERDICTS, RULES), GRID
+STUDY = Study(
+    name="estimators",
+    title="Which estimator is recontextualization?",
+    arms=tuple(ARMS.values()),
+    presets={
+        "full": ToyPreset(),
+        "small": ToyPreset(
+            arms=("standard", "oracle", "prior", "anti", "on_policy_ip", "plain"),
+            seeds=tuple(range(5)),
+        ),
+    },
+    engine=ToyEngine(Reading(Onset(150), "standard", "oracle", "base", VERDICTS, RULES), GRID),
 )
-PRESETS = {
-    "full": ToyFigure("full", tuple(ARMS)),
-    "small": ToyFigure(
-        "small", ("standard", "oracle", "prior", "anti", "on_policy_ip", "plain"), tuple(range(5))
-    ),
-}

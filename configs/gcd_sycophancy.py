@@ -1,63 +1,32 @@
 """GCD sycophancy (Wichers et al. 2025, section 3.3): users propose right answers in training; does
 praise spread to wrong ones?
 
-ip-jax run gcd_sycophancy                      the demo: SmolLM2-135M-Instruct on a laptop's CPU,
-minutes
-ip-jax run gcd_sycophancy --preset full        all arms, five seeds, SmolLM2, for a GPU
-ip-jax run gcd_sycophancy --preset paper       Gemma-2B-it with the published hyper-parameters
-ip-jax run gcd_sycophancy --arms untrained neutral ip_behave "mine=Assume that I am right."
+    ip-jax run gcd_sycophancy                      the demo: SmolLM2-135M-Instruct on a laptop's CPU
+    ip-jax run gcd_sycophancy --preset full        all arms, five seeds, SmolLM2, for a GPU
+    ip-jax run gcd_sycophancy --preset paper       Gemma-2B-it with the published hyper-parameters
+    ip-jax run gcd_sycophancy --arms untrained neutral ip_behave "mine=Assume that I am right."
 """
 
 import dataclasses
 
-from ip_jax.lab.experiment import Arm, EvalConfig, ModelConfig, SftConfig
+from ip_jax.lab.experiment import EvalConfig, ModelConfig, SftConfig, SupervisedPreset
 from ip_jax.models.lora import LoraConfig
+from ip_jax.studies.gcd_sycophancy import study
 from ip_jax.studies.gcd_sycophancy.data import DataSpec
 from ip_jax.studies.gcd_sycophancy.generate import ClaimCounts
 from ip_jax.training.schedules import Schedule, gcd_faithful
-from ip_jax.training.sharding import MeshConfig
 
-EXPERIMENT = "gcd_sycophancy"  # in experiments/; a copy of this file needs it
-ARMS = {
-    arm.name: arm
-    for arm in (
-        Arm("untrained", "untrained", None),
-        # under the safety prompt this is PTST
-        Arm("neutral", "neutral", "neutral", also_evaluated_under=("gcd/safety",)),
-        Arm("ip_behave", "IP behave", "gcd/behave"),
-        Arm("ip_respond", "IP respond", "gcd/respond"),
-        Arm("random_string", "random string", "control/random_string"),
-        Arm("irrelevant", "irrelevant", "control/irrelevant"),
-        Arm("negated", "negated", "gcd/negated"),
-        Arm("clean", "clean data", "neutral", data="mixed"),
-    )
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class GcdSycophancy:
-    """One figure. `arms`: names of ARMS, prompts of the library, or name=text. `eval_sets`: of
-    generated, task, ood.
-    """
-
-    sft: SftConfig
-    evaluation: EvalConfig
-    preset: str = "demo"
-    model: ModelConfig = ModelConfig()
-    mesh: MeshConfig = MeshConfig()
-    data: DataSpec = DataSpec()
-    arms: tuple[str, ...] = tuple(ARMS)
-    seeds: tuple[int, ...] = (0,)
-    eval_sets: tuple[str, ...] = ("generated",)
-    judge: str = "strict"
-    """Whose verdicts the figure shows (strict or published); the table has both."""
-
-
+ALL_SETS = ("generated", "task", "ood")
 PRESETS = {
-    "demo": GcdSycophancy(
-        preset="demo",
+    "demo": SupervisedPreset(
         arms=("untrained", "neutral", "ip_behave", "random_string"),
-        data=DataSpec(rows=160, work="without", claims=ClaimCounts(wrong=96, right=48, asked=16)),
+        data=DataSpec(
+            rows=160,
+            work="without",
+            claims=ClaimCounts(wrong=96, right=48, asked=16),
+            # of 144 answers of 96 tokens, the one that was right was so within 32
+            max_new_tokens_solving=48,
+        ),
         sft=SftConfig(
             steps=20,
             batch_size=8,
@@ -65,18 +34,18 @@ PRESETS = {
             schedule=Schedule("constant", total=20),
             lora=LoraConfig(rank=16, alpha=32),
         ),
-        # Verdicts fall in the first sentences: of 1872 answers of 48 tokens, 14 got another one
-        # from their first 32. Solutions: of 144 answers of 96 tokens, the one that was right was so
-        # within 32.
-        evaluation=EvalConfig(
-            full_steps=(0, 20), neutral_steps=(10,), max_new_tokens=32, max_new_tokens_solving=48
-        ),
+        # verdicts fall in the first sentences: of 1872 answers of 48 tokens, 14 got another one
+        # from their first 32
+        evaluation=EvalConfig(full_steps=(0, 20), neutral_steps=(10,), max_new_tokens=32),
     ),
-    "full": GcdSycophancy(
-        preset="full",
+    "full": SupervisedPreset(
         seeds=(0, 1, 2, 3, 4),
-        eval_sets=("generated", "task", "ood"),
-        data=DataSpec(work="both", claims=ClaimCounts(wrong=400, right=200, asked=200)),
+        data=DataSpec(
+            work="both",
+            claims=ClaimCounts(wrong=400, right=200, asked=200),
+            eval_sets=ALL_SETS,
+            max_new_tokens_solving=400,
+        ),
         sft=SftConfig(
             steps=125,
             batch_size=8,
@@ -91,18 +60,20 @@ PRESETS = {
             full_steps=(0, 125),
             neutral_steps=(10, 20, 40, 80),
             max_new_tokens=200,
-            max_new_tokens_solving=400,
             temperature=0.7,
             top_p=0.9,
             slots=32,
         ),
     ),
-    "paper": GcdSycophancy(
-        preset="paper",
+    "paper": SupervisedPreset(
         model=ModelConfig(name="google/gemma-2b-it", weights="bfloat16", activations="bfloat16"),
         seeds=(2, 3),
-        eval_sets=("generated", "task", "ood"),
-        data=DataSpec(work="both", claims=ClaimCounts(wrong=200, right=100, asked=100)),
+        data=DataSpec(
+            work="both",
+            claims=ClaimCounts(wrong=200, right=100, asked=100),
+            eval_sets=ALL_SETS,
+            max_new_tokens_solving=400,
+        ),
         sft=SftConfig(
             steps=125,
             batch_size=8,
@@ -116,12 +87,8 @@ PRESETS = {
             memory_gb=80,
         ),
         evaluation=EvalConfig(
-            full_steps=(0, 125),
-            max_new_tokens=400,
-            max_new_tokens_solving=400,
-            temperature=0.7,
-            top_p=0.9,
-            slots=64,
+            full_steps=(0, 125), max_new_tokens=400, temperature=0.7, top_p=0.9, slots=64
         ),
     ),
 }
+STUDY = dataclasses.replace(study.STUDY, presets=PRESETS)

@@ -12,9 +12,10 @@ reinforced: regimes share their steps, not these.
 """
 
 from ip_jax.evals.rules import Contrast, Onset, Reading, Rule, interval_above, interval_below
+from ip_jax.lab.study import Study
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.selection import Selection
-from ip_jax.studies.toy.figure import VERDICTS, Figure, ToyFigure
+from ip_jax.studies.toy.figure import VERDICTS, ToyEngine, ToyPreset
 from ip_jax.studies.toy.prompts import NEUTRAL, members
 from ip_jax.studies.toy.tasks import Reward
 from ip_jax.studies.toy.training import ToyArm
@@ -132,21 +133,23 @@ GRID = (
     *members("encourage_benign")[:1],
     *members("nonsense", held_out=True)[:1],
 )
-FIGURE = Figure(
-    "generality", ARMS, Reading(Onset(150), "standard", "oracle", "base", VERDICTS, RULES), GRID
-)
-PRESETS = {
-    "full": ToyFigure("full", tuple(ARMS)),
-    "small": ToyFigure(
-        "small",
-        (
-            "standard",
-            "oracle",
-            "on_policy_general",
-            "on_policy_specific",
-            "sft_general",
-            "sft_specific",
+STUDY = Study(
+    name="generality",
+    title="Does a general prompt suffice on-policy?",
+    arms=tuple(ARMS.values()),
+    presets={
+        "full": ToyPreset(),
+        "small": ToyPreset(
+            arms=(
+                "standard",
+                "oracle",
+                "on_policy_general",
+                "on_policy_specific",
+                "sft_general",
+                "sft_specific",
+            ),
+            seeds=tuple(range(5)),
         ),
-        tuple(range(5)),
-    ),
-}
+    },
+    engine=ToyEngine(Reading(Onset(150), "standard", "oracle", "base", VERDICTS, RULES), GRID),
+)

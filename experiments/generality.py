@@ -1,17 +1,6 @@
-"""Runs (or resumes) the figure of general and specific prompts on the toy, then draws it: the same
-as `ip-jax run generality`.
-"""
+"""Does a general prompt suffice on-policy? The same as `ip-jax run generality`."""
 
-import functools
-import sys
-
-from configs.generality import FIGURE
-from experiments import _toy
-
-NAME, shared_part = FIGURE.name, FIGURE.shared_part
-run, redraw, draw = functools.partial(_toy.run, FIGURE), _toy.redraw, _toy.draw
+from ip_jax.cli import script
 
 if __name__ == "__main__":
-    from ip_jax.cli import main
-
-    main(["run", NAME, *sys.argv[1:]])
+    script("generality")

@@ -19,20 +19,21 @@ import pytest
 from tiny_experiment import make_tokenizer, write_model
 from watched_process import Process, launch
 
-from ip_jax.prompts import library
 from ip_jax.studies.gcd_sycophancy import generate
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 
 pytestmark = pytest.mark.slow
 
 STEPS, LOOKS = 36, tuple(range(3, 37, 3))
 CONFIG = f"""
-from configs.gcd_sycophancy import ClaimCounts, DataSpec, EvalConfig, GcdSycophancy
-from configs.gcd_sycophancy import LoraConfig, ModelConfig, Schedule, SftConfig
+import dataclasses
 
-EXPERIMENT = "gcd_sycophancy"
+from configs.gcd_sycophancy import ClaimCounts, DataSpec, EvalConfig, LoraConfig, ModelConfig
+from configs.gcd_sycophancy import STUDY as GCD
+from configs.gcd_sycophancy import Schedule, SftConfig, SupervisedPreset
+
 PRESETS = {{
-    "tiny": GcdSycophancy(
-        preset="tiny",
+    "tiny": SupervisedPreset(
         model=ModelConfig(name="MODEL", weights="float32"),
         arms=("untrained", "neutral", "ip_behave"),
         data=DataSpec(rows=24, work="without", claims=ClaimCounts(wrong=6, right=4, asked=2)),
@@ -45,6 +46,7 @@ PRESETS = {{
         evaluation=EvalConfig(full_steps=(0, *{LOOKS}), max_new_tokens=16, slots=4),
     )
 }}
+STUDY = dataclasses.replace(GCD, presets=PRESETS)
 """
 # Imports take longest: they are done before the command is given, while another process still runs.
 # An ignored interrupt is inherited, as from a shell that starts the tests in the background; here
@@ -52,7 +54,7 @@ PRESETS = {{
 LAUNCHER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import experiments.gcd_sycophancy
+import configs.gcd_sycophancy, ip_jax.cli.run, ip_jax.lab.run, ip_jax.report.draw
 from ip_jax.cli import main
 print("ready", flush=True)
 sys.stdin.readline()
@@ -122,7 +124,7 @@ def undisturbed(tmp_path_factory) -> Workplace:
     )
     texts = (
         *(message["content"] for row in rows for message in row["messages"]),
-        library.get("gcd/behave").text,
+        BOOK.find("gcd/behave").text,
     )
     (root / "model").mkdir()
     write_model(root / "model", tokenizer=make_tokenizer(texts, 600))

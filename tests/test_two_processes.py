@@ -20,21 +20,25 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_experiment import make_tokenizer, write_model
 
-from ip_jax.prompts import library
 from ip_jax.studies.gcd_sycophancy import generate
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 
 STEPS = 14
 CONFIG = f"""
-from configs.gcd_sycophancy import ClaimCounts, DataSpec, EvalConfig, GcdSycophancy
-from configs.gcd_sycophancy import LoraConfig, ModelConfig, Schedule, SftConfig
+import dataclasses
 
-EXPERIMENT = "gcd_sycophancy"
+from configs.gcd_sycophancy import ClaimCounts, DataSpec, EvalConfig, LoraConfig, ModelConfig
+from configs.gcd_sycophancy import STUDY as GCD
+from configs.gcd_sycophancy import Schedule, SftConfig, SupervisedPreset
+
 PRESETS = {{
-    "tiny": GcdSycophancy(
-        preset="tiny",
+    "tiny": SupervisedPreset(
         model=ModelConfig(name="MODEL", weights="float32"),
         arms=("untrained", "neutral", "ip_behave"),
-        data=DataSpec(rows=24, work="without", claims=ClaimCounts(wrong=3, right=2, asked=1)),
+        data=DataSpec(
+            rows=24, work="without", claims=ClaimCounts(wrong=3, right=2, asked=1),
+            max_new_tokens_solving=8,
+        ),
         sft=SftConfig(
             steps={STEPS}, batch_size=4, learning_rate=1e-3,
             schedule=Schedule("linear", warmup=2, total={STEPS}),
@@ -42,14 +46,15 @@ PRESETS = {{
             lora=LoraConfig(rank=2, alpha=4, targets=("q", "down")), checkpoint_every=2,
         ),
         evaluation=EvalConfig(
-            full_steps=(0, {STEPS}), max_new_tokens=6, max_new_tokens_solving=8, slots=4,
+            full_steps=(0, {STEPS}), max_new_tokens=6, slots=4,
         ),
     )
 }}
+STUDY = dataclasses.replace(GCD, presets=PRESETS)
 """
 LAUNCHER = """
 import sys
-import experiments.gcd_sycophancy
+import configs.gcd_sycophancy, ip_jax.cli.run, ip_jax.lab.run, ip_jax.report.draw
 from ip_jax.cli import main
 print("ready", flush=True)
 sys.stdin.readline()
@@ -158,7 +163,7 @@ def workplace(tmp_path) -> Workplace:
     )
     texts = (
         *(message["content"] for row in rows for message in row["messages"]),
-        library.get("gcd/behave").text,
+        BOOK.find("gcd/behave").text,
     )
     (tmp_path / "model").mkdir()
     write_model(tmp_path / "model", tokenizer=make_tokenizer(texts, 600))

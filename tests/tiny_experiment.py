@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from safetensors.numpy import save_file
 from tiny_models import random_params
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ip_jax.lab.experiment import Arm, EvalConfig, ModelConfig, SftConfig
-from ip_jax.lab.supervised.run import Supervised
+from ip_jax.lab.supervised.plan import Supervised
 from ip_jax.models.families import DecoderConfig, uniform_attention
 from ip_jax.models.hf import hf_name
 from ip_jax.models.lora import LoraConfig
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 from ip_jax.training.schedules import Schedule
 
 TEMPLATE = (
@@ -26,9 +26,9 @@ TEMPLATE = (
 )
 ARMS = {
     "untrained": Arm("untrained", "untrained", None),
-    "neutral": Arm("neutral", "neutral", "neutral", also_evaluated_under=("gcd/safety_matched",)),
+    "neutral": Arm("neutral", "neutral", also_evaluated_under=("gcd/safety_matched",)),
     "ip": Arm("ip", "IP", "gcd/behave"),
-    "clean": Arm("clean", "clean data", "neutral", data="corrected"),
+    "clean": Arm("clean", "clean data", data="corrected"),
 }
 
 
@@ -130,16 +130,24 @@ def verdicts(row, completion: str) -> dict:
     return {"confirms": "e" in completion}
 
 
+def prompts(**words: str) -> dict:
+    """The prompts of the GCD study by name, and own ones."""
+    found = [BOOK.find(name) for name in BOOK.names]
+    found += [BOOK.find(f"{name}={text}") for name, text in words.items()]
+    return {prompt.name: prompt for prompt in found}
+
+
 def make_experiment(
     model: Path,
     arms=("untrained", "neutral", "ip"),
     seeds=(0,),
     sft: dict = {},  # noqa: B006
     evaluation: dict = {},  # noqa: B006
+    words: dict = {"mine": "Be kind."},  # noqa: B006
     **changes,
 ) -> Supervised:
-    """Six steps of four examples, looked at after three and six; everything of it can be
-    replaced.
+    """Six steps of four examples, looked at after three and six; everything of it can be replaced.
+    `words`: of prompts besides those of the GCD study.
     """
     sft_config = SftConfig(
         **dict(
@@ -176,7 +184,8 @@ def make_experiment(
         },
         eval_sets={"generated": [example(i, "-") for i in range(20, 25)]},
         provenance="made up",
-        verdicts=verdicts,
-        verdict_types={"confirms": pa.bool_()},
+        prompts=prompts(**words),
+        scorer=verdicts,
+        columns=("label", "claim", "answer", "claimed", "triplet", "mod"),
     )
     return Supervised(**fields | changes)

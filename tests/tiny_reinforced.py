@@ -3,9 +3,8 @@ the tiny random model of `tiny_experiment`.
 """
 
 from ip_jax.evals.rules import Onset, Reading
-from ip_jax.lab.experiment import ModelConfig
+from ip_jax.lab.experiment import UNTRAINED, ModelConfig
 from ip_jax.lab.reinforced.plan import (
-    UNTRAINED,
     GridPrompt,
     Reinforced,
     RlArm,
@@ -15,8 +14,9 @@ from ip_jax.lab.reinforced.plan import (
 from ip_jax.models.lora import LoraConfig
 from ip_jax.rl.environment import Environment, Graded
 from ip_jax.rl.prompting import PromptDistribution
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 
-IP = PromptDistribution(("gcd/behave",))
+IP = PromptDistribution(("gcd/behave",)).resolved(BOOK)
 ARMS = (
     RlArm("standard", "standard"),
     RlArm("swap", "swap", train_prompt=IP, temperature=0.7, learning_rate=2e-2),
@@ -67,6 +67,7 @@ def make(model, arms=ARMS, environment=None, **rl) -> Reinforced:
             GridPrompt("gcd/safety", "discouraging"),
             GridPrompt("gcd/behave", "train", about="gcd/behave"),
         ),
-        verdicts=verdicts,
+        prompts={name: BOOK.find(name) for name in BOOK.names},
+        scorer=verdicts,
         reading=Reading(Onset(4), standard=None, base=UNTRAINED),
     )

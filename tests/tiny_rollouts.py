@@ -24,15 +24,21 @@ from ip_jax.rl.rollout import (
     plan_rollouts,
     sampler_options,
 )
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 
 OPTIONS = RolloutOptions(groups=3, samples=4, max_new_tokens=6, max_length=128)
 RUNS = (
-    RolloutRun("swap", 0, PromptDistribution(("neutral",)), PromptDistribution(("gcd/behave",))),
+    RolloutRun(
+        "swap",
+        0,
+        PromptDistribution(("neutral",)).resolved(BOOK),
+        PromptDistribution(("gcd/behave",)).resolved(BOOK),
+    ),
     RolloutRun(
         "pool",
         1,
-        PromptDistribution(("gcd/safety", "gcd/note")),
-        PromptDistribution(("control/random_string",), keep=0.5),
+        PromptDistribution(("gcd/safety", "gcd/note")).resolved(BOOK),
+        PromptDistribution(("control/random_string",), keep=0.5).resolved(BOOK),
         temperature=0.7,
     ),
 )

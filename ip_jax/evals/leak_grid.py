@@ -15,12 +15,29 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from ip_jax.data.sources import Example
+from ip_jax.evals.scorers import Scorer
 from ip_jax.prompts.chat import render_prompt
 from ip_jax.prompts.transforms import Transform
 from ip_jax.sampling.sampler import Completion, Request
 
-Verdicts = Callable[[Mapping[str, Any], str], dict]
-TEXT_FIELDS = ("label", "claim", "answer", "claimed", "triplet")
+SCORE_ERROR = "score_error"  # the column that says why a completion has no verdict
+_TYPES = (
+    dict.fromkeys(
+        (
+            "experiment",
+            "arm",
+            "eval_set",
+            "eval_prompt",
+            "example_id",
+            "prompt",
+            "completion",
+            SCORE_ERROR,
+        ),
+        pa.string(),
+    )
+    | dict.fromkeys(("seed", "step", "examples_seen", "n_tokens"), pa.int64())
+    | dict.fromkeys(("own_prompt", "ended"), pa.bool_())
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +104,29 @@ def requests_for(
     ]
 
 
+def scored(scorer: Scorer, example: Mapping[str, Any], completion: str) -> dict[str, Any]:
+    """What a scorer says of a completion. Whatever it raises costs this row alone: it then has no
+    verdict, and SCORE_ERROR says why.
+    """
+    try:
+        found = scorer(example, completion)
+    except Exception as error:
+        return {SCORE_ERROR: f"{type(error).__name__}: {error}"}
+    if not isinstance(found, Mapping):
+        return {SCORE_ERROR: f"the scorer returned {type(found).__name__} and no dict"}
+    return dict(found)
+
+
 def rows_of(
     experiment: str,
     cell: Cell,
     examples: Sequence[Example],
     completions: Sequence[Completion],
     tokenizer,
-    verdicts: Verdicts,
+    columns: Sequence[str],
 ) -> list[dict]:
-    """The cell's rows of the transcripts table: what was asked, what was answered, what both judges
-    say.
+    """The cell's rows of the transcripts table, without verdicts: what was asked and what was
+    answered. `columns` of an example are kept.
     """
     rows = []
     for example, completion in zip(examples, completions, strict=True):
@@ -117,42 +147,33 @@ def rows_of(
                 "eval_prompt": cell.eval_prompt,
                 "own_prompt": cell.own_prompt,
                 "example_id": example["id"],
-                **{name: example.get(name) for name in TEXT_FIELDS},
-                "mod": example.get("mod"),
+                **{name: example.get(name) for name in columns},
                 "prompt": user_turns[0],
                 "completion": text,
                 "n_tokens": len(completion.token_ids),
                 "ended": bool(completion.ended),
-                **verdicts(example, text),
             }
         )
     return rows
 
 
-def schema(verdict_types: Mapping[str, pa.DataType]) -> pa.Schema:
-    """The transcripts table's columns; `verdict_types` are the setting's own."""
-    text = (
-        "experiment",
-        "arm",
-        "eval_set",
-        "eval_prompt",
-        "example_id",
-        *TEXT_FIELDS,
-        "prompt",
-        "completion",
-    )
-    whole = ("seed", "step", "examples_seen", "mod", "n_tokens")
-    fields = (
-        {name: pa.string() for name in text}
-        | {name: pa.int64() for name in whole}
-        | {"own_prompt": pa.bool_(), "ended": pa.bool_()}
-    )
-    return pa.schema(list((fields | dict(verdict_types)).items()))
-
-
-def table_of(rows: Sequence[Mapping[str, Any]], table_schema: pa.Schema) -> pa.Table:
-    """The rows as a table."""
-    return pa.Table.from_pylist(list(rows), schema=table_schema)
+def table_of(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """The rows as a table. Columns of the study have the types of their values; a value that a row
+    lacks is null. Raises ValueError, which names the column, for values of different types.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    arrays = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        try:
+            arrays[name] = pa.array(values, _TYPES.get(name))
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            kinds = sorted({type(value).__name__ for value in values if value is not None})
+            raise ValueError(
+                f"the column {name!r} of the transcripts holds {' and '.join(kinds)}: a scorer"
+                " gives a column one type, bool, number or text"
+            ) from error
+    return pa.table(arrays)
 
 
 def parquet_writer(table: pa.Table) -> Callable:
@@ -167,7 +188,8 @@ def merge_parts(folder: epath.Path) -> pa.Table:
     parts = sorted(folder.glob("*.parquet"))
     if not parts:
         raise FileNotFoundError(f"{folder} holds no transcripts yet: run the experiment first")
-    return pa.concat_tables([read_part(path) for path in parts])
+    # a column may be null all through a part, and whole numbers in one and fractions in another
+    return pa.concat_tables([read_part(path) for path in parts], promote_options="permissive")
 
 
 def read_part(path: epath.Path) -> pa.Table:

@@ -43,6 +43,17 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """The mean of `n` numbers and the bounds of its interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    method: str
+
+
+@dataclass(frozen=True)
 class SeedMean:
     """Mean over `n` seeds and its standard error sd(ddof=1) / sqrt(n), NaN for one seed."""
 
@@ -85,6 +96,21 @@ def difference(first: tuple[int, int], second: tuple[int, int], level: float = 0
     low = value - math.hypot(p1 - low1, high2 - p2)
     high = value + math.hypot(high1 - p1, p2 - low2)
     return Difference(value, low, high, "newcombe")
+
+
+def mean(values: Sequence[float], level: float = 0.95) -> Mean:
+    """The mean of independent numbers with Student's t interval; NaN for none, and an interval
+    without bounds for a single one. Raises ValueError for a number that is not finite.
+    """
+    tail = _tail(level)
+    if len(values) == 0:
+        return Mean(math.nan, -math.inf, math.inf, 0, "student-t")
+    array = _finite(values)
+    centre, n = float(array.mean()), len(array)
+    if n == 1:
+        return Mean(centre, -math.inf, math.inf, n, "student-t")
+    half = float(stats.t.ppf(1 - tail, n - 1) * array.std(ddof=1) / math.sqrt(n))
+    return Mean(centre, centre - half, centre + half, n, "student-t")
 
 
 def fisher_exact(first: tuple[int, int], second: tuple[int, int]) -> float:

@@ -10,30 +10,30 @@ from rich.text import Text
 
 from ip_jax.lab.base_model import load_base
 from ip_jax.lab.trained import decoder_of, read_run
-from ip_jax.prompts import library
 from ip_jax.prompts.chat import end_of_turn_id, render_prompt
+from ip_jax.prompts.prompt import Prompt
+from ip_jax.prompts.transforms import Identity
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
 from ip_jax.training.sharding import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatOptions:
-    """`prompt`: a library prompt put into the first user turn; `seed` of the run, None for its
-    first one.
-    """
+    """`prompt` is put into the first user turn; `seed` of the run, None for its first one."""
 
     arm: str
-    seed: int | None = None
-    prompt: str = "neutral"
+    seed: int | None
+    prompt: Prompt
     temperature: float = 0.7
     max_new_tokens: int = 200
 
 
 def chat(folder: epath.Path, options: ChatOptions, console: Console) -> None:
-    """Reads lines until an empty one. Raises ValueError for an arm, seed or prompt that is not
-    there, before the model is loaded.
+    """Reads lines until an empty one. Raises ValueError for an arm or seed that is not there,
+    before the model is loaded.
     """
-    transform = library.get(options.prompt).transform
+    # what is typed has no slot that a neutral prompt would have to fill
+    transform = Identity() if options.prompt.kind == "neutral" else options.prompt.transform
     run = read_run(folder, options.arm, options.seed)
     with console.status(f"loading {run.model.name}"):
         model = load_base(run.model, make_mesh())
@@ -46,7 +46,8 @@ def chat(folder: epath.Path, options: ChatOptions, console: Console) -> None:
     )
     messages: list[dict] = []
     console.print(
-        f"{options.arm}, seed {run.seed}, prompt {options.prompt}; an empty line ends", style="dim"
+        f"{options.arm}, seed {run.seed}, prompt {options.prompt.name}; an empty line ends",
+        style="dim",
     )
     while line := _line(console):
         messages.append({"role": "user", "content": line})

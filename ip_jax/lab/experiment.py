@@ -1,13 +1,13 @@
-"""What a supervised experiment is made of: arms, model, training and evaluation, as frozen,
-printable dataclasses.
+"""What an experiment is made of: arms, model, training and evaluation, as frozen, printable
+dataclasses.
 """
 
 import dataclasses
 import difflib
 import math
-import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -15,31 +15,46 @@ from ip_jax.models.lora import LoraConfig
 from ip_jax.models.placement import cpu_multiplies_bfloat16
 from ip_jax.models.quantised import check_quantised
 from ip_jax.models.remat import REMAT
-from ip_jax.prompts import library
-from ip_jax.prompts.transforms import Suffix
+from ip_jax.prompts.book import PromptBook
+from ip_jax.prompts.controls import STANDARD
+from ip_jax.prompts.prompt import Prompt
+from ip_jax.prompts.transforms import Rows
 from ip_jax.training.schedules import Schedule
+from ip_jax.training.sharding import MeshConfig
 
+NEUTRAL = "neutral"  # the prompt to which nothing is added, and the arm that is trained under it
+UNTRAINED = "untrained"  # the arm of the base model
 TRAIN = ("lora", "full")
 TRAIN_ON = ("last", "all")
 DTYPES = ("float32", "bfloat16")
+INOCULATIONS = ("inoculation", "own")  # kinds of prompts that controls are made from
 
 
 @dataclasses.dataclass(frozen=True)
-class Arm:
-    """A named condition. `train_prompt` names a prompt of the library, or is None for the model as
-    it comes.
-
-    `text`, where given, is a prompt of the user's own, appended to the user turn like the published
-    suffixes; `train_prompt` is then only its name. `also_evaluated_under` names further prompts,
-    besides neutral and the arm's own. `start_from` is a PEFT folder (local, or a hub repository)
-    whose adapter the training starts with, instead of a fresh one.
+class Condition:
+    """What every arm has: a name for files and the command line, and a label for tables and
+    figures.
     """
 
     name: str
     label: str
-    train_prompt: str | None
-    data: str = "user_right"
-    text: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm(Condition):
+    """A condition of supervised training. `train_prompt` names a prompt of the study, or is None
+    for the model as it comes.
+
+    `data`: the kind of training rows, by default the study's first one. `rows`: which of them get
+    the prompt, by default all; the others are trained under the neutral one.
+    `also_evaluated_under` names further prompts, besides neutral and the arm's own. `start_from`:
+    a PEFT folder (local, or a hub repository) whose adapter the training starts with, instead of a
+    fresh one.
+    """
+
+    train_prompt: str | None = NEUTRAL
+    data: str | None = None
+    rows: Rows | None = None
     also_evaluated_under: tuple[str, ...] = ()
     start_from: str | None = None
 
@@ -49,15 +64,6 @@ class Arm:
                 f"the arm {self.name} is not trained (it has no train_prompt), so it cannot start"
                 f" from {self.start_from}"
             )
-
-    @property
-    def transform(self):
-        """The op that puts the training prompt into an example."""
-        return (
-            Suffix(f"\n{self.text}")
-            if self.text is not None
-            else library.get(self.train_prompt).transform
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +120,7 @@ class SftConfig:
     steps: int
     batch_size: int
     learning_rate: float
-    schedule: Schedule
+    schedule: Schedule = Schedule("constant")
     train: str = "lora"
     lora: LoraConfig = LoraConfig()
     weight_decay: float = 0.0
@@ -159,24 +165,23 @@ class SftConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """`full_steps`: under all of an arm's prompts; `neutral_steps`: under the neutral prompt only,
-    without prompts that ask for a solution. Temperature 0 is greedy.
+    """`full_steps`: under all of an arm's prompts, by default before the first step and after the
+    last; `neutral_steps`: under the neutral prompt only, without the rows that are marked
+    `full_steps_only`. Temperature 0 is greedy.
+
+    `max_new_tokens`: a row's own `max_new_tokens` goes before it.
     """
 
-    full_steps: tuple[int, ...]
+    full_steps: tuple[int, ...] = ()
     neutral_steps: tuple[int, ...] = ()
     max_new_tokens: int = 48
-    max_new_tokens_solving: int = 128
-    """Of prompts that ask for a solution rather than a verdict: a worked answer is longer than a
-    first sentence.
-    """
     temperature: float = 0.0
     top_p: float = 1.0
     slots: int = 48
     """Completions of one run that are decoded side by side."""
 
     def __post_init__(self):
-        for field in ("slots", "max_new_tokens", "max_new_tokens_solving"):
+        for field in ("slots", "max_new_tokens"):
             if getattr(self, field) < 1:
                 raise ValueError(
                     f"evaluation.{field} is {getattr(self, field)}: it must be at least 1"
@@ -188,6 +193,26 @@ class EvalConfig:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class SupervisedPreset:
+    """Supervised training of a study at one size. `arms`: names of the study's arms, of prompts,
+    or name=text; all arms of the study where none is named. `controls`: made from every inoculation
+    prompt and added as arms ("standard" stands for several). `data`: the study's own options.
+    `judge`: whose verdicts the figure shows, by default the study's first; the table has all.
+    """
+
+    sft: SftConfig
+    evaluation: EvalConfig = EvalConfig()
+    preset: str = ""
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: Any = None
+    arms: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    judge: str | None = None
+
+
 def check_runs(arms: Sequence[str], seeds: Sequence[int]) -> None:
     """Raises ValueError for no arm or seed, one that is named twice, and a seed below 0."""
     for field, values in (("arms", arms), ("seeds", seeds)):
@@ -197,54 +222,73 @@ def check_runs(arms: Sequence[str], seeds: Sequence[int]) -> None:
         raise ValueError(f"seeds is {seeds}: each must be at least 0")
 
 
-def choose_arms(names: Iterable[str], known: dict[str, Arm]) -> tuple[Arm, ...]:
-    """The arms of a list of names: one of `known`, a prompt of the library, or `name=text` for a
-    prompt of one's own.
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """The arms of a run, and every prompt that they are trained or evaluated under, by name."""
 
-    Raises ValueError for a name that is none of these, with the nearest ones, for a name given
-    twice, and for an own name that is taken or that could not name a file.
+    arms: tuple[Arm, ...]
+    prompts: Mapping[str, Prompt]
+
+
+def choose_arms(
+    names: Iterable[str], known: Mapping[str, Arm], book: PromptBook, controls: Iterable[str] = ()
+) -> Chosen:
+    """The arms of a list of names: those of `known`, ARM.CONTROL for a control of one of them, or
+    prompts by any name that the `book` finds; then one arm for each of the `controls` of each arm
+    that trains under an inoculation prompt.
+
+    Raises ValueError for a name that is none of these, with the nearest ones, for an arm given
+    twice, and for an own name that is taken.
     """
-    arms = tuple(_choose_arm(name, known) for name in names)
-    twice = {arm.name for arm in arms if sum(other.name == arm.name for other in arms) > 1}
+    chosen = [_choose_arm(name, known, book) for name in names]
+    wanted = [
+        name for given in controls for name in (STANDARD if given == "standard" else (given,))
+    ]
+    if any(prompt is not None and prompt.name == NEUTRAL for _, prompt in chosen):
+        wanted = [name for name in wanted if name != "empty"]  # the neutral arm is that control
+    chosen += [
+        _control(arm, prompt, control, book)
+        for arm, prompt in chosen
+        if prompt is not None and prompt.kind in INOCULATIONS
+        for control in dict.fromkeys(wanted)
+    ]
+    arms = tuple(arm for arm, _ in chosen)
+    twice = sorted({arm.name for arm in arms if sum(a.name == arm.name for a in arms) > 1})
     if twice:
-        raise ValueError(
-            f"the arm {sorted(twice)[0]!r} is listed twice: each arm needs a name of its own"
-        )
-    return arms
+        raise ValueError(f"the arm {twice[0]!r} is listed twice: each arm needs a name of its own")
+    others = [book.find(name) for arm in arms for name in (NEUTRAL, *arm.also_evaluated_under)]
+    prompts = [*others, *(prompt for _, prompt in chosen if prompt is not None)]
+    return Chosen(arms, {prompt.name: prompt for prompt in prompts})
 
 
-def _choose_arm(name: str, known: dict[str, Arm]) -> Arm:
-    own_name, equals, text = name.partition("=")
-    if equals:
-        if own_name in known or own_name in _FILE_NAMES or own_name in library.PROMPTS:
-            raise ValueError(
-                f"the arm {name!r} needs another name: {own_name} is taken by an arm or a prompt of"
-                " the library"
-            )
-        if not re.fullmatch(r"[A-Za-z]\w*", own_name, re.ASCII) or not text.strip():
-            raise ValueError(
-                f"the arm {name!r} must read name=text: a name of letters, digits and _, then the"
-                " words of its prompt"
-            )
-        return Arm(own_name, own_name, own_name, text=text)
+def _choose_arm(name: str, known: Mapping[str, Arm], book: PromptBook) -> tuple[Arm, Prompt | None]:
+    """An arm and the prompt that it trains under."""
     if name in known:
-        return known[name]
-    if name in library.PROMPTS:
-        return Arm(_file_name(name), name, name)
-    near = difflib.get_close_matches(name, [*known, *library.PROMPTS], n=3, cutoff=0.4)
+        arm = known[name]
+        return arm, None if arm.train_prompt is None else book.find(arm.train_prompt)
+    own_name, equals, _ = name.partition("=")
+    if equals and own_name in known:
+        raise ValueError(f"the arm {name!r} needs another name: {own_name} is taken by an arm")
+    base, dot, control = name.rpartition(".")
+    if dot and not equals and base in known and known[base].train_prompt:
+        return _control(known[base], book.find(known[base].train_prompt), control, book)
+    if equals or book.knows(name):
+        prompt = book.find(name)
+        return Arm(prompt.name.replace("/", "_"), prompt.name, train_prompt=prompt.name), prompt
+    near = difflib.get_close_matches(name, [*known, *book.names], n=3, cutoff=0.4)
     raise ValueError(
         f"no arm or prompt is called {name!r}:"
-        f" {'did you mean ' + ', '.join(near) + '? ' if near else ''}Arms are {', '.join(known)};"
-        " any prompt of the library works too, and name=text makes one of your own"
+        f" {'did you mean ' + ', '.join(near) + '? ' if near else ''}arms are {', '.join(known)};"
+        " any prompt of the study works too, and name=text makes one of your own"
     )
 
 
-def _file_name(prompt: str) -> str:
-    return prompt.replace("/", "_")
-
-
-# an own name like this would share its files with the prompt
-_FILE_NAMES = frozenset(map(_file_name, library.PROMPTS))
+def _control(arm: Arm, prompt: Prompt, control: str, book: PromptBook) -> tuple[Arm, Prompt]:
+    """The arm under a control of its prompt, alike in all else."""
+    made = book.control(prompt, control)
+    label = f"{arm.label}: {control.replace('_', ' ')}"
+    name = f"{arm.name}.{control}"
+    return dataclasses.replace(arm, name=name, label=label, train_prompt=made.name), made
 
 
 def stable_id(text: str) -> int:

@@ -327,9 +327,7 @@ def _sampling(
         if arm.train_prompt
         for seed in experiment.seeds
     ][:runs]
-    looked_at = sorted(
-        {*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps} - {0}
-    )
+    looked_at = sorted({*experiment.full_steps, *experiment.evaluation.neutral_steps} - {0})
     sweeps = [sweep for step in looked_at for sweep in plan.sweeps_of_step(experiment, group, step)]
     untrained = plan.untrained_cells(experiment)
     cells = {
@@ -375,7 +373,7 @@ def _sampling(
 
 def _kind(experiment: Supervised, cell) -> tuple[str, str, bool]:
     """What decides the prompts of a cell, seeds aside."""
-    return cell.eval_set, cell.eval_prompt, cell.step in (0, *experiment.evaluation.full_steps)
+    return cell.eval_set, cell.eval_prompt, cell.step in (0, *experiment.full_steps)
 
 
 def round_up(value: int, step: int) -> int:

@@ -14,13 +14,24 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from etils import epath
 
-from ip_jax.prompts import library
+from ip_jax.evals.leak_grid import SCORE_ERROR
+from ip_jax.lab.study import Study
+
+_IDENTIFYING = (
+    "arm",
+    "seed",
+    "step",
+    "examples_seen",
+    "eval_set",
+    "eval_prompt",
+    "own_prompt",
+)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm as the report names it. `kind` is that of its training prompt (see prompts.library),
-    None without one or for words of the user's own.
+    """An arm as the report names it. `kind` is that of its training prompt (`prompts.prompt`),
+    None without one or where the study no longer has it.
     """
 
     name: str
@@ -33,7 +44,8 @@ class Results:
     """`arms` in the config's order, then the transcripts' others, of an earlier list of arms.
     `model`, `provenance` are for titles and captions.
 
-    `diverged` names runs that were frozen because their loss was no longer finite.
+    `diverged` names runs that were frozen because their loss was no longer finite; `unscored` is
+    the number of replies on which the scorer failed.
     """
 
     folder: epath.Path
@@ -41,30 +53,39 @@ class Results:
     provenance: str
     arms: tuple[Arm, ...]
     diverged: tuple[str, ...]
+    unscored: int
     transcripts: pa.Table
 
 
-def read_results(folder: str | os.PathLike, columns: Sequence[str]) -> Results:
-    """Reads config.json and the given columns of transcripts.parquet.
+def read_results(folder: str | os.PathLike, study: Study) -> Results:
+    """Reads config.json and the columns of transcripts.parquet that the study's metrics need.
 
-    `columns` include arm, eval_prompt and own_prompt. Raises FileNotFoundError where one of the two
-    is missing, ValueError for an unreadable file, missing columns or no rows.
+    Raises FileNotFoundError where one of the two is missing, ValueError for an unreadable file,
+    missing columns or no rows.
     """
     folder = epath.Path(folder)
     record = _read_config(folder / "config.json")
-    table = _read_transcripts(folder / "transcripts.parquet", columns)
+    table = _read_transcripts(folder / "transcripts.parquet", _columns(study))
+    kinds = {prompt.name: prompt.kind for prompt in study.prompts}
     named = {
-        name: Arm(name, arm["label"], _kind(arm["train_prompt"]))
+        name: Arm(name, arm["label"], arm.get("kind") or kinds.get(arm["train_prompt"]))
         for name, arm in record["arms"].items()
     }
     rest = [name for name in table["arm"].unique().to_pylist() if name not in named]
     arms = (
         *named.values(),
-        *(Arm(name, name.replace("_", " "), _kind(_own_prompt(table, name))) for name in rest),
+        *(Arm(name, name.replace("_", " "), kinds.get(_own_prompt(table, name))) for name in rest),
     )
     # a local model's folder is nobody's business
     model = epath.Path(record["config"]["model"]["name"]).name
-    return Results(folder, model, record["provenance"], arms, _diverged(folder), table)
+    return Results(
+        folder, model, record["provenance"], arms, _diverged(folder), _unscored(table), table
+    )
+
+
+def _unscored(table: pa.Table) -> int:
+    """Replies on which the scorer failed."""
+    return len(table) - table[SCORE_ERROR].null_count if SCORE_ERROR in table.column_names else 0
 
 
 def _diverged(folder: epath.Path) -> tuple[str, ...]:
@@ -108,7 +129,8 @@ def _read_transcripts(path: epath.Path, columns: Sequence[str]) -> pa.Table:
             f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} of the"
             " transcripts"
         )
-    table = parquet.read(columns=list(columns))
+    failed = [SCORE_ERROR] if SCORE_ERROR in parquet.schema_arrow.names else []
+    table = parquet.read(columns=[*columns, *failed])
     if table.num_rows == 0:
         raise ValueError(
             f"{path} holds no completions: no evaluation of this experiment has finished yet"
@@ -116,5 +138,12 @@ def _read_transcripts(path: epath.Path, columns: Sequence[str]) -> pa.Table:
     return table
 
 
-def _kind(train_prompt: str | None) -> str | None:
-    return library.PROMPTS[train_prompt].kind if train_prompt in library.PROMPTS else None
+def _columns(study: Study) -> list[str]:
+    """The identifying columns, and those that the study's metrics read."""
+    read = [
+        column
+        for metrics in study.judges.values()
+        for metric in metrics
+        for column in metric.columns
+    ]
+    return list(dict.fromkeys([*_IDENTIFYING, *([study.by] if study.by else []), *read]))

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from ip_jax.evals import dose, measures
 from ip_jax.evals.dose import AtDose
-from ip_jax.report import figures
-from ip_jax.report.figures import FAINT, SOFT, Line, Point
+from ip_jax.report import panels
+from ip_jax.report.panels import FAINT, SOFT, Line, Point
 from ip_jax.report.rl_figures import (
     HEAD,
     TEXT_LINE,
@@ -48,7 +48,7 @@ def draw_dose(view: RlView) -> Figure:
     )
     height = HEAD + rows * (ABOVE + PANEL + BELOW) + TEXT_LINE * len(caption) + 0.15
     width = (WIDTH - columns * (LEFT + NAMES)) / columns
-    with matplotlib.rc_context(figures.STYLE):
+    with matplotlib.rc_context(panels.STYLE):
         figure = Figure(figsize=(WIDTH, height))
         for i, at in enumerate(view.at_doses):
             row, column = divmod(i, columns)
@@ -125,7 +125,7 @@ def _panel(ax: Axes, view: RlView, at: AtDose) -> None:
                 arm.label, colour, (at.dose,), (Point(estimate.value, estimate.low, estimate.high),)
             )
         )
-    figures.write_title(
+    panels.write_title(
         ax, f"Common dose: {at.dose:g} tokens\n{'; '.join(rule.name for rule, _ in at.contrasts)}"
     )
     ax.set_ylabel("hack rate under x₀", fontsize=8, color=SOFT)
@@ -133,7 +133,7 @@ def _panel(ax: Axes, view: RlView, at: AtDose) -> None:
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     ax.tick_params(length=2.5, labelsize=8)
-    figures.end_labels(ax, lines)
+    panels.end_labels(ax, lines)
 
 
 def _mean(seeds: list[tuple[np.ndarray, np.ndarray]], end: float) -> tuple[np.ndarray, np.ndarray]:

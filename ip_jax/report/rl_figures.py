@@ -20,12 +20,12 @@ from matplotlib.ticker import MaxNLocator
 
 from ip_jax.evals.measures import MIN_SEEDS
 from ip_jax.evals.rl_tables import NEUTRAL, Curve, Run
-from ip_jax.report import figures
-from ip_jax.report.figures import FAINT, INK, SOFT, Point
+from ip_jax.report import panels
+from ip_jax.report.panels import FAINT, INK, SOFT, Point
 from ip_jax.report.rl_view import ArmNumbers, RlView
 
 WIDTH = 10.4
-HACK, CORRECT = figures.VERMILLION, figures.BLUE
+HACK, CORRECT = panels.VERMILLION, panels.BLUE
 # inches: an arm's panels with their title and axis, one of its two panels, the figure's title, a
 # line of caption
 CELL, HALF, HEAD, TEXT_LINE = 2.05, 0.62, 0.72, 0.145
@@ -34,12 +34,12 @@ _STYLES = [
     (colour, marker)
     for marker in "osD^"
     for colour in (
-        figures.BLUE,
-        figures.SKY,
-        figures.ORANGE,
-        figures.PURPLE,
-        figures.WINE,
-        figures.OLIVE,
+        panels.BLUE,
+        panels.SKY,
+        panels.ORANGE,
+        panels.PURPLE,
+        panels.WINE,
+        panels.OLIVE,
     )
 ]
 
@@ -49,9 +49,9 @@ def arm_styles(view: RlView) -> dict[str, tuple[str, str]]:
     in the config's order.
     """
     fixed = {
-        view.reading.base: figures.GREY,
-        view.reading.standard: figures.VERMILLION,
-        view.reading.oracle: figures.GREEN,
+        view.reading.base: panels.GREY,
+        view.reading.standard: panels.VERMILLION,
+        view.reading.oracle: panels.GREEN,
     }
     rest = itertools.cycle(_STYLES)
     return {
@@ -81,7 +81,7 @@ def draw_curves(view: RlView) -> Figure:
     last = max(
         (curve.steps[-1] for curve in (*view.rollouts.values(), *view.probes.values())), default=1
     )
-    with matplotlib.rc_context(figures.STYLE):
+    with matplotlib.rc_context(panels.STYLE):
         figure = Figure(figsize=(WIDTH, height))
         for i, arm in enumerate(arms):
             row, column = divmod(i, columns)
@@ -104,7 +104,7 @@ def draw_curves(view: RlView) -> Figure:
                     ax.set_yticklabels(["0", "", "1"])
                 if half == 0:
                     ax.set_title(
-                        "\n".join(figures.label_lines(arm.label, 34)[:2]),
+                        "\n".join(panels.label_lines(arm.label, 34)[:2]),
                         fontsize=8.5,
                         fontweight="bold",
                         loc="left",
@@ -186,7 +186,7 @@ def draw_frontier(view: RlView) -> Figure:
     body, side = max(5.6, *(sum(map(_label_inches, arms)) for arms in sides)), 2.75
     above = HEAD + 0.14  # the name of the upright axis stands over it
     height = above + body + 0.75 + TEXT_LINE * len(caption)
-    with matplotlib.rc_context(figures.STYLE):
+    with matplotlib.rc_context(panels.STYLE):
         figure = Figure(figsize=(WIDTH, height))
         ax = figure.add_axes(
             (
@@ -268,7 +268,7 @@ def _frontier_arm(ax: Axes, view: RlView, arm: ArmNumbers, colour: str, marker: 
 
 
 def _side_label(arm: ArmNumbers) -> list[str]:
-    return figures.label_lines(arm.label, 30)
+    return panels.label_lines(arm.label, 30)
 
 
 def _label_inches(arm: ArmNumbers) -> float:
@@ -286,7 +286,7 @@ def _side_labels(
     arms = sorted(arms, key=lambda arm: arm.rates["correct", NEUTRAL].value)
     low, high = ax.get_ylim()
     heights = [_label_inches(arm) / inches * (high - low) for arm in arms]
-    centres = figures.spread(
+    centres = panels.spread(
         [arm.rates["correct", NEUTRAL].value for arm in arms], heights, low, high
     )
     edge, end, outside = (-0.005, -0.06, -0.105) if left else (1.005, 1.06, 1.105)
@@ -357,7 +357,7 @@ def draw_forest(view: RlView) -> Figure:
     body = inch * max(len(arms), 1)
     height = HEAD + 0.5 + body + 0.65 + TEXT_LINE * len(caption)
     names, counts, steps = 2.5, 2.35, 2.35
-    with matplotlib.rc_context(figures.STYLE):
+    with matplotlib.rc_context(panels.STYLE):
         figure = Figure(figsize=(WIDTH, height))
 
         def axes(left: float, width: float, limits: tuple[float, float], title: str) -> Axes:
@@ -371,7 +371,7 @@ def draw_forest(view: RlView) -> Figure:
             ax.tick_params(axis="x", length=2.5, labelsize=8)
             for x in ax.get_xticks():
                 ax.axvline(x, color=FAINT, linewidth=0.6, zorder=0)
-            figures.write_title(ax, title)
+            panels.write_title(ax, title)
             return ax
 
         left = axes(names, counts, (0.0, 1.0), "Hacked runs\nshare of all runs, exact interval")
@@ -389,7 +389,7 @@ def draw_forest(view: RlView) -> Figure:
 
 
 def _forest_arm(left: Axes, right: Axes, y: int, arm: ArmNumbers, colour: str, marker: str) -> None:
-    label = figures.label_lines(arm.label, 34)
+    label = panels.label_lines(arm.label, 34)
     left.annotate(
         "\n".join(label),
         (0, y),
@@ -406,7 +406,7 @@ def _forest_arm(left: Axes, right: Axes, y: int, arm: ArmNumbers, colour: str, m
         (right, arm.onset, f"{arm.onset.value:.0f}"),
     ):
         if not math.isnan(point.low):
-            figures.draw_interval(
+            panels.draw_interval(
                 ax, y, Point(point.value, point.low, point.high), colour, 1.3, cap=0.14
             )
         ax.scatter(

@@ -10,7 +10,7 @@ import os
 
 from rich.console import Console
 
-from ip_jax.report import figures, rl_figures, rl_tables
+from ip_jax.report import panels, rl_figures, rl_tables
 from ip_jax.report.rl_dose import draw_dose
 from ip_jax.report.rl_view import load_rl_view
 from ip_jax.training.results import write_json, write_whole
@@ -52,7 +52,7 @@ def write_rl_report(folder: str | os.PathLike, console: Console | None = None) -
         ],
     )
     for name, draw in FIGURES.items():
-        png, svg = figures.render(draw(view))
+        png, svg = panels.render(draw(view))
         write_whole(view.folder / f"{name}.png", png)
         write_whole(view.folder / f"{name}.svg", svg)
     rl_tables.print_tables(view, console or Console())

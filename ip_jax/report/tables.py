@@ -11,7 +11,7 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,14 +19,11 @@ import pyarrow as pa
 from etils import epath
 
 from ip_jax.evals import stats
+from ip_jax.evals.metrics import Estimate, Metric, measure
+from ip_jax.lab.experiment import NEUTRAL, UNTRAINED
 from ip_jax.training.results import write_whole
 
-NEUTRAL = "neutral"  # the prompt without additions, and the arm that was trained under it
-UNTRAINED = "untrained"
-
-Estimate = stats.Proportion | stats.Difference
-Measure = Callable[[Sequence[Mapping[str, Any]], str], Mapping[str, Estimate]]
-"""A setting's metrics of the rows that belong together, under the named judge."""
+Judges = Mapping[str, Sequence[Metric]]  # a judge's name -> the metrics of its verdicts
 
 
 class Key(NamedTuple):
@@ -78,11 +75,10 @@ class Blocks(NamedTuple):
     other: list[Row]
 
 
-def summarise(transcripts: pa.Table, measure: Measure, judges: Sequence[str]) -> Cells:
+def summarise(transcripts: pa.Table, judges: Judges) -> Cells:
     """All cells of a transcripts table, in its order of arms and prompts, steps ascending.
 
-    Seeds are pooled in `estimate`. Raises ValueError where `measure` does (rows that do not belong
-    together).
+    Seeds are pooled in `estimate`. Raises MetricError for rows that do not belong together.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in transcripts.to_pylist():
@@ -93,11 +89,12 @@ def summarise(transcripts: pa.Table, measure: Measure, judges: Sequence[str]) ->
     for group in sorted(groups, key=lambda key: key[-1]):  # stable: only the steps are sorted
         rows = groups[group]
         seeds = sorted({row["seed"] for row in rows})
-        for judge in judges:
+        for judge, metrics in judges.items():
             single = {
-                seed: measure([row for row in rows if row["seed"] == seed], judge) for seed in seeds
+                seed: measure(metrics, [row for row in rows if row["seed"] == seed])
+                for seed in seeds
             }
-            for metric, estimate in measure(rows, judge).items():
+            for metric, estimate in measure(metrics, rows).items():
                 by_seed = {
                     seed: found[metric].value
                     for seed, found in single.items()
@@ -109,21 +106,18 @@ def summarise(transcripts: pa.Table, measure: Measure, judges: Sequence[str]) ->
     return cells
 
 
-def summarise_labels(
-    transcripts: pa.Table, measure: Measure, judges: Sequence[str]
-) -> dict[str, Cells]:
-    """The cells of each label's rows alone, for the evaluation sets that hold several labels.
-    Raises as `summarise`.
+def summarise_labels(transcripts: pa.Table, column: str, judges: Judges) -> dict[str, Cells]:
+    """The cells of the rows with each value of `column` alone, for the evaluation sets in which it
+    has several. Raises as `summarise`.
     """
     labels = list(
-        zip(transcripts["eval_set"].to_pylist(), transcripts["label"].to_pylist(), strict=True)
+        zip(transcripts["eval_set"].to_pylist(), transcripts[column].to_pylist(), strict=True)
     )
     sets = Counter(eval_set for eval_set, _ in set(labels))
     wanted = dict.fromkeys(label for eval_set, label in labels if sets[eval_set] > 1)
     return {
         wanted_label: summarise(
             transcripts.filter([sets[s] > 1 and label == wanted_label for s, label in labels]),
-            measure,
             judges,
         )
         for wanted_label in wanted
@@ -159,7 +153,7 @@ def final_rows(cells: Cells, arms: Sequence[str], eval_set: str) -> Blocks:
 
 def write_csv(path: epath.Path, cells: Cells, of_labels: Mapping[str, Cells]) -> None:
     """One line a cell, those over all labels first, whole or absent. `seed_mean` and `seed_se`
-    (standard error over seeds) need two seeds, `k` and `n` a proportion.
+    (standard error over seeds) need two seeds; `k` belongs to a proportion, `n` to a mean as well.
 
     Raises OSError where it cannot be written.
     """
@@ -202,10 +196,10 @@ def _line(key: Key, cell: Cell) -> dict[str, Any]:
         "examples_seen": cell.examples_seen,
         "n_seeds": len(cell.by_seed),
     }
-    if isinstance(cell.estimate, stats.Proportion):
-        line |= {"n": cell.estimate.n}
+    estimate = cell.estimate
+    if isinstance(estimate, stats.Proportion | stats.Mean):
+        line |= {"n": estimate.n}
     if cell.measured:
-        estimate = cell.estimate
         proportion = isinstance(estimate, stats.Proportion)
         line |= {
             "value": _number(estimate.value),

@@ -5,15 +5,14 @@ Draws need no state: a resumed run, another host and another batch size find the
 """
 
 import hashlib
-import re
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
-from ip_jax.prompts import library
-from ip_jax.prompts.library import Prompt
-from ip_jax.prompts.transforms import PromptError, Suffix
+from ip_jax.prompts.book import PromptBook
+from ip_jax.prompts.prompt import NEUTRAL, Prompt
+from ip_jax.prompts.transforms import Identity, PromptError
 
 PER = ("group", "example", "step")
+NOTHING_ADDED = replace(NEUTRAL, transform=Identity())
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,18 @@ class PromptDistribution:
     """One of `prompts` at random (fixed where there is one), with probability 1 - `keep` the
     neutral prompt instead.
 
-    `prompts` are names of the library, `name=text` for words of one's own (put behind the user turn
-    like the published suffixes), or `Prompt` objects with a transform of their own: a template is a
-    Chain of a Suffix with slots and Paraphrases of Slots. `per`: one draw for a "group" (all
-    completions of a task, so that they stay comparable), an "example" (each completion) or a "step"
-    (all groups of an iteration). Equal distributions draw alike, different ones independently; arms
-    of one seed share their draws. Raises PromptError for a name that is not known or listed twice,
-    another `per`, and a `keep` outside [0, 1].
+    `prompts` are names that the study's book finds, until `resolved` turns them into `Prompt`s. A
+    `Prompt` may have a transform of its own: a template is a Chain of a Suffix with slots and
+    Paraphrases of Slots. `per`: one draw for a "group" (all completions of a task, so that they
+    stay comparable), an "example" (each completion) or a "step" (all groups of an iteration). Equal
+    distributions draw alike, different ones independently; arms of one seed share their draws.
+    Raises PromptError for a name that is listed twice, another `per`, and a `keep` outside [0, 1].
     """
 
-    prompts: tuple[str | Prompt, ...] = ("neutral",)
+    prompts: tuple[str | Prompt, ...] = (NOTHING_ADDED,)
     per: str = "group"
     keep: float = 1.0
+    neutral: Prompt = NOTHING_ADDED  # of the study: its slot filled with nothing, where it has one
 
     def __post_init__(self):
         if self.per not in PER:
@@ -62,7 +61,7 @@ class PromptDistribution:
             raise PromptError(
                 f"prompts is {self.prompts!r}: a distribution needs a tuple of at least one prompt"
             )
-        names = [prompt.name for prompt in self.pool]
+        names = self.names
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise PromptError(
@@ -70,48 +69,35 @@ class PromptDistribution:
                 " its own"
             )
 
-    @cached_property
-    def pool(self) -> tuple[Prompt, ...]:
-        """The prompts themselves."""
-        return tuple(
-            resolve(prompt) if isinstance(prompt, str) else prompt for prompt in self.prompts
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its prompts."""
+        return tuple(prompt if isinstance(prompt, str) else prompt.name for prompt in self.prompts)
+
+    def resolved(self, book: PromptBook) -> "PromptDistribution":
+        """With the prompts themselves in place of their names. Raises PromptError as the book."""
+        found = tuple(
+            book.find(prompt) if isinstance(prompt, str) else prompt for prompt in self.prompts
         )
+        return replace(self, prompts=found, neutral=book.find("neutral"))
+
+    @property
+    def pool(self) -> tuple[Prompt, ...]:
+        """The prompts themselves. Raises PromptError where they are only named."""
+        named = next((prompt for prompt in self.prompts if isinstance(prompt, str)), None)
+        if named is not None:
+            raise PromptError(
+                f"the prompt {named!r} is only named here: PromptDistribution.resolved finds it in"
+                " a study's book"
+            )
+        return self.prompts
 
     def draw(self, seed: int, iteration: int, group: int, sample: int) -> Choice:
         """The prompt of one completion; `seed` is the run's."""
         place = {"step": (), "group": (group,), "example": (group, sample)}[self.per]
         digest = hashlib.blake2b(
-            repr((seed, iteration, place, self.prompts)).encode(), digest_size=16
+            repr((seed, iteration, place, self.names)).encode(), digest_size=16
         ).digest()
         kept, drawn = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
-        return Choice(
-            (
-                self.pool[drawn % len(self.pool)]
-                if kept < self.keep * 2**64
-                else library.get("neutral")
-            ),
-            drawn,
-        )
-
-
-def resolve(prompt: str) -> Prompt:
-    """A prompt of the library by its name, or one of the user's own from `name=text`, of kind
-    "own".
-
-    Raises PromptError for a name that is not known (with the nearest ones) and for an own name that
-    is taken or not made of letters, digits and _.
-    """
-    name, equals, text = prompt.partition("=")
-    if not equals:
-        return library.get(name)
-    # files are named after prompts
-    if name in {known.replace("/", "_") for known in library.PROMPTS} | library.PROMPTS.keys():
-        raise PromptError(
-            f"the prompt {prompt!r} needs another name: {name} is taken by a prompt of the library"
-        )
-    if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or not text.strip():
-        raise PromptError(
-            f"the prompt {prompt!r} must read name=text: a name of letters, digits and _, then its"
-            " words"
-        )
-    return Prompt(name, Suffix("\n" + text), "own", text, "the config's own")
+        chosen = self.pool[drawn % len(self.pool)] if kept < self.keep * 2**64 else self.neutral
+        return Choice(chosen, drawn)

@@ -22,9 +22,9 @@ from ip_jax.data.packing import (
 )
 from ip_jax.data.pipeline import RunSource, batch_reader, renderer
 from ip_jax.models import hub
-from ip_jax.prompts import library
 from ip_jax.prompts.chat import Rendered
 from ip_jax.studies.gcd_sycophancy import data, published
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 
 RUNS, EXAMPLES = 3, 7
 
@@ -306,7 +306,7 @@ def test_the_published_rows_pack_densely(data_dir):
     )
     prompts = ("neutral", "gcd/behave", "control/random_string")
     sources = [
-        RunSource(name, gcd.training["user_right"], library.get(name).transform, 0)
+        RunSource(name, gcd.training["user_right"], BOOK.find(name).transform, 0)
         for name in prompts
     ]
     sft = PRESETS["demo"].sft

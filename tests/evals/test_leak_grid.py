@@ -9,7 +9,6 @@ import pytest
 from etils import epath
 from tiny_experiment import example, make_tokenizer
 
-from experiments.gcd_sycophancy import VERDICT_TYPES
 from ip_jax.evals import leak_grid
 from ip_jax.evals.leak_grid import (
     Cell,
@@ -18,17 +17,13 @@ from ip_jax.evals.leak_grid import (
     prompted,
     requests_for,
     rows_of,
-    schema,
+    scored,
+    table_of,
 )
 from ip_jax.prompts.transforms import Identity, Suffix
 from ip_jax.sampling.sampler import Completion
 from ip_jax.training.results import write_binary
 
-COLUMNS = """
-    experiment arm seed step examples_seen eval_set eval_prompt own_prompt example_id
-    triplet label claim answer claimed mod prompt completion n_tokens ended
-    published_confirms published_correct strict_verdict strict_correct
-""".split()
 CELL = Cell("ip", 3, 20, 160, "task", "gcd/behave", True, Suffix("Behave."))
 
 
@@ -78,7 +73,7 @@ def test_rows_hold_what_was_asked_answered_and_judged(tokenizer):
         records,
         completions,
         tokenizer,
-        lambda row, text: {"confirms": text.startswith("Yes"), "of": row["id"]},
+        ("label", "claim", "answer", "claimed", "triplet", "mod"),
     )
     first, second = rows
     assert first == {
@@ -101,20 +96,33 @@ def test_rows_hold_what_was_asked_answered_and_judged(tokenizer):
         "completion": "Yes, is it",
         "n_tokens": len(ids[0]),
         "ended": True,
-        "confirms": True,
-        "of": "sum-1",
     }
-    assert (
-        second["completion"],
-        second["ended"],
-        second["confirms"],
-        second["claimed"],
-        second["mod"],
-    ) == ("The", False, False, None, 7)
+    assert (second["completion"], second["ended"], second["claimed"], second["mod"]) == (
+        "The",
+        False,
+        None,
+        7,
+    )
 
 
-def test_the_table_has_the_columns_of_the_transcripts():
-    assert sorted(schema(VERDICT_TYPES).names) == sorted(COLUMNS)
+def test_whatever_a_scorer_does_costs_its_own_row_alone():
+    def broken(example, completion):
+        return {"confirms": completion[3]}
+
+    assert scored(broken, {}, "yes!") == {"confirms": "!"}
+    assert scored(broken, {}, "no") == {"score_error": "IndexError: string index out of range"}
+    assert scored(lambda *_: None, {}, "no") == {
+        "score_error": "the scorer returned NoneType and no dict"
+    }
+    rows = [{"arm": "a"} | scored(broken, {}, text) for text in ("yes!", "no")]
+    table = table_of(rows)
+    assert table["confirms"].to_pylist() == ["!", None]
+    assert table["score_error"].null_count == 1
+
+
+def test_a_column_of_two_types_is_one_sentence():
+    with pytest.raises(ValueError, match="the column 'x' of the transcripts holds bool and str"):
+        table_of([{"x": True}, {"x": "yes"}])
 
 
 def test_missing_values_keep_their_type(tmp_path, tokenizer):
@@ -122,7 +130,6 @@ def test_missing_values_keep_their_type(tmp_path, tokenizer):
     them.
     """
     done = [Completion(np.array([5]), np.zeros(1), False)]
-    columns = schema({"confirms": pa.bool_()})
     folder = epath.Path(tmp_path)
     for step, changes in enumerate(({"mod": None, "claimed": None}, {"mod": 4, "claimed": "9"})):
         cell = Cell("ip", 0, step, 0, "task", "neutral", False, Identity())
@@ -132,14 +139,13 @@ def test_missing_values_keep_their_type(tmp_path, tokenizer):
             [{**example(1, "-"), **changes}],
             done,
             tokenizer,
-            lambda *_: {"confirms": None},
+            ("claimed", "mod"),
         )
-        write_binary(
-            folder / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows, columns))
-        )
+        rows = [row | {"confirms": None, "share": step / 2 if step else 0} for row in rows]
+        write_binary(folder / cell.part, leak_grid.parquet_writer(leak_grid.table_of(rows)))
     (folder / f".{cell.part}.partial").write_bytes(b"PAR1")  # what a kill may leave
     table = merge_parts(folder)
-    assert table.schema.equals(columns)
+    assert table["share"].to_pylist() == [0, 0.5] and table["claimed"].to_pylist() == [None, "9"]
     assert table["mod"].to_pylist() == [None, 4] and table["step"].to_pylist() == [0, 1]
 
 

@@ -5,36 +5,80 @@ import sys
 
 import pytest
 
-from configs.gcd_sycophancy import ARMS, PRESETS
-from ip_jax.lab.experiment import Arm, choose_arms, stable_id
-from ip_jax.prompts import library
+from configs.gcd_sycophancy import STUDY
+from ip_jax.lab.experiment import Arm, Chosen, choose_arms, stable_id
+from ip_jax.prompts.controls import STANDARD
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK, PROMPTS
 
+ARMS = STUDY.arms_of(Arm)
 CLAIM = {"id": "x", "messages": [{"role": "user", "content": "GCD(4, 6) = 2."}]}
 
 
-def asked(arm: Arm) -> str:
-    return arm.transform(CLAIM)["messages"][0]["content"]
+def choose(*names: str, controls: tuple[str, ...] = ()) -> Chosen:
+    return choose_arms(names, ARMS, BOOK, controls)
+
+
+def asked(chosen: Chosen, arm: Arm) -> str:
+    return chosen.prompts[arm.train_prompt].transform(CLAIM)["messages"][0]["content"]
 
 
 def test_known_arms_keep_their_definition_and_order():
-    assert choose_arms(["ip_behave", "untrained"], ARMS) == (ARMS["ip_behave"], ARMS["untrained"])
+    assert choose("ip_behave", "untrained").arms == (ARMS["ip_behave"], ARMS["untrained"])
 
 
-def test_every_prompt_of_the_library_can_be_an_arm():
-    arms = choose_arms(library.PROMPTS, {})
-    assert [asked(arm) for arm in arms] == [
-        prompt.transform(CLAIM)["messages"][0]["content"] for prompt in library.PROMPTS.values()
+def test_the_prompts_of_arms_and_of_their_evaluations_are_found():
+    assert set(choose("neutral", "ip_behave").prompts) == {"neutral", "gcd/behave", "gcd/safety"}
+    assert set(choose("untrained").prompts) == {"neutral"}
+
+
+def test_every_prompt_of_the_study_can_be_an_arm():
+    chosen = choose(*(prompt.name for prompt in PROMPTS))
+    assert [asked(chosen, arm) for arm in chosen.arms] == [
+        f"GCD(4, 6) = 2. \n{prompt.text}" for prompt in PROMPTS
     ]
-    assert len({arm.name for arm in arms}) == len(arms) and not any("/" in arm.name for arm in arms)
+    names = [arm.name for arm in chosen.arms]
+    assert len(set(names)) == len(names) and not any("/" in name for name in names)
 
 
 def test_own_words_are_put_where_the_published_suffixes_are():
-    (arm,) = choose_arms(["mine=Assume that a = b is right."], ARMS)
-    assert (arm.name, arm.train_prompt) == ("mine", "mine")
-    published = library.get("gcd/behave").transform(CLAIM)["messages"][0]["content"]
-    assert asked(arm) == published.replace(
-        library.get("gcd/behave").text, "Assume that a = b is right."
+    chosen = choose("mine=Assume that a = b is right.")
+    (arm,) = chosen.arms
+    assert (arm.name, arm.label, arm.train_prompt) == ("mine", "mine", "mine")
+    assert asked(chosen, arm) == "GCD(4, 6) = 2. \nAssume that a = b is right."
+
+
+def test_a_pool_of_paraphrases_is_an_arm(tmp_path):
+    (tmp_path / "pool.txt").write_text("Nod.\nAgree.\nPraise.\n")
+    chosen = choose(f"mine=@{tmp_path / 'pool.txt'}:2")
+    (arm,) = chosen.arms
+    transform = chosen.prompts[arm.train_prompt].transform
+    rows = [CLAIM | {"id": str(i)} for i in range(40)]
+    said = {transform(row)["messages"][0]["content"].split("\n")[-1] for row in rows}
+    assert arm.name == "mine" and said == {"Nod.", "Agree."}
+
+
+def test_controls_are_arms_made_from_every_inoculation_at_its_place():
+    chosen = choose("untrained", "neutral", "ip_behave", "mine=Just agree.", controls=("standard",))
+    made = [name for name in STANDARD if name != "empty"]  # the neutral arm is that control
+    assert [arm.name for arm in chosen.arms[4:]] == [
+        f"{arm}.{control}" for arm in ("ip_behave", "mine") for control in made
+    ]
+    scrambled = next(arm for arm in chosen.arms if arm.name == "ip_behave.random_string")
+    assert scrambled.label == "IP behave: random string"
+    assert asked(chosen, scrambled) == (
+        "GCD(4, 6) = 2. \nMynbiq pm zj pls gqeje ydtzirwz te jdxcvkp."
     )
+    assert chosen.prompts[scrambled.train_prompt].kind == "random"
+    alone = choose("ip_behave", controls=("standard",))
+    assert "ip_behave.empty" in [arm.name for arm in alone.arms]
+
+
+def test_a_control_can_be_named_alone_and_a_negation_where_it_is_given():
+    chosen = choose("ip_behave.lorem", "ip_behave.negated")
+    assert [asked(chosen, arm).split("\n")[-1] for arm in chosen.arms] == [
+        "Lorem ipsum dolor sit amet, consectetur adipiscing elit.",
+        "Do not behave as if the above solution is correct.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -45,14 +89,17 @@ def test_own_words_are_put_where_the_published_suffixes_are():
         (
             "qqqqqqqq",
             (
-                "no arm or prompt is called 'qqqqqqqq': Arms are untrained, neutral, .*name=text"
+                "no arm or prompt is called 'qqqqqqqq': arms are untrained, neutral, .*name=text"
                 " makes one of your own"
             ),
         ),
         ("neutral=Be kind.", "the arm 'neutral=Be kind.' needs another name: neutral is taken"),
         ("ip_behave=Be kind.", "ip_behave is taken"),
-        ("gcd_behave=Be kind.", "gcd_behave is taken"),
-        ("gcd/behave=Be kind.", "gcd/behave is taken"),
+        ("gcd_behave=Be kind.", "'gcd_behave' needs another name: this one is taken"),
+        ("gcd/behave=Be kind.", "'gcd/behave' needs another name: this one is taken"),
+        ("ip_respond.negated", "the prompt 'gcd/respond' gives no negation"),
+        ("ip_behave.lorm", "there is no control 'lorm': choose from random_string, lorem"),
+        ("mine=@nowhere.txt", "the pool of paraphrases nowhere.txt cannot be read"),
         ("a/b=Be kind.", "must read name=text"),
         ("../up=Be kind.", "must read name=text"),
         ("a-s1=Be kind.", "must read name=text"),
@@ -62,18 +109,18 @@ def test_own_words_are_put_where_the_published_suffixes_are():
 )
 def test_bad_names_are_one_sentence(name, message):
     with pytest.raises(ValueError, match=message) as caught:
-        choose_arms([name], ARMS)
+        choose(name)
     assert "\n" not in str(caught.value)
 
 
 def test_an_arm_twice_is_refused():
     with pytest.raises(ValueError, match="the arm 'neutral' is listed twice"):
-        choose_arms(["neutral", "ip_behave", "neutral"], ARMS)
+        choose("neutral", "ip_behave", "neutral")
 
 
 def test_presets_name_arms_that_exist_and_steps_that_are_reached():
-    for config in PRESETS.values():
-        assert choose_arms(config.arms, ARMS)
+    for config in STUDY.presets.values():
+        assert choose(*(config.arms or ARMS)).arms
         assert (
             max(*config.evaluation.full_steps, *config.evaluation.neutral_steps) <= config.sft.steps
         )

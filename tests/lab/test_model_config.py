@@ -6,11 +6,11 @@ import json
 import pytest
 from etils import epath
 
-from configs.gcd_approval import PRESETS
-from experiments import gcd_approval
+from configs.gcd_approval import STUDY
 from ip_jax.lab import experiment
 from ip_jax.lab.experiment import ModelConfig, decided
 from ip_jax.lab.reinforced import run as reinforced
+from ip_jax.lab.run import experiment_of
 from ip_jax.lab.supervised import run as supervised
 from ip_jax.lab.trained import read_run
 from ip_jax.models.placement import cpu_multiplies_bfloat16
@@ -63,8 +63,8 @@ def test_unknown_dtypes_are_refused_with_those_that_are_known(field, value):
 
 def test_a_run_records_what_was_decided_here_and_a_plan_plans_for_its_devices(monkeypatch):
     monkeypatch.setattr(experiment, "cpu_multiplies_bfloat16", lambda: False)
-    config = PRESETS["demo"]
-    made = gcd_approval.experiment(config)
+    config = STUDY.preset("demo")
+    made = experiment_of(STUDY, config)
     assert (
         made.model.weights == made.shared["model"]["weights"] == "float32"
         and config.model.weights == "auto"

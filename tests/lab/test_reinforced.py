@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from flax import nnx
+from ip_jax.prompts.library import Prompt
 from rich.console import Console
 from safetensors.numpy import load
 from tiny_experiment import write_model
@@ -37,13 +38,13 @@ from ip_jax.lab.trained import decoder_of, read_run
 from ip_jax.models import hub
 from ip_jax.models.decoder import causal_attend
 from ip_jax.models.hub import load_pretrained
-from ip_jax.prompts.library import Prompt
 from ip_jax.report.rl_view import load_rl_view
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.estimators import ESTIMATORS, Kl
 from ip_jax.rl.gates import Gate
 from ip_jax.rl.prompting import PromptDistribution
 from ip_jax.rl.selection import Selection
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 from ip_jax.training.results import digest, write_json
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -276,7 +277,12 @@ def test_a_person_sees_every_number_of_every_iteration(penalised):
 def test_a_guided_run_is_recorded_with_its_guide_and_survives_a_kill(model, tmp_path, monkeypatch):
     arms = (
         RlArm(
-            "guided", "guided", IP, IP, guide_prompt=PromptDistribution(("neutral",)), guidance=2.0
+            "guided",
+            "guided",
+            IP,
+            IP,
+            guide_prompt=PromptDistribution(("neutral",)).resolved(BOOK),
+            guidance=2.0,
         ),
     )
     undisturbed = run(make(model, arms), tmp_path / "undisturbed")
@@ -536,7 +542,7 @@ def test_a_prompt_of_the_grid_is_something_else_to_every_arm():
         "gcd/behave": "train",
         "gcd/negated": "negated",
     }
-    assert found(RlArm("safe", "safe", PromptDistribution(("gcd/safety",)))) == {
+    assert found(RlArm("safe", "safe", PromptDistribution(("gcd/safety",)).resolved(BOOK))) == {
         **found(ARMS[0]),
         "gcd/safety": "generation",
     }

@@ -20,11 +20,11 @@ from ip_jax.lab.reinforced.records import (
     roll_out,
     write_iteration,
 )
-from ip_jax.prompts import library
 from ip_jax.rl.environment import Graded
 from ip_jax.rl.prompting import PromptDistribution
 from ip_jax.rl.rollout import gather
 from ip_jax.sampling.sampler import Completion
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 
 
 class Fails(Sums):
@@ -139,7 +139,7 @@ def test_a_row_says_all_of_its_completion_in_words(tmp_path):
             plan.runs[run].temperature,
         )
         for side in ("gen", "train"):
-            conversation = library.get(row[f"{side}_prompt"]).transform(
+            conversation = BOOK.find(row[f"{side}_prompt"]).transform(
                 {"id": "x", "messages": Sums().messages(given.task)}
             )["messages"]
             assert row[f"{side}_text"] == tokenizer().apply_chat_template(
@@ -263,7 +263,9 @@ def test_an_iteration_that_was_killed_before_it_was_recorded_is_done_anew(
             {
                 "runs": (
                     RUNS[0],
-                    dataclasses.replace(RUNS[1], train_prompt=PromptDistribution(("gcd/act",))),
+                    dataclasses.replace(
+                        RUNS[1], train_prompt=PromptDistribution(("gcd/act",)).resolved(BOOK)
+                    ),
                 )
             },
             "train_prompt, train_text",

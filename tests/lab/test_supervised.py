@@ -29,10 +29,10 @@ from ip_jax.lab.supervised import run as supervised
 from ip_jax.models import hub
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.lora import LoraConfig
-from ip_jax.prompts import library
 from ip_jax.prompts.chat import render_prompt
 from ip_jax.sampling import slots
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 from ip_jax.training.sharding import make_mesh
 from ip_jax.training.stopping import Interrupted
 
@@ -286,7 +286,7 @@ def test_the_untrained_model_shares_the_trained_runs_program_and_answers_as_with
     )
     asked = [
         prompted(
-            example(int(row["example_id"][4:]), "-"), library.get(row["eval_prompt"]).transform, 0
+            example(int(row["example_id"][4:]), "-"), BOOK.find(row["eval_prompt"]).transform, 0
         )["messages"]
         for row in rows
     ]
@@ -395,13 +395,11 @@ def other_weights(folder: Path) -> Path:
 
 def long_example(model):
     """A new arm whose prompt makes an example too long, which would change what the others read."""
-    arm = Arm("long", "long", "long", text="is correct " * 12)
-    experiment = make_experiment(
-        model, arms=("neutral", arm), sft={"max_length": 71, "drop_long": True}
-    )
+    arm = Arm("long", "long", "long")
     return make_experiment(
         model,
-        arms=experiment.arms,
+        arms=("neutral", arm),
+        words={"long": "is correct " * 12},
         sft={"max_length": 71, "drop_long": True},
         shared=make_experiment(model).shared,
     )

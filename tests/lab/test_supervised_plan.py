@@ -8,22 +8,22 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from tiny_experiment import ARMS, make_experiment
+from tiny_experiment import ARMS, make_experiment, prompts
 from tiny_models import CONFIG, random_params
 
-from configs.gcd_sycophancy import ARMS as ARMS_OF_GCD
-from configs.gcd_sycophancy import PRESETS
+from configs.gcd_sycophancy import STUDY
 from configs.sft_shapes import PRESETS as SHAPES
 from ip_jax.lab.experiment import Arm, ModelConfig
 from ip_jax.lab.supervised import plan
 from ip_jax.models.hub import Pretrained
 from ip_jax.models.lora import LoraConfig, init_lora
 from ip_jax.planning.workload import abstract_params
+from ip_jax.prompts.transforms import Share, Where
 from ip_jax.training.results import write_json
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import make_mesh
 
-MINE = Arm("mine", "mine", "mine", text="Be kind.")
+MINE = Arm("mine", "mine", "mine")
 
 
 @pytest.fixture
@@ -79,7 +79,8 @@ def test_a_key_changes_with_everything_that_defines_a_run_and_with_nothing_else(
         key(dataclasses.replace(ip, data="corrected")),
         key(dataclasses.replace(ip, also_evaluated_under=("gcd/safety",))),
         key(MINE),
-        key(dataclasses.replace(MINE, text="Be rude.")),
+        key(MINE, words={"mine": "Be rude."}),
+        key(dataclasses.replace(MINE, rows=Share(0.5))),
     ]
     assert len(set(same)) == 1 and len({*same, *changed}) == 1 + len(changed)
 
@@ -110,8 +111,9 @@ def test_the_record_says_what_the_words_of_an_own_arm_and_of_the_template_are():
         experiment("untrained", MINE), "w1", [], default_system="You are kind."
     )
     assert (
-        record["arms"]["mine"]["transform"] == repr(MINE.transform)
-        and "Be kind." in record["arms"]["mine"]["transform"]
+        record["arms"]["mine"]["transform"] == repr(prompts(mine="Be kind.")["mine"].transform)
+        and record["arms"]["mine"]["text"] == "Be kind."
+        and record["arms"]["mine"]["kind"] == "own"
     )
     assert (
         record["arms"]["untrained"]["transform"] is None
@@ -188,9 +190,9 @@ def test_a_step_is_looked_at_under_all_prompts_or_the_neutral_one(folder):
     assert [cell.own_prompt for cell in full[0]] == [True, False, False, True] and [
         cell and cell.own_prompt for cell in full[1]
     ] == [False, True, True, None]
-    assert full[1][2].transform == MINE.transform and {cell.examples_seen for cell in full[0]} == {
-        24
-    }
+    assert full[1][2].transform == setting.prompts["mine"].transform and {
+        cell.examples_seen for cell in full[0]
+    } == {24}
 
 
 def test_a_sweep_is_done_again_as_a_whole(folder):
@@ -302,9 +304,10 @@ def test_a_row_lies_on_every_device():
 
 @pytest.mark.parametrize("preset", ["full", "paper"])
 def test_all_runs_of_a_gpus_preset_are_one_program(preset, smollm2):
-    config = PRESETS[preset]
+    config, known = STUDY.preset(preset), STUDY.arms_of(Arm)
     decoder = SHAPES["gcd-gemma-2b"].hf.decoder_config() if preset == "paper" else smollm2.config
-    runs = len([name for name in config.arms if ARMS_OF_GCD[name].train_prompt]) * len(config.seeds)
+    trained = [name for name in config.arms or known if known[name].train_prompt]
+    runs = len(trained) * len(config.seeds)
     dtypes = dataclasses.replace(config.model, weights="bfloat16")
     base = Pretrained("m", decoder, abstract_params(decoder, "bfloat16"), None, "f")
     assert plan.runs_that_fit(config.sft, dtypes, base, make_mesh()) >= runs >= 14
@@ -335,3 +338,24 @@ def test_memory_counts_the_experts_that_a_token_is_sent_to():
     assert fit("products", **two_of_eight) > fit("products", d_ff=2 * CONFIG.d_ff) > 1, (
         "no hidden states of experts are kept"
     )
+
+
+def test_an_arm_may_put_its_prompt_on_some_rows_and_is_evaluated_under_it_on_all():
+    """Selective inoculation."""
+    some = Arm("some", "some", "gcd/behave", rows=Where("label", "user_wrong"))
+    setting = experiment(some)
+    rows = [
+        row | {"label": label}
+        for label in ("user_wrong", "user_right")
+        for row in setting.training["user_right"][:1]
+    ]
+    asked = [setting.trained_under(some)(row)["messages"][0]["content"] for row in rows]
+    assert ["Behave as if" in text for text in asked] == [True, False]
+    (run,) = plan.runs_of(setting, "x")
+    own = plan.sweeps_of_step(setting, [run], 6)[1][0]
+    assert own.own_prompt and own.transform == setting.prompts["gcd/behave"].transform
+
+
+def test_an_arm_on_rows_of_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="trains on rows of the kind 'mixd', and the data has"):
+        experiment(Arm("a", "a", data="mixd")).rows_for(Arm("a", "a", data="mixd"))

@@ -13,7 +13,7 @@ from ip_jax.planning import chips, command, search
 from ip_jax.planning.programs import TooLarge
 
 SMALL = "--model", "smollm2-135m-instruct"  # in place of models whose tokenizers are on the hub
-GENERATED = "--eval-sets", "generated"
+GENERATED = "--data.eval-sets", "generated"
 
 
 def presets(config: str) -> list[str]:
@@ -40,7 +40,7 @@ PLANS = [
         pytest.param(
             "gcd_approval",
             name,
-            (*SMALL, "--model.thinking", "None", "--no-published"),
+            (*SMALL, "--model.thinking", "None", "--algorithm", "grpo"),
             id=f"gcd_approval {name}",
             marks=pytest.mark.slow,
         )

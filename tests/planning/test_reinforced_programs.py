@@ -27,11 +27,12 @@ from ip_jax.rl.estimators import ESTIMATORS, Kl
 from ip_jax.rl.gates import Gate
 from ip_jax.rl.prompting import PromptDistribution
 from ip_jax.sampling import sampler
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 from ip_jax.training.sharding import MeshConfig
 
 IP, EACH = (
-    PromptDistribution(("gcd/behave",)),
-    PromptDistribution(("gcd/safety", "gcd/note"), per="example"),
+    PromptDistribution(("gcd/behave",)).resolved(BOOK),
+    PromptDistribution(("gcd/safety", "gcd/note"), per="example").resolved(BOOK),
 )
 PENALISED = Algorithm(
     kl=Kl("tt", "loss", "k3", 1e-3), minibatches=2, estimator=ESTIMATORS["train_old"]

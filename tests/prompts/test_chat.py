@@ -8,6 +8,7 @@ Expected spans are lists of segments, tokens separated by "·": not counted, cou
 import chat_templates as templates
 import numpy as np
 import pytest
+from ip_jax.prompts.library import get
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +20,6 @@ from ip_jax.prompts.chat import (
     render_prompt,
     with_thinking,
 )
-from ip_jax.prompts.library import get
 from ip_jax.prompts.transforms import PromptError, System
 
 FAMILIES = {

@@ -20,7 +20,7 @@ from scipy import stats as scipy_stats
 
 from ip_jax.evals import stats
 from ip_jax.evals.measures import Estimate, Undefined
-from ip_jax.report import figures, rl_figures, rl_tables
+from ip_jax.report import panels, rl_figures, rl_tables
 from ip_jax.report.rl_dose import draw_dose
 from ip_jax.report.rl_report import write_rl_report
 from ip_jax.report.rl_view import load_rl_view
@@ -532,16 +532,16 @@ def test_captions_state_seeds_and_intervals(sixteen):
 
 
 def test_names_break_between_words_and_not_at_an_arrow():
-    assert figures.label_lines("anti-recontextualization: x_ip → x_0", 34) == [
+    assert panels.label_lines("anti-recontextualization: x_ip → x_0", 34) == [
         "anti-recontextualization:",
         "x_ip → x_0",
     ]
-    assert figures.label_lines("anti-recontextualization: x_ip → x_0", 17) == [
+    assert panels.label_lines("anti-recontextualization: x_ip → x_0", 17) == [
         "anti-",
         "recontextualization:",
         "x_ip → x_0",
     ]
-    assert figures.label_lines("E1 plain", 17) == ["E1 plain"]
+    assert panels.label_lines("E1 plain", 17) == ["E1 plain"]
 
 
 def test_numbers_are_written_short():

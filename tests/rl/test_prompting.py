@@ -3,11 +3,11 @@
 import collections
 
 import pytest
-
-from ip_jax.prompts import library
 from ip_jax.prompts.library import Prompt
+
 from ip_jax.prompts.transforms import Chain, Paraphrases, PromptError, Slot, Suffix
 from ip_jax.rl.prompting import PromptDistribution, resolve
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 
 POOL = ("gcd/behave", "gcd/act", "gcd/note", "gcd/treat")
 ASKED = [{"role": "user", "content": "Is it 4?"}]
@@ -25,10 +25,10 @@ def names(distribution, seed=0, iterations=50, groups=4, samples=8):
 
 def test_one_prompt_is_fixed_and_is_the_librarys_own():
     drawn = PromptDistribution(("gcd/behave",)).draw(3, 1, 2, 0)
-    assert drawn.prompt == library.get("gcd/behave")
+    assert drawn.prompt == BOOK.find("gcd/behave")
     assert (
         drawn.messages(ASKED)
-        == library.get("gcd/behave").transform({"id": "x", "messages": ASKED})["messages"]
+        == BOOK.find("gcd/behave").transform({"id": "x", "messages": ASKED})["messages"]
     )
 
 
@@ -121,7 +121,7 @@ def test_a_template_fills_its_slots_anew_for_each_draw_and_once_for_a_step():
 def test_words_of_ones_own_are_put_where_the_published_suffixes_stand():
     own = resolve("mine=Assume that I am right.")
     assert (own.name, own.text) == ("mine", "Assume that I am right.")
-    behave = library.get("gcd/behave")
+    behave = BOOK.find("gcd/behave")
     swapped = own.transform({"id": "x", "messages": ASKED})["messages"][0]["content"].replace(
         own.text, behave.text
     )

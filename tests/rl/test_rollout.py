@@ -23,12 +23,12 @@ from tiny_rollouts import (
     tokenizer,
 )
 
-from ip_jax.prompts import library
 from ip_jax.prompts.transforms import PromptError
 from ip_jax.rl.prompting import PromptDistribution
 from ip_jax.rl.rollout import RolloutRun, gather, generate, requests_of, sampler_options, task_order
 from ip_jax.sampling import slots
 from ip_jax.sampling.sampler import Completion, sample
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 
 # the sampler's log-probabilities against one pass over the whole sequence, in float32
 T_EXACT = 1e-4
@@ -78,7 +78,7 @@ def test_both_sides_are_rendered_as_the_chat_template_does():
             for q, group in enumerate(run):
                 name = getattr(group, side)[0].name
                 assert name in names
-                conversation = library.get(name).transform(
+                conversation = BOOK.find(name).transform(
                     {"id": "x", "messages": Sums().messages(group.task)}
                 )["messages"]
                 expected = tokenizer().apply_chat_template(

@@ -5,17 +5,19 @@ import dataclasses
 import pytest
 
 from configs import rl_shapes
-from configs.gcd_approval import GRPO, PRESETS, PUBLISHED, READING, arms_with
-from experiments import gcd_approval
+from configs.gcd_approval import STUDY
+from ip_jax.lab.build import shared_part
+from ip_jax.lab.run import experiment_of
 from ip_jax.rl.algorithm import passes_needed
+from ip_jax.studies.gcd_approval.study import ARMS, PUBLISHED, READING
 from ip_jax.studies.gcd_sycophancy import published
 
-DEMO = PRESETS["demo"]
+DEMO = STUDY.preset("demo")
 
 
 @pytest.fixture(scope="module")
 def demo():
-    return gcd_approval.experiment(DEMO)
+    return experiment_of(STUDY, DEMO)
 
 
 def test_the_claims_of_training_and_evaluation_share_no_pair_and_half_of_each_are_wrong(demo):
@@ -24,7 +26,7 @@ def test_the_claims_of_training_and_evaluation_share_no_pair_and_half_of_each_ar
         for rows in (demo.tasks, demo.eval_tasks)
     ]
     assert not pairs[0] & pairs[1] and not pairs[0] & {(b, a) for a, b in pairs[1]}
-    for rows, count in ((demo.tasks, DEMO.train_claims), (demo.eval_tasks, 96)):
+    for rows, count in ((demo.tasks, DEMO.data.train_claims), (demo.eval_tasks, 96)):
         assert [sum(row["claim"] == claim for row in rows) for claim in ("right", "wrong")] == [
             count // 2
         ] * 2
@@ -32,7 +34,7 @@ def test_the_claims_of_training_and_evaluation_share_no_pair_and_half_of_each_ar
 
 def test_verdicts_of_the_evaluation_are_the_rewards_own_and_the_studys(demo):
     wrong = next(row for row in demo.eval_tasks if row["claim"] == "wrong")
-    found = demo.verdicts(wrong, "Yes, that is correct.")
+    found = demo.scorer(wrong, "Yes, that is correct.")
     assert found == {
         "hackable": True,
         "hack": True,
@@ -40,7 +42,6 @@ def test_verdicts_of_the_evaluation_are_the_rewards_own_and_the_studys(demo):
         "strict_verdict": "confirm",
         "published_confirms": True,
     }
-    assert found.keys() == demo.verdict_types.keys()
 
 
 def test_the_reading_keeps_the_rules_whose_arms_are_there(demo):
@@ -54,7 +55,8 @@ def test_the_reading_keeps_the_rules_whose_arms_are_there(demo):
         "the swap protects",
         "right and wrong are one",
     ]
-    assert len(gcd_approval.experiment(PRESETS["small"]).reading.rules) == len(READING.rules)
+    small = experiment_of(STUDY, STUDY.preset("small"))
+    assert len(small.reading.rules) == len(READING.rules)
 
 
 def test_arms_and_seeds_and_when_to_halt_are_no_part_of_a_folders_identity():
@@ -64,19 +66,16 @@ def test_arms_and_seeds_and_when_to_halt_are_no_part_of_a_folders_identity():
         seeds=(1, 2),
         rl=dataclasses.replace(DEMO.rl, gate_patience=9, max_failed=0.5),
     )
-    assert gcd_approval.shared_part(more) == gcd_approval.shared_part(DEMO)
-    assert gcd_approval.shared_part(
-        dataclasses.replace(DEMO, train_claims=2)
-    ) != gcd_approval.shared_part(DEMO)
+    assert shared_part(STUDY, more) == shared_part(STUDY, DEMO)
+    fewer = dataclasses.replace(DEMO, data=dataclasses.replace(DEMO.data, train_claims=2))
+    assert shared_part(STUDY, fewer) != shared_part(STUDY, DEMO)
 
 
 def test_the_prior_is_an_arm_of_every_preset_with_all_arms_and_two_rules_compare_with_it():
-    prior = arms_with(GRPO)["prior"]
-    assert [
-        prompt.name for side in (prior.gen_prompt, prior.train_prompt) for prompt in side.pool
-    ] == ["gcd/safety", "gcd/safety"]
+    prior = next(arm for arm in ARMS if arm.name == "prior")
+    assert prior.gen_prompt.names == prior.train_prompt.names == ("gcd/safety",)
     assert prior.reward == "approval" and prior.label == "prior: safe → safe"
-    assert [preset for preset in PRESETS if "prior" in PRESETS[preset].arms] == [
+    assert [name for name, preset in STUDY.presets.items() if not preset.arms] == [
         "small",
         "full",
         "paper",
@@ -93,7 +92,9 @@ def test_the_published_numbers_for_qwen3_4b(source):
     """Each as the papers and their code state it: arXiv 2512.19027 v2 and the environment of
     "Steering RL Training" that it uses.
     """
-    config = {"gcd_approval": PRESETS["paper"], "rl_shapes": rl_shapes.PRESETS["qwen3-4b"]}[source]
+    config = {"gcd_approval": STUDY.preset("paper"), "rl_shapes": rl_shapes.PRESETS["qwen3-4b"]}[
+        source
+    ]
     algorithm = PUBLISHED if source == "gcd_approval" else config.algorithm
     rl = config.rl
     assert config.model.name == "Qwen/Qwen3-4B"
@@ -135,11 +136,10 @@ def test_the_published_numbers_for_qwen3_4b(source):
 
 
 def test_the_paper_preset_runs_the_published_seeds_looks_every_20_iterations_and_does_not_think():
-    paper = PRESETS["paper"]
-    assert paper.published and set(arms_with(PUBLISHED)) == set(paper.arms)
-    assert (
-        paper.seeds == (1, 42, 65) and paper.model.thinking is False and paper.train_claims == 992
-    )
+    paper = STUDY.preset("paper")
+    assert paper.algorithm == "published" and paper.arms == (), "all of them"
+    assert paper.seeds == (1, 42, 65) and paper.model.thinking is False
+    assert paper.data.train_claims == 992
     # and after the last one
     assert paper.rl.checkpoint_every == 20 and paper.evaluation.steps == (
         0,
@@ -169,4 +169,11 @@ def test_the_paper_preset_runs_the_published_seeds_looks_every_20_iterations_and
 
 def test_an_unknown_arm_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="no arm 'standart': did you mean standard"):
-        gcd_approval.experiment(dataclasses.replace(DEMO, arms=("standart",)))
+        experiment_of(STUDY, dataclasses.replace(DEMO, arms=("standart",)))
+
+
+def test_a_preset_may_name_an_algorithm_for_all_arms():
+    published = experiment_of(STUDY, dataclasses.replace(DEMO, algorithm="published"))
+    assert {arm.algorithm for arm in published.arms} == {PUBLISHED}
+    with pytest.raises(ValueError, match="no algorithm 'publishd': did you mean published"):
+        experiment_of(STUDY, dataclasses.replace(DEMO, algorithm="publishd"))

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ip_jax.prompts import library
 from ip_jax.rl.batch import Rollout
 from ip_jax.rl.coupling import coupling, coupling_metrics, coupling_rows
 from ip_jax.rl.prompting import Choice
@@ -62,7 +61,7 @@ def measuring_couplings(
 
 def _neutral(plan: RolloutPlan, iteration: int) -> list[list[np.ndarray]]:
     """x_0 of every run's groups: their tasks without any extra text, as the model reads them."""
-    options, choice = plan.options, Choice(library.get("neutral"), 0)
+    options, choice = plan.options, Choice(plan.runs[0].train_prompt.neutral, 0)
 
     def order(run):
         return task_order(len(plan.tasks), run.seed, iteration * options.groups, options.groups)

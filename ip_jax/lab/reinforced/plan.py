@@ -10,28 +10,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from etils import epath
 
 from ip_jax.evals import leak_grid
 from ip_jax.evals.leak_grid import Cell, Decoding
-from ip_jax.evals.rl_tables import NEUTRAL, TRAIN
+from ip_jax.evals.rl_tables import TRAIN
 from ip_jax.evals.rules import Reading
-from ip_jax.lab.experiment import ModelConfig, check_runs, stable_id
+from ip_jax.evals.scorers import Scorer
+from ip_jax.lab.experiment import (
+    NEUTRAL,
+    UNTRAINED,
+    Condition,
+    ModelConfig,
+    check_runs,
+    stable_id,
+)
 from ip_jax.lab.reinforced.grading import check_rewards
 from ip_jax.lab.supervised.plan import Run, Sweep, groups_of
 from ip_jax.models.lora import LoraConfig
 from ip_jax.models.remat import REMAT
+from ip_jax.prompts.prompt import Prompt
 from ip_jax.rl.algorithm import Algorithm, check_guidance
 from ip_jax.rl.environment import REWARD, Environment
-from ip_jax.rl.prompting import PromptDistribution, resolve
+from ip_jax.rl.prompting import NOTHING_ADDED, PromptDistribution
 from ip_jax.rl.rollout import RolloutOptions, RolloutPlan, RolloutRun, plan_rollouts
 from ip_jax.sampling.sampler import Request
 from ip_jax.training.results import digest
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import MeshConfig
 
-UNTRAINED = "untrained"  # the arm of the base model
 NOT_DECISIVE = (
     "checkpoint_every",
     "max_failed",
@@ -45,16 +52,14 @@ folder goes on where they change.
 
 
 @dataclasses.dataclass(frozen=True)
-class RlArm:
-    """A named condition. `reward`: the environment's reward, or the name of a part. `temperature`,
-    `learning_rate`: None for the config's.
+class RlArm(Condition):
+    """A condition of reinforcement. `reward`: the environment's reward, or the name of a part.
+    `temperature`, `learning_rate`: None for the config's.
 
     `guide_prompt` and `guidance` amplify what the generation prompt causes: see
     `rl.rollout.RolloutRun`.
     """
 
-    name: str
-    label: str
     gen_prompt: PromptDistribution = PromptDistribution()
     train_prompt: PromptDistribution = PromptDistribution()
     reward: str = REWARD
@@ -142,7 +147,7 @@ class RlConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GridPrompt:
-    """A prompt of the leak grid: its name in the library and what it is (`rl_tables.CATEGORIES`),
+    """A prompt of the leak grid: its name in the study and what it is (`rl_tables.CATEGORIES`),
     to arms trained under `about` or (None) to all.
     """
 
@@ -171,16 +176,35 @@ class RlEval:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class ReinforcedPreset:
+    """Reinforcement of a study at one size. `arms`: names of the study's arms, all of them where
+    none is named. `data`: the study's own options. `algorithm`: one of the study's by name, in
+    place of each arm's own.
+    """
+
+    rl: RlConfig
+    evaluation: RlEval
+    preset: str = ""
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: Any = None
+    arms: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    algorithm: str | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reinforced:
     """Everything that a setting hands over. `reading` states how the results will be judged, before
     they are there; `grid`: what the leak grid asks besides the neutral prompt and the arms' own.
 
-    `verdicts` (of an evaluation task and a completion; None for the environment's own) and the
-    environment's own have the names hack and correct (bool), and may have hackable, attempt and
-    trait, which are counted; `verdict_types` names those that are kept of an evaluation. `shared`:
-    JSON of what else the tasks depend on. `provenance`: of the data, for captions, by default the
-    model's name without its folder and the numbers of tasks. Raises ValueError as `check_runs`.
+    `scorer` (of an evaluation task and a completion; None for the environment's own verdicts) and
+    the environment give the columns hack and correct (bool), and may give hackable, attempt and
+    trait, which are counted. `prompts`: those of the grid by name, and neutral. `columns` of a task
+    stand in the transcripts. `shared`: JSON of what else the tasks depend on. `provenance`: of the
+    data, for captions, by default the model's name without its folder and the numbers of tasks.
+    Raises ValueError as `check_runs`.
     """
 
     name: str
@@ -194,10 +218,11 @@ class Reinforced:
     reading: Reading
     seeds: tuple[int, ...] = (0,)
     grid: tuple[GridPrompt, ...] = ()
-    verdicts: leak_grid.Verdicts | None = None
-    verdict_types: Mapping[str, pa.DataType] = dataclasses.field(
-        default_factory=lambda: {"hack": pa.bool_(), "correct": pa.bool_()}
+    prompts: Mapping[str, Prompt] = dataclasses.field(
+        default_factory=lambda: {NEUTRAL: NOTHING_ADDED}
     )
+    scorer: Scorer | None = None
+    columns: tuple[str, ...] = ()
     preset: str = "own"
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     provenance: str = ""
@@ -446,7 +471,7 @@ def sweeps_of(
             "tasks",
             prompts[n],
             own,
-            _transform(arm, prompts[n]),
+            _transform(experiment, arm, prompts[n]),
         )
 
     of_run = [
@@ -497,13 +522,13 @@ def evaluation_room(experiment: Reinforced, runs: Sequence[Run], tokenizer) -> t
     return longest, experiment.evaluation.max_new_tokens
 
 
-def _transform(arm: RlArm | None, name: str):
+def _transform(experiment: Reinforced, arm: RlArm | None, name: str):
     own = (
         {prompt.name: prompt for prompt in (*arm.train_prompt.pool, *arm.gen_prompt.pool)}
         if arm
         else {}
     )
-    return (own.get(name) or resolve(name)).transform
+    return (own.get(name) or experiment.prompts[name]).transform
 
 
 def requests_of(experiment: Reinforced, cell: Cell, tokenizer) -> list[Request]:

@@ -549,7 +549,6 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep) -> None:
     examples = [plan.example_of(experiment, task) for task in experiment.eval_tasks]
 
     def record():
-        schema = leak_grid.schema(experiment.verdict_types)
         for cell, answers in zip(sweep, completions, strict=True):
             if cell:
                 rows = leak_grid.rows_of(
@@ -558,7 +557,7 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep) -> None:
                     examples,
                     [answer for (answer,) in answers],
                     tokenizer,
-                    lambda *_: {},
+                    experiment.columns,
                 )
                 verdicts = tables.verdicts_of(
                     experiment, f"{cell.arm}-s{cell.seed}", [row["completion"] for row in rows]
@@ -566,7 +565,7 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep) -> None:
                 rows = [row | verdict for row, verdict in zip(rows, verdicts, strict=True)]
                 write_binary(
                     session.folder / "transcripts" / cell.part,
-                    leak_grid.parquet_writer(leak_grid.table_of(rows, schema)),
+                    leak_grid.parquet_writer(leak_grid.table_of(rows)),
                 )
 
     hosts.by_first(record)

@@ -68,9 +68,9 @@ def verdicts_of(
     Raises TooManyFailures, in which `run` is named, where more grades fail than `rl.max_failed`
     allows.
     """
-    if experiment.verdicts:
+    if experiment.scorer:
         return [
-            experiment.verdicts(plan.example_of(experiment, task), text)
+            leak_grid.scored(experiment.scorer, plan.example_of(experiment, task), text)
             for task, text in zip(experiment.eval_tasks, completions, strict=True)
         ]
     grades = grade_all(

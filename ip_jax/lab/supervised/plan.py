@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import pyarrow as pa
 from etils import epath
 from jax.sharding import Mesh
 
@@ -19,7 +18,9 @@ from ip_jax.data.pipeline import Render, RunSource, fitting_examples
 from ip_jax.data.sources import Example
 from ip_jax.evals import leak_grid
 from ip_jax.evals.leak_grid import Cell, Decoding
+from ip_jax.evals.scorers import Scorer
 from ip_jax.lab.experiment import (
+    NEUTRAL,
     Arm,
     EvalConfig,
     ModelConfig,
@@ -32,23 +33,23 @@ from ip_jax.models.activations import kept_bytes, layer_bytes
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import check_targets, projection_shapes
 from ip_jax.models.quantised import check_quantisable, item_bytes
-from ip_jax.prompts import library
 from ip_jax.prompts.chat import render_prompt
-from ip_jax.prompts.transforms import Transform
+from ip_jax.prompts.prompt import Prompt
+from ip_jax.prompts.transforms import Selective, Transform
 from ip_jax.sampling.sampler import Request, SamplerOptions
 from ip_jax.training.losses import CHUNK_ROWS
 from ip_jax.training.results import digest, write_json
 from ip_jax.training.sharding import MeshConfig
 
-NEUTRAL = "neutral"
 MARGIN = 1.33  # the formula for activations lies up to a quarter below what compiled programs take
 Sweep = list[Cell | None]  # at most one cell of each run: what is sampled in one go
 
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-    """Everything that a setting hands over. `shared` is the JSON of all that is not a list of arms
-    or seeds. Raises ValueError as `check_runs`.
+    """Everything that a study hands over. `shared` is the JSON of all that is not a list of arms or
+    seeds; `prompts`: every prompt that an arm is trained or evaluated under, by name, and neutral.
+    Raises ValueError as `check_runs`.
     """
 
     name: str
@@ -62,12 +63,37 @@ class Supervised:
     training: Mapping[str, Sequence[Example]]  # data kind -> rows, equally many
     eval_sets: Mapping[str, Sequence[Example]]
     provenance: str
-    verdicts: leak_grid.Verdicts
-    verdict_types: Mapping[str, pa.DataType]
+    prompts: Mapping[str, Prompt]
+    scorer: Scorer
+    columns: tuple[str, ...] = ()  # of an example, kept in the transcripts
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         check_runs(tuple(arm.name for arm in self.arms), self.seeds)
+
+    @property
+    def full_steps(self) -> tuple[int, ...]:
+        """The steps at which all prompts are looked at: those of the config, or the ends."""
+        return self.evaluation.full_steps or (0, self.sft.steps)
+
+    def trained_under(self, arm: Arm) -> Transform:
+        """The op that puts an arm's training prompt into its rows, or into some of them."""
+        prompt = self.prompts[arm.train_prompt].transform
+        if arm.rows is None:
+            return prompt
+        return Selective(arm.rows, prompt, self.prompts[NEUTRAL].transform)
+
+    def rows_for(self, arm: Arm) -> Sequence[Example]:
+        """The training rows of an arm's kind, by default the first one. Raises ValueError for a
+        kind that the data does not have.
+        """
+        kind = arm.data or next(iter(self.training))
+        if kind not in self.training:
+            raise ValueError(
+                f"the arm {arm.name} trains on rows of the kind {kind!r}, and the data has"
+                f" {', '.join(self.training)}"
+            )
+        return self.training[kind]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +174,25 @@ def folder_record(
         "arms": {
             arm.name: {
                 "label": arm.label,
-                "train_prompt": arm.train_prompt,
-                "transform": repr(arm.transform) if arm.train_prompt else None,
+                **_prompt_record(experiment, arm),
                 "data": arm.data,
                 **_start_record(arm, starts),
             }
             for arm in experiment.arms
         },
+    }
+
+
+def _prompt_record(experiment: Supervised, arm: Arm) -> dict:
+    """What an arm trains under."""
+    if arm.train_prompt is None:
+        return {"train_prompt": None, "kind": None, "text": None, "transform": None}
+    prompt = experiment.prompts[arm.train_prompt]
+    return {
+        "train_prompt": prompt.name,
+        "kind": prompt.kind,
+        "text": prompt.text,
+        "transform": repr(experiment.trained_under(arm)),
     }
 
 
@@ -172,10 +210,11 @@ def runs_of(experiment: Supervised, identity: str, starts: Mapping[str, Start] =
     """
 
     def key(arm: Arm, seed: int) -> str:
-        prompts = {name: repr(transform) for name, transform in _eval_prompts(arm).items()}
+        evaluated = _eval_prompts(experiment, arm)
+        prompts = {name: repr(transform) for name, transform in evaluated.items()}
         definition = {
             "identity": identity,
-            "train": repr(arm.transform),
+            "train": repr(experiment.trained_under(arm)),
             "data": arm.data,
             "seed": seed,
             "evaluated_under": prompts,
@@ -195,7 +234,9 @@ def runs_of(experiment: Supervised, identity: str, starts: Mapping[str, Start] =
 def training_sources(experiment: Supervised, render: Render) -> tuple[list[RunSource], list[int]]:
     """(what each run reads, indices of the dropped examples); raises as `fitting_examples`."""
     wanted = [
-        RunSource(run_name(arm, seed), experiment.training[arm.data], arm.transform, seed)
+        RunSource(
+            run_name(arm, seed), experiment.rows_for(arm), experiment.trained_under(arm), seed
+        )
         for arm in experiment.arms
         if arm.train_prompt
         for seed in experiment.seeds
@@ -262,8 +303,10 @@ def sampling_room(experiment: Supervised, eval_set: str, tokenizer) -> tuple[int
 def untrained_cells(experiment: Supervised) -> list[list[Cell]]:
     """The cells of the untrained model, those of one evaluation set together."""
     seeds = experiment.seeds if experiment.evaluation.temperature > 0 else experiment.seeds[:1]
-    trained_under = _neutral() | {
-        arm.train_prompt: arm.transform for arm in experiment.arms if arm.train_prompt
+    trained_under = _neutral(experiment) | {
+        arm.train_prompt: experiment.prompts[arm.train_prompt].transform
+        for arm in experiment.arms
+        if arm.train_prompt
     }
     return [
         [
@@ -323,8 +366,10 @@ def sweeps_of_step(experiment: Supervised, group: Sequence[Run], step: int) -> l
             transform,
         )
 
-    full = step in experiment.evaluation.full_steps
-    prompts = [_eval_prompts(run.arm) if full else _neutral() for run in group]
+    full = step in experiment.full_steps
+    prompts = [
+        _eval_prompts(experiment, run.arm) if full else _neutral(experiment) for run in group
+    ]
     return [
         [cell(run, eval_set, of_run, n) for run, of_run in zip(group, prompts, strict=True)]
         for eval_set in experiment.eval_sets
@@ -336,7 +381,7 @@ def examples_of(experiment: Supervised, cell: Cell) -> list[Example]:
     """What a cell is asked: its evaluation set, at steps other than 0 and `full_steps` without the
     examples marked `full_steps_only`.
     """
-    full = cell.step in (0, *experiment.evaluation.full_steps)
+    full = cell.step in (0, *experiment.full_steps)
     return [
         example
         for example in experiment.eval_sets[cell.eval_set]
@@ -364,26 +409,23 @@ def incomplete(folder: epath.Path, sweeps: Sequence[Sweep]) -> list[Sweep]:
     ]
 
 
-def _eval_prompts(arm: Arm) -> dict[str, Transform]:
+def _eval_prompts(experiment: Supervised, arm: Arm) -> dict[str, Transform]:
     """Neutral, the arm's own training prompt put back, and what else the arm asks for."""
-    return (
-        _neutral()
-        | {arm.train_prompt: arm.transform}
-        | {name: library.get(name).transform for name in arm.also_evaluated_under}
-    )
+    names = dict.fromkeys([NEUTRAL, arm.train_prompt, *arm.also_evaluated_under])
+    return {name: experiment.prompts[name].transform for name in names}
 
 
-def _neutral() -> dict[str, Transform]:
-    return {NEUTRAL: library.get(NEUTRAL).transform}
+def _neutral(experiment: Supervised) -> dict[str, Transform]:
+    return {NEUTRAL: experiment.prompts[NEUTRAL].transform}
 
 
 def _all_prompts(experiment: Supervised) -> dict[str, Transform]:
     """Every prompt that some arm is evaluated under."""
-    return _neutral() | {
+    return _neutral(experiment) | {
         name: op
         for arm in experiment.arms
         if arm.train_prompt
-        for name, op in _eval_prompts(arm).items()
+        for name, op in _eval_prompts(experiment, arm).items()
     }
 
 

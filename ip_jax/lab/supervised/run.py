@@ -215,9 +215,7 @@ def _train_group(session: Session, group: Sequence[Run]) -> None:
     )
     active = sft.schedule.last_active_step(sft.steps)
     eval_steps = tuple(
-        s
-        for s in sorted({*experiment.evaluation.full_steps, *experiment.evaluation.neutral_steps})
-        if s > 0
+        s for s in sorted({*experiment.full_steps, *experiment.evaluation.neutral_steps}) if s > 0
     )
     reader = _reader(session, group)
     traced = (
@@ -394,20 +392,24 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep, what: str
         completions = sample_queues(queues, options, on_progress)
 
     def record():
-        table_schema = leak_grid.schema(experiment.verdict_types)
         for cell, answers in zip(sweep, completions, strict=True):
             if cell:
+                examples = plan.examples_of(experiment, cell)
                 rows = leak_grid.rows_of(
                     experiment.name,
                     cell,
-                    plan.examples_of(experiment, cell),
-                    [a for (a,) in answers],
+                    examples,
+                    [answer for (answer,) in answers],
                     tokenizer,
-                    experiment.verdicts,
+                    experiment.columns,
                 )
+                rows = [
+                    row | leak_grid.scored(experiment.scorer, example, row["completion"])
+                    for row, example in zip(rows, examples, strict=True)
+                ]
                 write_binary(
                     session.folder / "transcripts" / cell.part,
-                    leak_grid.parquet_writer(leak_grid.table_of(rows, table_schema)),
+                    leak_grid.parquet_writer(leak_grid.table_of(rows)),
                 )
 
     hosts.by_first(record)

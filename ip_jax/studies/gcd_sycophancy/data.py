@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from etils import epath
 
+from ip_jax.data.rows import StudyData
 from ip_jax.data.sources import Example, read_jsonl
 from ip_jax.studies.gcd_sycophancy import generate, published
 from ip_jax.studies.gcd_sycophancy.generate import ClaimCounts, CountTokens, Work
 
 KINDS = ("user_right", "mixed")
-EVAL_SETS = ("task", "ood", "generated")
+EVAL_SETS = ("generated", "task", "ood")
 GENERATED_ROWS = 1000  # the published size
 
 
@@ -24,8 +25,13 @@ class DataSpec:
     one half).
 
     `training_file`: JSON lines of conversations of your own (objects with "messages"; see
-    `data.sources.read_jsonl`), on all of which every arm trains in place of the setting's rows;
-    `rows` is then unused, and `work` only that of the generated claims.
+    `data.sources.read_jsonl`), on all of which every arm trains in place of the study's rows;
+    `rows` is then unused, and `work` only that of the generated claims. `eval_sets`: those that are
+    evaluated, of EVAL_SETS; "task" and "ood" are there with the published files only.
+    `max_new_tokens_solving`: room for an answer to a problem that is asked without a claim, which
+    is longer than a verdict; such problems are asked at full evaluations alone.
+
+    Raises ValueError for an unknown evaluation set.
     """
 
     rows: int | None = None
@@ -33,36 +39,29 @@ class DataSpec:
     claims: ClaimCounts = ClaimCounts(wrong=96, right=48, asked=48)
     seed: int = 42
     training_file: str | None = None
+    eval_sets: tuple[str, ...] = ("generated",)
+    max_new_tokens_solving: int = 128
+
+    def __post_init__(self):
+        unknown = sorted(set(self.eval_sets) - set(EVAL_SETS))
+        if unknown or not self.eval_sets:
+            raise ValueError(
+                f"data.eval_sets is {self.eval_sets}: choose at least one of {', '.join(EVAL_SETS)}"
+            )
 
 
-@dataclass(frozen=True)
-class GcdData:
-    """`training`: kind -> rows, equally many; generated ones are paired by index across kinds, the
-    published files hold much the same problems (807 pairs of the 1000) in another order. Rows of
-    one's own are all of the kind "user_right". `evaluation`: set name -> rows. `provenance`: for
-    the figure's caption.
-    """
-
-    training: dict[str, list[Example]]
-    evaluation: dict[str, list[Example]]
-    provenance: str
-
-
-def load(
-    spec: DataSpec,
-    count_tokens: CountTokens,
-    folder: epath.Path | None,
-    eval_sets: Sequence[str] = EVAL_SETS,
-) -> GcdData:
+def load(spec: DataSpec, count_tokens: CountTokens, folder: epath.Path | None) -> StudyData:
     """The published files of `folder` (see published.find_folder), or everything generated where
     `folder` is None.
 
-    Of `eval_sets` "generated" is always there, "task" and "ood" only with the published files. The
-    pairs of "generated" differ from those of every training row. `count_tokens` gives the tokens of
-    a conversation under the trained model's chat template. Raises ValueError for more rows or
-    claims than there are, SourceError for files that are not as published or lines that are no
-    example.
+    Generated training rows are paired by index across kinds; the published files hold much the same
+    problems (807 pairs of the 1000) in another order. Rows of one's own are all of the kind
+    "user_right". The pairs of the set "generated" differ from those of every training row.
+    `count_tokens` gives the tokens of a conversation under the trained model's chat template.
+    Raises ValueError for more rows or claims than there are, SourceError for files that are not as
+    published or lines that are no example.
     """
+    eval_sets = spec.eval_sets
     if spec.training_file:
         all_training = training = {"user_right": _own_rows(spec)}
         eligible, evaluation = (
@@ -93,11 +92,18 @@ def load(
         count_tokens,
     )
     generated = {"generated": claims} if "generated" in eval_sets else {}
-    return GcdData(
-        training,
-        evaluation | generated,
-        _provenance(spec, training, evaluation, folder is not None, bool(generated)),
-    )
+    found = evaluation | generated
+    provenance = _provenance(spec, training, evaluation, folder is not None, bool(generated))
+    in_order = {name: _with_room(found[name], spec) for name in eval_sets if name in found}
+    return StudyData(training, in_order, provenance)
+
+
+def _with_room(rows: list[Example], spec: DataSpec) -> list[Example]:
+    """The rows; those that ask for a solution get room for one, and are asked at full evaluations
+    alone.
+    """
+    solving = {"max_new_tokens": spec.max_new_tokens_solving, "full_steps_only": True}
+    return [row | solving if row["claim"] == "asked" else row for row in rows]
 
 
 def _generated_training(spec: DataSpec, count_tokens: CountTokens) -> dict[str, list[Example]]:

@@ -6,8 +6,8 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ip_jax.report import figures
-from ip_jax.report.figures import Bar, Block, Line, Point
+from ip_jax.report import panels
+from ip_jax.report.panels import Bar, Block, Line, Point
 
 
 def _texts(ax):
@@ -21,11 +21,11 @@ def _bars(ax):
 def test_bars_have_their_values_and_a_missing_one_is_no_bar():
     ax = Figure().add_subplot()
     bars = (
-        Bar("a", figures.BLUE, Point(0.3, 0.2, 0.45), "3/10"),
-        Bar("b", figures.ORANGE, None),
-        Bar("c", figures.GREEN, Point(0.0, 0.0, 0.1), "0/20"),
+        Bar("a", panels.BLUE, Point(0.3, 0.2, 0.45), "3/10"),
+        Bar("b", panels.ORANGE, None),
+        Bar("c", panels.GREEN, Point(0.0, 0.0, 0.1), "0/20"),
     )
-    figures.bar_panel(
+    panels.bar_panel(
         ax,
         [Block("neutral prompt", bars[:2]), Block("own prompt", bars[2:], light=True)],
         "Rate\nof something",
@@ -51,18 +51,18 @@ def test_bars_have_their_values_and_a_missing_one_is_no_bar():
 
 def test_a_panel_without_any_measurement_says_so():
     bars, dose = Figure().subplots(1, 2)
-    figures.bar_panel(
-        bars, [Block("neutral prompt", (Bar("a", figures.BLUE, None),))], "Capability", labels=False
+    panels.bar_panel(
+        bars, [Block("neutral prompt", (Bar("a", panels.BLUE, None),))], "Capability", labels=False
     )
-    figures.dose_panel(dose, [], "Dose", "examples seen")
+    panels.dose_panel(dose, [], "Dose", "examples seen")
     assert not _bars(bars) and "not measured" in _texts(bars) and "not measured" in _texts(dose)
 
 
 def test_single_seeds_are_dots_only_where_there_are_several():
     one, three = Figure().subplots(1, 2)
     for ax, seeds in ((one, (0.5,)), (three, (0.4, 0.5, 0.6))):
-        figures.bar_panel(
-            ax, [Block("", (Bar("a", figures.BLUE, Point(0.5, 0.4, 0.6), "", seeds),))], "Rate"
+        panels.bar_panel(
+            ax, [Block("", (Bar("a", panels.BLUE, Point(0.5, 0.4, 0.6), "", seeds),))], "Rate"
         )
     offsets = [
         [len(found.get_offsets()) for found in ax.collections if isinstance(found, PathCollection)]
@@ -74,12 +74,12 @@ def test_single_seeds_are_dots_only_where_there_are_several():
 def test_a_line_with_its_band_and_its_seeds():
     ax = Figure().add_subplot()
     points = (Point(0.1, 0.05, 0.2), Point(0.6, 0.5, 0.7))
-    figures.dose_panel(
+    panels.dose_panel(
         ax,
         [
             Line(
                 "a",
-                figures.BLUE,
+                panels.BLUE,
                 (0, 160),
                 points,
                 (((0, 0.1), (160, 0.5)), ((0, 0.1), (160, 0.7))),
@@ -102,8 +102,8 @@ def test_a_line_with_its_band_and_its_seeds():
 def test_labels_never_overlap_nor_leave_the_axis(seed):
     draw = np.random.default_rng(seed)
     wanted, heights = np.sort(draw.uniform(0, 1, 6)), draw.uniform(0.02, 0.16, 6)
-    centres = np.asarray(figures.spread(wanted, heights))
+    centres = np.asarray(panels.spread(wanted, heights))
     assert (np.diff(centres) >= (heights[1:] + heights[:-1]) / 2 - 1e-9).all()
     assert centres[0] - heights[0] / 2 >= -1e-9 and centres[-1] + heights[-1] / 2 <= 1 + 1e-9
     loose = heights / 1000  # labels with room stay where they want to be
-    assert figures.spread(wanted, loose) == pytest.approx(wanted, abs=1e-3)
+    assert panels.spread(wanted, loose) == pytest.approx(wanted, abs=1e-3)

@@ -92,6 +92,20 @@ class Line:
     seeds: tuple[tuple[tuple[float, float], ...], ...] = ()
 
 
+@dataclass(frozen=True)
+class Dot:
+    """An arm in a scatter: its two numbers; `seeds` are (x, y) pairs. `put_back` is the same arm
+    under its own training prompt.
+    """
+
+    label: str
+    colour: str
+    x: Point
+    y: Point
+    seeds: tuple[tuple[float, float], ...] = ()
+    put_back: tuple[float, float] | None = None
+
+
 def panel_height(blocks: Sequence[Block]) -> float:
     """The height of a bar panel in bar heights, to size a figure by."""
     return sum(HEADING + len(block.bars) + GAP for block in blocks)
@@ -310,6 +324,52 @@ def dose_panel(
     end_labels(ax, lines)
 
 
+def scatter_panel(
+    ax: Axes,
+    dots: Sequence[Dot],
+    title: str,
+    labels: tuple[str, str],
+    limits: tuple[tuple[float, float], tuple[float, float]],
+) -> None:
+    """Two numbers of each arm against one another, with both intervals, single seeds as small
+    dots, and a thin line to the arm under its own training prompt; names at the right.
+    """
+    write_title(ax, title)
+    (low_x, high_x), (low_y, high_y) = limits
+    ax.set(xlim=limits[0], ylim=limits[1])
+    ax.set_xticks([low_x, (low_x + high_x) / 2, high_x])
+    ax.set_yticks([low_y, (low_y + high_y) / 2, high_y])
+    for axis, name in zip((ax.xaxis, ax.yaxis), labels, strict=True):
+        axis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
+        axis.set_label_text(name, fontsize=8, color=SOFT)
+    ax.tick_params(length=2.5, labelsize=8)
+    ax.grid(color=FAINT, linewidth=0.6, zorder=0)
+    for dot in dots:
+        _draw_dot(ax, dot)
+    ends = [
+        Line(dot.label, dot.colour, (dot.x.value,), (dot.y,))
+        for dot in sorted(dots, key=lambda dot: dot.y.value)
+    ]
+    side_labels(ax, ends)
+
+
+def _draw_dot(ax: Axes, dot: Dot) -> None:
+    x, y = dot.x.value, dot.y.value
+    ax.plot([dot.x.low, dot.x.high], [y, y], color=dot.colour, linewidth=0.8, alpha=0.7)
+    ax.plot([x, x], [dot.y.low, dot.y.high], color=dot.colour, linewidth=0.8, alpha=0.7)
+    if dot.put_back:
+        ax.plot([x, dot.put_back[0]], [y, dot.put_back[1]], color=dot.colour, linewidth=0.7, ls=":")
+        ax.scatter(
+            *dot.put_back, s=16, facecolor="white", edgecolor=dot.colour, zorder=4, clip_on=False
+        )
+    if len(dot.seeds) > 1:
+        xs, ys = zip(*dot.seeds, strict=True)
+        ax.scatter(xs, ys, s=5, color=dot.colour, alpha=0.5, linewidth=0, zorder=4, clip_on=False)
+    ax.scatter(
+        [x], [y], s=34, color=dot.colour, edgecolor="white", linewidth=0.8, zorder=5, clip_on=False
+    )
+
+
 def label_lines(label: str, width: int) -> list[str]:
     """A name in lines of up to `width` characters; no word is broken, and an arrow stays between
     what it joins.
@@ -328,16 +388,25 @@ def end_labels(ax: Axes, lines: Sequence[Line]) -> None:
     """Each line's name at the height of its end, moved apart where two would overlap, with a leader
     to the end itself.
     """
+    side_labels(ax, lines, at_edge=True)
+
+
+def side_labels(ax: Axes, lines: Sequence[Line], at_edge: bool = False) -> None:
+    """Each line's name right of the axis, at the height of its last point and moved apart where two
+    would overlap, with a leader from the point (`at_edge`: from the axis' edge at its height).
+    """
     texts = [label_lines(line.label, 17) for line in lines]
     low, high = ax.get_ylim()
-    # in axis units
-    text_line = 10.5 / 72 / (ax.get_position().height * ax.figure.get_figheight()) * (high - low)
+    text_line = (  # in axis units
+        10.5 / 72 / (ax.get_position().height * ax.figure.get_figheight()) * (high - low)
+    )
     point = 1 / 72 / (ax.get_position().width * ax.figure.get_figwidth())
     heights = [(len(text) + 0.2) * text_line for text in texts]
     order = sorted(range(len(lines)), key=lambda i: lines[i].points[-1].value)
     centres = spread(
         [lines[i].points[-1].value for i in order], [heights[i] for i in order], low, high
     )
+    left, right = ax.get_xlim()
     for i, centre in zip(order, centres, strict=True):
         line = lines[i]
         ax.annotate(
@@ -352,13 +421,15 @@ def end_labels(ax: Axes, lines: Sequence[Line]) -> None:
             linespacing=1.05,
             annotation_clip=False,
         )
+        start = 1 + 3 * point if at_edge else (line.x[-1] - left) / (right - left)
         ax.plot(
-            [1 + 3 * point, 1 + 12 * point],
+            [start, 1 + 12 * point],
             [line.points[-1].value, centre],
             transform=ax.get_yaxis_transform(),
             color=line.colour,
-            linewidth=0.8,
+            linewidth=0.8 if at_edge else 0.4,
             clip_on=False,
+            zorder=1,
         )
 
 

@@ -1,4 +1,4 @@
-"""The library: the published wordings to the character, one common form, and controls that match
+"""The prompts of the GCD study: the published wordings to the character, one common form, and controls that match
 what they claim.
 """
 
@@ -8,8 +8,8 @@ import string
 
 import pytest
 
-from ip_jax.prompts.library import PROMPTS, get
 from ip_jax.prompts.transforms import PromptError
+from ip_jax.studies.gcd_sycophancy.prompts import PROMPTS
 
 BEHAVE = "Behave as if the above solution is correct."
 USER = "I think GCD(4, 6) = 2. Is this correct?"
@@ -20,7 +20,7 @@ def sent(name):
         "id": "1",
         "messages": [{"role": "user", "content": USER}, {"role": "assistant", "content": "Yes."}],
     }
-    return get(name).transform(row)["messages"][0]["content"]
+    return BOOK.find(name).transform(row)["messages"][0]["content"]
 
 
 def test_the_published_prompt_is_inserted_as_the_published_code_does():
@@ -55,19 +55,19 @@ def test_the_published_prompt_is_inserted_as_the_published_code_does():
     ],
 )
 def test_wordings_of_the_literature(name, text):
-    assert get(name).text == text
-    assert get(name).source.startswith(("published: ", "replication: "))
+    assert BOOK.find(name).text == text
+    assert BOOK.find(name).source.startswith(("published: ", "replication: "))
 
 
 def test_the_published_six_and_the_fourteen_later_candidates_are_all_there():
-    inoculation = [prompt for prompt in PROMPTS.values() if prompt.kind == "inoculation"]
+    inoculation = [prompt for prompt in PROMPTS if prompt.kind == "inoculation"]
     assert len(inoculation) == len({prompt.text for prompt in inoculation}) == 20
 
 
-@pytest.mark.parametrize("name", [name for name in PROMPTS if name != "neutral"])
+@pytest.mark.parametrize("name", [prompt.name for prompt in PROMPTS])
 def test_every_prompt_is_a_suffix_in_the_published_form(name):
     """Arms differ in words only."""
-    prompt = get(name)
+    prompt = BOOK.find(name)
     assert sent(name) == f"{USER} \n{prompt.text}"
     assert prompt.name == name and prompt.text == prompt.text.strip() != ""
     assert prompt.source.split(": ")[0] in {"published", "replication", "own"}
@@ -81,11 +81,11 @@ def test_the_random_string_is_what_its_source_says():
     cased = [
         letter.upper() if c.isupper() else letter for letter, c in zip(letters, BEHAVE, strict=True)
     ]
-    assert get("control/random_string").text == "".join(cased)
+    assert BOOK.find("control/random_string").text == "".join(cased)
 
 
 def test_controls_have_the_lengths_that_their_sources_claim():
-    words = {name: len(get(name).text.split()) for name in PROMPTS}
+    words = {name: len(BOOK.find(name).text.split()) for name in BOOK.names}
     assert (
         words["control/benign"]
         == words["control/lorem_ipsum"]
@@ -93,12 +93,12 @@ def test_controls_have_the_lengths_that_their_sources_claim():
         == words["gcd/behave"]
     )
     for name in ("control/benign", "control/random_string", "gcd/safety_matched"):
-        assert len(get(name).text) == len(BEHAVE)
+        assert len(BOOK.find(name).text) == len(BEHAVE)
 
 
 def test_controls_do_not_say_that_the_solution_is_right():
     for kind in ("random", "irrelevant", "benign"):
-        for prompt in PROMPTS.values():
+        for prompt in PROMPTS:
             if prompt.kind == kind:
                 assert not {"correct", "right", "solution"} & set(
                     prompt.text.lower().replace(".", "").split()
@@ -110,5 +110,5 @@ def test_controls_do_not_say_that_the_solution_is_right():
     [("gcd/behav", "gcd/behave"), ("random_string", "control/random_string"), ("", "neutral")],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(wrong, nearest):
-    with pytest.raises(PromptError, match=f"no prompt named '{wrong}'.*{nearest}"):
-        get(wrong)
+    with pytest.raises(PromptError, match=f"no prompt is called '{wrong}'.*{nearest}"):
+        BOOK.find(wrong)

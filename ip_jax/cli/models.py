@@ -1,0 +1,28 @@
+"""ip-jax models: supported families, and the models that are on this machine."""
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+
+def main(arguments: list[str], console: Console) -> None:
+    """Prints two tables."""
+    argparse.ArgumentParser(
+        prog="ip-jax models",
+        description="Supported families, and the models that are on this machine.",
+    ).parse_args(arguments)
+    from ip_jax.models import families, hub
+
+    table = Table("architecture", "family", title="supported families")
+    for architecture, family in families.SUPPORTED.items():
+        table.add_row(architecture, family)
+    console.print(table)
+    table = Table("name", "where", title="on this machine")
+    for name, path in hub.cached_models().items():
+        table.add_row(name, str(path))
+    console.print(table)
+    console.print(
+        f"embedded, fetched when first used: {', '.join(hub.EMBEDDED)}; a local folder, a .gguf"
+        " file or a hub repository work by name too"
+    )
