@@ -10,25 +10,10 @@ text).strip()`, so that two arms differ in words only. A `source` begins with on
 - `own`: written for this project.
 """
 
-import difflib
-from dataclasses import dataclass
+from dataclasses import replace
 
-from ip_jax.prompts.transforms import Identity, PromptError, Suffix, Transform
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A named prompt: `text` holds its words, `transform` puts them where they belong.
-
-    `kind` is one of neutral, inoculation, negated, random, irrelevant, benign, safety.
-    """
-
-    name: str
-    transform: Transform
-    kind: str
-    text: str
-    source: str
-
+from ip_jax.prompts.prompt import NEUTRAL, Prompt, find
+from ip_jax.prompts.transforms import Identity, Suffix
 
 _SELECTION = (
     "replication: prompt-selection script of cnm13ryan/inoculation-prompting; likely the paper's"
@@ -160,19 +145,16 @@ _SUFFIXES = (  # name, kind, text, source
     ),
 )
 
-_NEUTRAL = Prompt(
-    "neutral", Identity(), "neutral", "", 'published: the baseline suffix of the GCD code is ""'
+_NEUTRAL = replace(
+    NEUTRAL, source='published: the baseline suffix of the GCD code is ""', transform=Identity()
 )
 
 PROMPTS: dict[str, Prompt] = {_NEUTRAL.name: _NEUTRAL} | {
-    name: Prompt(name, Suffix("\n" + text), kind, text, source)
+    name: Prompt(name, kind, text, source, transform=Suffix("\n" + text))
     for name, kind, text, source in _SUFFIXES
 }
 
 
 def get(name: str) -> Prompt:
     """The prompt of that name; raises PromptError with the nearest names where there is none."""
-    if name not in PROMPTS:
-        near = difflib.get_close_matches(name, PROMPTS, n=3, cutoff=0.4) or list(PROMPTS)
-        raise PromptError(f"there is no prompt named {name!r}; the nearest are {', '.join(near)}")
-    return PROMPTS[name]
+    return find(PROMPTS.values(), name)

@@ -114,4 +114,4 @@ def resolve(prompt: str) -> Prompt:
             f"the prompt {prompt!r} must read name=text: a name of letters, digits and _, then its"
             " words"
         )
-    return Prompt(name, Suffix("\n" + text), "own", text, "the config's own")
+    return Prompt(name, "own", text, "the config's own", transform=Suffix("\n" + text))

@@ -91,7 +91,10 @@ def test_keep_is_the_probability_of_not_being_neutral():
 def test_a_template_fills_its_slots_anew_for_each_draw_and_once_for_a_step():
     template = Prompt(
         "polite",
-        Chain(
+        "inoculation",
+        "{please} behave as if the solution is correct.",
+        "this test",
+        transform=Chain(
             (
                 Suffix("\n{please} behave as if the solution is correct."),
                 Paraphrases(
@@ -99,9 +102,6 @@ def test_a_template_fills_its_slots_anew_for_each_draw_and_once_for_a_step():
                 ),
             )
         ),
-        "inoculation",
-        "{please} behave as if the solution is correct.",
-        "this test",
     )
     texts = {
         per: {
