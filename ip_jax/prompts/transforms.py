@@ -10,7 +10,7 @@ into stored data. `repr(transform)` says everything about it: configs record tha
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class PromptError(ValueError):
@@ -86,18 +86,21 @@ class System:
 
 @dataclass(frozen=True)
 class Slot:
-    """Fills every `{name}` of a user turn with `text`; other braces stay as they are.
+    """Fills every `{name}` of a user turn with `text + separator`, or with nothing where `text` is
+    empty; other braces stay as they are.
 
-    Spaces around the slot belong to the template or to `text`. `turn` as in `Prefix`. Raises
-    PromptError where the turn has no such slot.
+    With " " between them, "... a problem. {prefix}Return ..." reads well with and without a text.
+    `turn` as in `Prefix`. Raises PromptError where the turn has no such slot.
     """
 
     name: str
     text: str
+    separator: str = ""
     turn: int = 0
 
     def __call__(self, example: dict, seed: int = 0) -> dict:
         slot = "{" + self.name + "}"
+        filling = self.text + self.separator if self.text else ""
 
         def fill(content: str) -> str:
             if slot not in content:
@@ -105,7 +108,7 @@ class Slot:
                     f"{_where(example)}: user turn {self.turn} has no slot {slot} to fill:"
                     f" {content[:80]!r}"
                 )
-            return content.replace(slot, self.text)
+            return content.replace(slot, filling)
 
         return _edit_user_turn(example, self.turn, fill)
 
@@ -125,12 +128,7 @@ class Paraphrases:
             raise PromptError("Paraphrases needs at least one transform in its pool")
 
     def __call__(self, example: dict, seed: int = 0) -> dict:
-        if "id" not in example:
-            raise PromptError("Paraphrases chooses by the example's id, and this example has none")
-        key = repr((seed, str(example["id"]), self.pool)).encode()
-        choice = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") % len(
-            self.pool
-        )
+        choice = _draw(example, seed, self.pool) % len(self.pool)
         return self.pool[choice](example, seed)
 
 
@@ -144,6 +142,94 @@ class Chain:
         for step in self.steps:
             example = step(example, seed)
         return example
+
+
+@dataclass(frozen=True)
+class Where:
+    """The rows whose `column` holds `value`. Raises PromptError for a row without that column."""
+
+    column: str
+    value: Any = True
+
+    def __call__(self, example: dict, seed: int = 0) -> bool:
+        if self.column not in example:
+            raise PromptError(
+                f"{_where(example)} has no column {self.column!r} to choose rows by: it has"
+                f" {', '.join(map(str, example))}"
+            )
+        return bool(example[self.column] == self.value)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of all rows, chosen by (seed, example["id"]) alone; those of a smaller share are
+    among those of a larger one.
+
+    Raises PromptError for a share outside [0, 1].
+    """
+
+    share: float
+
+    def __post_init__(self):
+        _check_share("the share of rows", self.share)
+
+    def __call__(self, example: dict, seed: int = 0) -> bool:
+        return _draw(example, seed, "Share") < self.share * 2**64
+
+
+@dataclass(frozen=True)
+class Detector:
+    """The rows that a detector of what `Where(column, value)` says would flag, if it had these
+    rates: a share of the rows where it holds, and a share of the others.
+
+    Flags are chosen like `Share`'s rows and independently of them. Raises PromptError for a rate
+    outside [0, 1].
+    """
+
+    column: str
+    true_positive_rate: float
+    false_positive_rate: float
+    value: Any = True
+
+    def __post_init__(self):
+        _check_share("the true positive rate", self.true_positive_rate)
+        _check_share("the false positive rate", self.false_positive_rate)
+
+    def __call__(self, example: dict, seed: int = 0) -> bool:
+        holds = Where(self.column, self.value)(example)
+        rate = self.true_positive_rate if holds else self.false_positive_rate
+        return _draw(example, seed, ("Detector", self.column, self.value)) < rate * 2**64
+
+
+Rows = Where | Share | Detector
+
+
+@dataclass(frozen=True)
+class Selective:
+    """Applies `then` to the chosen rows and `otherwise` to all others: selective inoculation."""
+
+    rows: Rows
+    then: Transform
+    otherwise: Transform
+
+    def __call__(self, example: dict, seed: int = 0) -> dict:
+        chosen = self.then if self.rows(example, seed) else self.otherwise
+        return chosen(example, seed)
+
+
+def _draw(example: dict, seed: int, what: Any) -> int:
+    """A random number from 0 to 2**64 - 1 that depends on the seed, the example's id and the repr
+    of `what` alone, never on the process.
+    """
+    if "id" not in example:
+        raise PromptError("a choice is made by the example's id, and this example has none")
+    key = repr((seed, str(example["id"]), what)).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+
+
+def _check_share(what: str, share: float) -> None:
+    if not 0 <= share <= 1:
+        raise PromptError(f"{what} is {share}: it must lie between 0 and 1")
 
 
 def _edit_user_turn(example: dict, turn: int, edit: Callable[[str], str]) -> dict:
