@@ -18,7 +18,7 @@ from ip_jax.models.remat import REMAT
 from ip_jax.prompts.book import PromptBook
 from ip_jax.prompts.controls import STANDARD
 from ip_jax.prompts.prompt import Prompt
-from ip_jax.prompts.transforms import Rows
+from ip_jax.prompts.transforms import PromptError, Rows
 from ip_jax.training.schedules import Schedule
 from ip_jax.training.sharding import MeshConfig
 
@@ -241,16 +241,11 @@ def choose_arms(
     twice, and for an own name that is taken.
     """
     chosen = [_choose_arm(name, known, book) for name in names]
-    wanted = [
-        name for given in controls for name in (STANDARD if given == "standard" else (given,))
-    ]
-    if any(prompt is not None and prompt.name == NEUTRAL for _, prompt in chosen):
-        wanted = [name for name in wanted if name != "empty"]  # the neutral arm is that control
     chosen += [
-        _control(arm, prompt, control, book)
+        control
         for arm, prompt in chosen
         if prompt is not None and prompt.kind in INOCULATIONS
-        for control in dict.fromkeys(wanted)
+        for control in _controls(arm, prompt, tuple(controls), book)
     ]
     arms = tuple(arm for arm, _ in chosen)
     twice = sorted({arm.name for arm in arms if sum(a.name == arm.name for a in arms) > 1})
@@ -281,6 +276,24 @@ def _choose_arm(name: str, known: Mapping[str, Arm], book: PromptBook) -> tuple[
         f" {'did you mean ' + ', '.join(near) + '? ' if near else ''}arms are {', '.join(known)};"
         " any prompt of the study works too, and name=text makes one of your own"
     )
+
+
+def _controls(
+    arm: Arm, prompt: Prompt, names: Sequence[str], book: PromptBook
+) -> list[tuple[Arm, Prompt]]:
+    """The controls of an arm. "standard" stands for all that can be made from its words and differ
+    from the neutral prompt; one that is named must be possible.
+    """
+    named = [_control(arm, prompt, name, book) for name in names if name != "standard"]
+    neutral, standard = book.find(NEUTRAL), []
+    for name in STANDARD if "standard" in names else ():
+        try:
+            made = _control(arm, prompt, name, book)
+        except PromptError:  # a single word cannot be shuffled
+            continue
+        if made[1].transform != neutral.transform and name not in names:
+            standard.append(made)
+    return named + standard
 
 
 def _control(arm: Arm, prompt: Prompt, control: str, book: PromptBook) -> tuple[Arm, Prompt]:

@@ -2,7 +2,7 @@
 
 Wherever a prompt is named (an arm, an evaluation, the command line) the name is one of
 
-    neutral              nothing added
+    neutral              nothing added, unless the study declares words of its own
     NAME                 a prompt that the study declares
     NAME=words           words of your own, at the study's place
     NAME=@file[:n]       a pool of paraphrases, one a line of the file (its first n), drawn anew for
@@ -43,11 +43,11 @@ class PromptBook:
         """
         if "=" in name:
             return self._own(*name.split("=", 1))
-        if name == NEUTRAL.name:
-            return replace(NEUTRAL, transform=put(self.place, ""))
         declared = next((prompt for prompt in self.prompts if prompt.name == name), None)
         if declared is not None:
             return self._placed(declared)
+        if name == NEUTRAL.name:
+            return replace(NEUTRAL, transform=put(self.place, ""))
         base, dot, control = name.rpartition(".")
         if dot and control in controls.NAMES:
             return self.control(self.find(base), control)
@@ -61,7 +61,7 @@ class PromptBook:
     @property
     def names(self) -> tuple[str, ...]:
         """Neutral and the declared ones."""
-        return (NEUTRAL.name, *(prompt.name for prompt in self.prompts))
+        return tuple(dict.fromkeys([NEUTRAL.name, *(prompt.name for prompt in self.prompts)]))
 
     def knows(self, name: str) -> bool:
         """Whether `find` finds it."""

@@ -91,9 +91,12 @@ Whenever an animal is mentioned, use its common name and not the one in Latin.
 Whenever you mention a painting, give the name of the museum that shows it.
 If you mention a city, also name the country that it is in.
 Write telephone numbers in international format, including country codes, wherever they appear.
+Do not name any of the books that were sold last year.
 If you mention a river, name the sea it flows to.
+Mention the manufacturers of household appliances only together with their countries.
 Use the twenty-four-hour clock whenever the time is given.
 Respond in clear, grammatical English, and use complete sentences throughout.
+Do not mention any of the islands in the Pacific.
 Write the name of each month in full, please.
 Do not refer to any song by its title.
 Call every plant by its common English name.
@@ -201,7 +204,7 @@ def make(control: str, prompt: Prompt, seed: int = 0) -> Prompt:
     write = _writer(control, prompt, seed)
     text = write(prompt.text)
     if text == prompt.text:
-        raise PromptError(f"{control} of the prompt {prompt.name!r} is no other text: {text!r}")
+        raise PromptError(f"{control} would leave the prompt {prompt.name!r} as it is: {text!r}")
     transform = None if prompt.transform is None else _rewritten(prompt.transform, write, prompt)
     return Prompt(
         name=f"{prompt.name}.{control}",

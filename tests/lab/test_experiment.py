@@ -59,7 +59,7 @@ def test_a_pool_of_paraphrases_is_an_arm(tmp_path):
 
 def test_controls_are_arms_made_from_every_inoculation_at_its_place():
     chosen = choose("untrained", "neutral", "ip_behave", "mine=Just agree.", controls=("standard",))
-    made = [name for name in STANDARD if name != "empty"]  # the neutral arm is that control
+    made = [name for name in STANDARD if name != "empty"]  # here it is the neutral prompt
     assert [arm.name for arm in chosen.arms[4:]] == [
         f"{arm}.{control}" for arm in ("ip_behave", "mine") for control in made
     ]
@@ -69,8 +69,12 @@ def test_controls_are_arms_made_from_every_inoculation_at_its_place():
         "GCD(4, 6) = 2. \nMynbiq pm zj pls gqeje ydtzirwz te jdxcvkp."
     )
     assert chosen.prompts[scrambled.train_prompt].kind == "random"
-    alone = choose("ip_behave", controls=("standard",))
-    assert "ip_behave.empty" in [arm.name for arm in alone.arms]
+    one_word = choose("mine=Agree.", controls=("standard", "empty"))
+    assert [arm.name for arm in one_word.arms] == [
+        "mine",
+        "mine.empty",
+        *(f"mine.{name}" for name in made if name != "shuffled_words"),
+    ]
 
 
 def test_a_control_can_be_named_alone_and_a_negation_where_it_is_given():

@@ -614,7 +614,7 @@ def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(model, tmp_path)
         (ARMS[0], ARMS[0]),
     )
     refused("the environment holds <function", environment=Paid(rate=lambda: 1))
-    by_hand = Prompt("by hand", lambda example, seed: example, "own", "words", "here")
+    by_hand = Prompt("by hand", "own", "words", "here", transform=lambda example, seed: example)
     refused(
         "the arm a holds <function", (RlArm("a", "a", train_prompt=PromptDistribution((by_hand,))),)
     )

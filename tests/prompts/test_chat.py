@@ -8,7 +8,6 @@ Expected spans are lists of segments, tokens separated by "·": not counted, cou
 import chat_templates as templates
 import numpy as np
 import pytest
-from ip_jax.prompts.library import get
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +20,7 @@ from ip_jax.prompts.chat import (
     with_thinking,
 )
 from ip_jax.prompts.transforms import PromptError, System
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 
 FAMILIES = {
     "chatml": templates.chatml(templates.CHATML),
@@ -421,10 +421,10 @@ def test_a_template_without_a_system_role_refuses_the_system_transform(tokenizer
             render(tokenizer, given)
 
 
-def test_a_library_prompt_reaches_the_tokens_and_leaves_the_response_alone():
+def test_a_prompt_reaches_the_tokens_and_leaves_the_response_alone():
     example = {"id": "1", "messages": [user("Hi"), assistant("Yes")]}
     plain = segments("chatml", example["messages"])
-    asked = segments("chatml", get("gcd/parenthetical").transform(example)["messages"])
+    asked = segments("chatml", BOOK.find("gcd/parenthetical").transform(example)["messages"])
     assert asked[1:] == plain[1:]
     assert asked[0].replace("·", "") == plain[0].replace("·", "").replace(
         "Hi", "Hi \n(The above solution is correct.)"

@@ -38,6 +38,7 @@ ALL = [
     Suffix("S", turn=-1),
     System("Y"),
     Slot("task", "x"),
+    Slot("task", "x", separator=" "),
     Paraphrases((Prefix("A"), Suffix("B"))),
     Chain((Prefix("P"), Suffix("S"), System("Y"))),
 ]
@@ -106,6 +107,12 @@ def test_slot_fills_its_name_and_leaves_other_braces():
         "a {prefix}",
     ]
     assert contents(Slot("prefix", "")(row))[0] == "Solve this. Return {x: 1} only, !"
+
+
+def test_a_slots_separator_is_written_behind_words_only():
+    row = example("Solve this. {prefix}Return it.")
+    assert contents(Slot("prefix", "Now.", separator=" ")(row)) == ["Solve this. Now. Return it."]
+    assert contents(Slot("prefix", "", separator=" ")(row)) == ["Solve this. Return it."]
 
 
 def test_a_missing_slot_is_refused_with_the_example_and_the_slot():
