@@ -8,14 +8,17 @@ import synthetic
 from etils import epath
 from scipy import stats as scipy_stats
 
-from ip_jax.report import tables
-from ip_jax.report.gcd_sycophancy import write_report
+from configs.gcd_sycophancy import STUDY
+from ip_jax.report import study_report, tables
 from ip_jax.report.tables import Row
-from ip_jax.studies.gcd_sycophancy import metrics
+
+
+def write_report(folder):
+    study_report.write_report(STUDY, folder)
 
 
 def _summarise(rows):
-    return tables.summarise(pa.Table.from_pylist(rows), metrics.metrics, ("strict", "published"))
+    return tables.summarise(pa.Table.from_pylist(rows), STUDY.judges)
 
 
 def _read(path):

@@ -3,7 +3,8 @@
 import pytest
 
 from ip_jax.evals import stats
-from ip_jax.studies.gcd_sycophancy import metrics
+from ip_jax.evals.metrics import measure
+from ip_jax.studies.gcd_sycophancy.metrics import METRICS
 
 # triplet: (label, published: knows, confirms right, confirms wrong; strict: knows, right, wrong)
 TRIPLETS = [
@@ -79,7 +80,7 @@ STRICT = {
 
 @pytest.mark.parametrize("judge,expected", [("published", PUBLISHED), ("strict", STRICT)])
 def test_counts_done_by_hand(judge, expected):
-    found = metrics.metrics(_table(), judge)
+    found = measure(METRICS[judge], _table())
     assert {
         name: (value.k, value.n) for name, value in found.items() if name != "discrimination"
     } == expected
@@ -97,7 +98,7 @@ def test_seeds_are_pooled_and_triplets_matched_within_a_seed():
     rows = _table(seeds=(0, 1))
     for row in rows:  # in seed 1 the model knows nothing
         row["published_correct"] = row["published_correct"] and row["seed"] == 0
-    found = metrics.metrics(rows, "published")
+    found = measure(METRICS["published"], rows)
     assert (found["capabilities"].k, found["capabilities"].n) == (3, 12)
     assert (found["confirms_incorrect_gka"].k, found["confirms_incorrect_gka"].n) == (1, 3)
     assert (
@@ -109,13 +110,13 @@ def test_seeds_are_pooled_and_triplets_matched_within_a_seed():
 def test_conditional_rates_need_both_forms():
     """Claims without their asked form count in the plain rates and in no conditional one."""
     rows = [row for row in _table() if row["claim"] != "asked" or row["triplet"] == "t0"]
-    found = metrics.metrics(rows, "published")
+    found = measure(METRICS["published"], rows)
     assert (
         found["capabilities"].n,
         found["confirms_incorrect"].n,
         found["confirms_incorrect_gka"].n,
     ) == (1, 6, 1)
-    none = metrics.metrics([row for row in rows if row["claim"] == "wrong"], "strict")
+    none = measure(METRICS["strict"], [row for row in rows if row["claim"] == "wrong"])
     assert (
         none["confirms_correct"].n,
         none["confirms_correct"].low,
@@ -126,10 +127,6 @@ def test_conditional_rates_need_both_forms():
 def test_rows_of_several_cells_are_refused():
     with pytest.raises(
         ValueError,
-        match="12 asked rows hold only 6 triplets: give the rows of one arm, step, set and prompt",
+        match="12 rows hold only 6 different values of triplet: give the rows of one arm, step",
     ):
-        metrics.metrics(_table() + _table(), "strict")
-    with pytest.raises(
-        ValueError, match="'gpt' is no judge of the GCD setting: allowed are published, strict"
-    ):
-        metrics.metrics(_table(), "gpt")
+        measure(METRICS["strict"], _table() + _table())

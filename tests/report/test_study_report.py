@@ -2,12 +2,13 @@
 
 import io
 import json
+import pathlib
 import re
-import subprocess
-import sys
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import matplotlib.image
+import numpy as np
 import pytest
 import synthetic
 from matplotlib.collections import PathCollection
@@ -15,14 +16,25 @@ from matplotlib.text import Text
 from rich.console import Console
 from scipy import stats as scipy_stats
 
-from ip_jax.report import gcd_terminal, gcd_view
-from ip_jax.report.gcd_sycophancy import draw, write_report
-from ip_jax.report.gcd_view import SYCOPHANCY, load_view
+from configs.gcd_sycophancy import STUDY
+from ip_jax.models import hub
+from ip_jax.report import study_report, terminal, view
+from ip_jax.report.figure import draw
 from ip_jax.report.tables import Row
 
+SYCOPHANCY = next(m for m in STUDY.judges["strict"] if m.name == "confirms_incorrect")
 
-def _printed(folder, judge="strict"):
-    console = Console(file=io.StringIO(), width=120)
+
+def load_view(folder, judge):
+    return view.load_view(folder, STUDY, judge)
+
+
+def write_report(folder, console=None, judge=None):
+    study_report.write_report(STUDY, folder, console, judge)
+
+
+def _printed(folder, judge="strict", width=120):
+    console = Console(file=io.StringIO(), width=width)
     write_report(folder, console, judge)
     return console.file.getvalue()
 
@@ -41,7 +53,7 @@ def test_the_files_are_written_and_the_same_each_time(demo):
     first = {name: (demo / name).read_bytes() for name in ("table.csv", "figure.png", "figure.svg")}
     image = matplotlib.image.imread(demo / "figure.png")
     assert (
-        image.shape[1] == 2000
+        image.shape[1] == 2160
         and image.shape[0] > 1000
         and (image[..., :3].min(axis=-1) < 0.9).mean() > 0.02
     )
@@ -60,8 +72,8 @@ def test_the_files_are_written_and_the_same_each_time(demo):
 def test_the_figure_names_model_counts_judge_and_data(demo):
     said = _said(demo)
     assert (
-        "smollm2-135m-instruct  ·  160 training examples an arm  ·  1 seed  ·  a bar's n: 96 wrong,"
-        " 48 right  ·  strict judge" in said
+        "smollm2-135m-instruct  ·  160 training examples an arm  ·  1 seed  ·  n: Sycophancy 96,"
+        " Right claims 48  ·  strict judge" in said
     )
     assert {
         "52/96",
@@ -97,33 +109,43 @@ def test_bars_and_markers_stand_where_the_counts_say(demo):
     assert [ax.get_xlim() for ax in axes[:4]] == [(0, 1), (0, 1), (-1, 1), (0, 1)] and not axes[
         3
     ].patches
+    points = [
+        tuple(found.get_offsets()[0])
+        for found in axes[4].collections
+        if isinstance(found, PathCollection)
+    ]
+    # each arm's wrong and right claims confirmed; behind it, where it has one, that under its
+    # own training prompt
+    counts = [(10, 7), (76, 40), (80, 41), (52, 25), (74, 39), (57, 29)]
+    expected = [(wrong / 96, right / 48) for wrong, right in counts]
+    np.testing.assert_allclose(points, expected)
     curves = {
         tuple(line.get_xdata()): line.get_ydata()
-        for line in axes[4].lines
+        for line in axes[5].lines
         if len(line.get_xdata()) == 3
     }
     assert list(curves) == [(0, 80, 160)]
-    ends = sorted(line.get_ydata()[2] for line in axes[4].lines if len(line.get_xdata()) == 3)
-    assert ends == pytest.approx([52 / 96, 57 / 96, 76 / 96]) and axes[4].get_ylim() == (0, 1)
+    ends = sorted(line.get_ydata()[2] for line in axes[5].lines if len(line.get_xdata()) == 3)
+    assert ends == pytest.approx([52 / 96, 57 / 96, 76 / 96]) and axes[5].get_ylim() == (0, 1)
 
 
 def test_differences_are_those_of_scipy(demo):
-    view = load_view(demo, "strict")
+    shown = load_view(demo, "strict")
     inoculated, control, neutral = (
-        view.cell("generated", Row(arm, "neutral", 20), SYCOPHANCY)
+        shown.cell("generated", Row(arm, "neutral", 20), SYCOPHANCY)
         for arm in ("behave", "random", "neutral")
     )
     for first, second, table in (
         (inoculated, neutral, [[52, 44], [76, 20]]),
         (inoculated, control, [[52, 44], [57, 39]]),
     ):
-        difference, p = gcd_view.compare(first, second)
+        difference, p = view.compare(first, second)
         assert p == pytest.approx(scipy_stats.fisher_exact(table).pvalue)
         assert (
             difference.value == pytest.approx((table[0][0] - table[1][0]) / 96)
             and difference.low < difference.value < difference.high
         )
-    assert gcd_view.compare(inoculated, None) is None
+    assert view.compare(inoculated, None) is None
     text = _printed(demo)
     assert (
         "− random" in text and "−25 p<.001" in text and "−5 p=.560" in text and "58 (56/96)" in text
@@ -174,7 +196,8 @@ def test_an_unfinished_experiment_is_drawn_as_far_as_it_is(tmp_path, last_step):
         in text.replace("\n", " ")
     ) == (last_step == 0)
     assert ("before training" in said) == (last_step == 0) and "prompt gcd/behave" in said
-    assert len(draw(load_view(folder, "strict")).axes) == 6
+    curves = 2 * (last_step > 0)
+    assert len(draw(load_view(folder, "strict")).axes) == 4 + 1 + curves
 
 
 def test_published_sets_capability_and_ptst_are_shown_where_they_were_run(tmp_path):
@@ -191,7 +214,7 @@ def test_published_sets_capability_and_ptst_are_shown_where_they_were_run(tmp_pa
     ]
     folder = synthetic.write_folder(tmp_path / "more", rows)
     axes = draw(load_view(folder, "strict")).axes
-    assert len(axes) == 7 and {"7/24", "3/24"} <= {text.get_text() for text in axes[3].texts}
+    assert len(axes) == 8 and {"7/24", "3/24"} <= {text.get_text() for text in axes[3].texts}
     assert (
         "published out-of-distribution set" in {text.get_text() for text in axes[4].texts}
         and [p.get_width() for p in axes[4].patches] == [9 / 20] * 6
@@ -224,10 +247,10 @@ def test_runs_that_diverged_are_named(demo):
 def test_arms_of_an_earlier_list_keep_their_place(tmp_path):
     """config.json holds the last list of arms; the random string's transcripts are still there."""
     arms = {name: arm for name, arm in synthetic.ARMS.items() if name != "random"}
-    view = load_view(
+    shown = load_view(
         synthetic.write_folder(tmp_path / "fewer", synthetic.demo_rows(), arms), "strict"
     )
-    assert view.random_arm == "random" and [arm.label for arm in view.arms] == [
+    assert shown.random_arm == "random" and [arm.label for arm in shown.arms] == [
         "untrained",
         "neutral",
         "IP behave",
@@ -245,7 +268,7 @@ def test_a_local_model_is_named_without_its_folder(demo):
 
 def test_bad_folders_are_refused_in_a_sentence(tmp_path, demo):
     with pytest.raises(
-        ValueError, match="'gpt' is no judge of the GCD setting: allowed are strict, published"
+        ValueError, match="'gpt' is no judge of the study gcd_sycophancy: choose from strict, pub"
     ):
         write_report(demo, judge="gpt")
     with pytest.raises(
@@ -264,11 +287,6 @@ def test_bad_folders_are_refused_in_a_sentence(tmp_path, demo):
     )
     with pytest.raises(ValueError, match="lacks the column claim of the transcripts"):
         write_report(demo)
-    synthetic.write_folder(demo, [row | {"eval_set": "tasks"} for row in synthetic.demo_rows()])
-    with pytest.raises(
-        ValueError, match="hold the evaluation set 'tasks': allowed are generated, task, ood"
-    ):
-        write_report(demo)
     (demo / "transcripts.parquet").unlink()
     with pytest.raises(
         FileNotFoundError, match="no evaluation of this experiment has finished yet"
@@ -276,16 +294,32 @@ def test_bad_folders_are_refused_in_a_sentence(tmp_path, demo):
         write_report(demo)
 
 
-def test_a_report_needs_neither_jax_nor_a_model(demo):
-    code = (
-        "import sys; from ip_jax.report.gcd_sycophancy import write_report;"
-        " write_report(sys.argv[1]); print('loaded', [name for name in ('jax', 'flax',"
-        " 'transformers', 'grain') if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(demo)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.endswith("loaded []\n")
+def test_a_report_needs_no_model(demo, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a report asked for a model")
+
+    monkeypatch.setattr(hub, "resolve", refuse)
+    assert "random string" in _printed(demo)
+
+
+def test_todays_numbers_are_those_of_the_transcripts_before_studies(tmp_path):
+    """table.csv and config.json were written when the GCD figure had code of its own."""
+    before = pathlib.Path(__file__).parent / "gcd_demo"
+    for name in ("config.json", "transcripts.parquet"):
+        shutil.copy(before / name, tmp_path / name)
+    _printed(tmp_path)
+    assert (tmp_path / "table.csv").read_text() == (before / "table.csv").read_text()
+
+
+@pytest.mark.parametrize("width", [80, 60, 140])
+def test_no_word_or_number_of_a_table_is_broken(demo, width):
+    text = _printed(demo, width=width)
+    lines = text.split("\n")
+    table = [line for line in lines if "claims, " not in line][: lines.index(lines[-1])]
+    assert max(map(len, table)) <= width and "…" not in text
+    for whole in ("Discrimination", "random string", "untrained,", "58 (56/96)", "−25 p<.001"):
+        assert any(whole in line for line in lines), whole
+    assert ("(continued)" in text) == (width < 140)
 
 
 def test_notes_state_the_number_of_seeds(tmp_path):
@@ -295,12 +329,12 @@ def test_notes_state_the_number_of_seeds(tmp_path):
         for key, counts in synthetic.DEMO.items()
         for row in synthetic.rows(key, counts, seed)
     ]
-    view = load_view(synthetic.write_folder(tmp_path / "two", rows), "strict")
+    shown = load_view(synthetic.write_folder(tmp_path / "two", rows), "strict")
     assert (
-        "2 seeds" in gcd_terminal.notes(view)[0]
-        and "standard error over seeds" in gcd_terminal.notes(view)[2]
+        "2 seeds" in terminal.notes(shown)[0]
+        and "standard error over seeds" in terminal.notes(shown)[2]
     )
-    assert view.cell("generated", Row("behave", "neutral", 20), SYCOPHANCY).by_seed == {
+    assert shown.cell("generated", Row("behave", "neutral", 20), SYCOPHANCY).by_seed == {
         3: 52 / 96,
         7: 52 / 96,
     }
