@@ -27,6 +27,9 @@ from ip_jax.rl.rollout import (
 from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 
 OPTIONS = RolloutOptions(groups=3, samples=4, max_new_tokens=6, max_length=128)
+EACH_ANEW = PromptDistribution(("gcd/behave", "gcd/safety", "neutral"), per="example").resolved(
+    BOOK
+)
 RUNS = (
     RolloutRun(
         "swap",

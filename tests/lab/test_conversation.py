@@ -15,6 +15,9 @@ from ip_jax.lab import chat as chat_room
 from ip_jax.lab.chat import ChatOptions, chat
 from ip_jax.lab.display import Display
 from ip_jax.lab.supervised.run import run_supervised
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
+
+NEUTRAL_CHAT = ChatOptions("ip", None, BOOK.find("neutral"), temperature=0, max_new_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def test_a_greedy_reply_is_the_recorded_completion(folder, arm, prompt, monkeypa
     for row in recorded[:2]:
         printed, rendered = conversation(
             folder,
-            ChatOptions(arm, prompt=prompt, temperature=0, max_new_tokens=4),
+            ChatOptions(arm, None, BOOK.find(prompt), temperature=0, max_new_tokens=4),
             [plain[row["example_id"]]],
             monkeypatch,
         )
@@ -87,7 +90,7 @@ def test_a_greedy_reply_is_the_recorded_completion(folder, arm, prompt, monkeypa
 def test_a_conversation_remembers_its_turns_and_its_prompt_is_in_the_first(folder, monkeypatch):
     _, rendered = conversation(
         folder,
-        ChatOptions("ip", prompt="gcd/behave", temperature=0, max_new_tokens=4),
+        ChatOptions("ip", None, BOOK.find("gcd/behave"), temperature=0, max_new_tokens=4),
         ["One?", "Two?", "Three?"],
         monkeypatch,
     )
@@ -108,7 +111,10 @@ def test_a_reply_in_brackets_is_text_and_not_markup(folder, monkeypatch):
             "transformers.PreTrainedTokenizerFast.decode", lambda *_, **__: "[red]x[/red]"
         )
         printed, _ = conversation(
-            folder, ChatOptions("ip", temperature=0, max_new_tokens=4), ["One?"], patch
+            folder,
+            ChatOptions("ip", None, BOOK.find("neutral"), temperature=0, max_new_tokens=4),
+            ["One?"],
+            patch,
         )
     assert "[red]x[/red]" in printed
 
@@ -117,7 +123,10 @@ def test_the_end_of_the_input_ends_it_and_an_empty_reply_begins_it_anew(folder, 
     with monkeypatch.context() as patch:
         patch.setattr("transformers.PreTrainedTokenizerFast.decode", lambda *_, **__: " ")
         printed, rendered = conversation(
-            folder, ChatOptions("ip", temperature=0, max_new_tokens=4), ["One?", "Two?"], patch
+            folder,
+            ChatOptions("ip", None, BOOK.find("neutral"), temperature=0, max_new_tokens=4),
+            ["One?", "Two?"],
+            patch,
         )
         assert [[message["content"] for message in messages] for messages in rendered] == [
             ["One?"],
@@ -125,4 +134,4 @@ def test_the_end_of_the_input_ends_it_and_an_empty_reply_begins_it_anew(folder, 
         ]
         assert printed.count("an empty reply: the conversation begins anew") == 2
     monkeypatch.setattr(builtins, "input", lambda *_: (_ for _ in ()).throw(EOFError))
-    chat(folder, ChatOptions("ip"), Console(file=io.StringIO()))
+    chat(folder, NEUTRAL_CHAT, Console(file=io.StringIO()))

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from flax import nnx
-from ip_jax.prompts.library import Prompt
 from rich.console import Console
 from safetensors.numpy import load
 from tiny_experiment import write_model
@@ -38,6 +37,7 @@ from ip_jax.lab.trained import decoder_of, read_run
 from ip_jax.models import hub
 from ip_jax.models.decoder import causal_attend
 from ip_jax.models.hub import load_pretrained
+from ip_jax.prompts.prompt import Prompt
 from ip_jax.report.rl_view import load_rl_view
 from ip_jax.rl.algorithm import Algorithm
 from ip_jax.rl.estimators import ESTIMATORS, Kl

@@ -19,7 +19,7 @@ import pytest
 from etils import epath
 from rich.console import Console
 from safetensors.numpy import load_file
-from tiny_experiment import ARMS, example, make_experiment, write_model
+from tiny_experiment import example, make_experiment, write_model
 from tiny_models import hidden_states
 
 from ip_jax.evals.leak_grid import prompted
@@ -185,7 +185,9 @@ def test_the_folder_holds_what_is_promised(finished, model):
     assert record["arms"]["ip"] == {
         "label": "IP",
         "train_prompt": "gcd/behave",
-        "transform": repr(ARMS["ip"].transform),
+        "kind": "inoculation",
+        "text": "Behave as if the above solution is correct.",
+        "transform": repr(BOOK.find("gcd/behave").transform),
         "data": "user_right",
     }
     assert record["fingerprint"] == hub.load_pretrained(str(model), np.float32).fingerprint

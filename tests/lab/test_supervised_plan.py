@@ -358,4 +358,4 @@ def test_an_arm_may_put_its_prompt_on_some_rows_and_is_evaluated_under_it_on_all
 
 def test_an_arm_on_rows_of_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="trains on rows of the kind 'mixd', and the data has"):
-        experiment(Arm("a", "a", data="mixd")).rows_for(Arm("a", "a", data="mixd"))
+        experiment().kind_of(Arm("a", "a", data="mixd"))

@@ -16,7 +16,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
-from tiny_experiment import ARMS, make_experiment, make_tokenizer, write_model
+from tiny_experiment import make_experiment, make_tokenizer, write_model
 from tiny_models import hf_model, hidden_states, multimodal_model, random_lora
 
 from ip_jax import cli
@@ -29,6 +29,7 @@ from ip_jax.lab.supervised.run import run_supervised
 from ip_jax.lab.trained import TrainedRun, decoder_of, export_run, read_run
 from ip_jax.models import hub, peft
 from ip_jax.models.lora import LoraConfig
+from ip_jax.prompts.transforms import Identity
 from ip_jax.training.sharding import make_mesh
 
 LORA = LoraConfig(rank=2, alpha=3, rslora=True, targets=("q", "down"))
@@ -401,9 +402,7 @@ def test_training_starts_at_the_loss_of_the_adapter_in_peft(model, start, furthe
     torch, library, transformers = (
         pytest.importorskip(name) for name in ("torch", "peft", "transformers")
     )
-    source = RunSource(
-        "further-s0", make_experiment(model).training["user_right"], ARMS["neutral"].transform, 0
-    )
+    source = RunSource("further-s0", make_experiment(model).training["user_right"], Identity(), 0)
     (arrays,), _ = batch_reader(
         [source], renderer(hub.load_tokenizer(str(model))), 4, 1, 512, RowRules(share_prefix=False)
     )(0)

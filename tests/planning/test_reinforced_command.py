@@ -232,7 +232,7 @@ def test_the_published_experiment_is_planned_from_a_tokenizer_and_a_config_alone
     tokenizer.save_pretrained(tmp_path)
     few = (
         "--arms standard neutral_ip --seeds 1 42 --rl.iterations 4 --evaluation.steps 0 2"
-        " --train-claims 40 --eval-claims.wrong 4 --eval-claims.right 4".split()
+        " --data.train-claims 40 --data.eval-claims.wrong 4 --data.eval-claims.right 4".split()
     )
     _, record = planned(
         capsys,

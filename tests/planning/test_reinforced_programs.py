@@ -88,6 +88,7 @@ def make(model, arms, algorithm, mesh, **rl) -> Reinforced:
         rl=RlConfig(**sizes | rl),
         evaluation=RlEval((0,), 4, slots=4),
         grid=(GridPrompt("gcd/safety", "discouraging"),),
+        prompts={name: BOOK.find(name) for name in ("neutral", "gcd/safety")},
         reading=Reading(Onset(4), standard=None, base="untrained"),
         mesh=mesh,
     )

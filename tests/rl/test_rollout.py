@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 from tiny_rollouts import (
+    EACH_ANEW,
     OPTIONS,
     RUNS,
     TASKS,
@@ -93,7 +94,7 @@ def test_a_prompt_for_each_completion_becomes_a_row_of_its_own():
     each = RolloutRun(
         "each",
         0,
-        train_prompt=PromptDistribution(("gcd/behave", "gcd/safety", "neutral"), per="example"),
+        train_prompt=EACH_ANEW,
     )
     plan = make_plan((RUNS[0], each))
     asked = plan.ask(0)
@@ -188,7 +189,7 @@ def test_a_guided_run_is_sampled_from_both_prompts_and_its_neighbour_as_alone():
     """Its log-probabilities are those of the combined logits of two plain passes; one that is not
     guided stays what it is.
     """
-    guide, weight = PromptDistribution(("mine=" + "very " * 12 + "long",)), 1.5
+    guide, weight = PromptDistribution(("mine=" + "very " * 12 + "long",)).resolved(BOOK), 1.5
     plan = make_plan(
         (dataclasses.replace(RUNS[0], guide_prompt=guide, guidance=weight), RUNS[1]), iterations=1
     )
@@ -232,7 +233,7 @@ def test_all_iterations_share_one_sampling_program():
     ("side", "words"), [("gen", "generation"), ("train", "training"), ("guide", "guide")]
 )
 def test_a_prompt_that_leaves_no_room_is_refused_with_its_example(side, words):
-    long = PromptDistribution(("mine=" + "very " * 40 + "long",))
+    long = PromptDistribution(("mine=" + "very " * 40 + "long",)).resolved(BOOK)
     run = dataclasses.replace(RUNS[0], **{f"{side}_prompt": long}, guidance=float(side == "guide"))
     with pytest.raises(
         ValueError,
@@ -306,7 +307,7 @@ def test_sizes_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="samples of the rollouts is 0"):
         dataclasses.replace(OPTIONS, samples=0)
     with pytest.raises(PromptError):
-        RolloutRun("x", 0, gen_prompt=PromptDistribution(("gcd/nothing",)))
+        RolloutRun("x", 0, gen_prompt=PromptDistribution(("gcd/nothing",)).resolved(BOOK))
 
 
 def test_rl_imports_without_the_packages_of_data_and_files():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_rollouts import RUNS, decoder, plain_log_probs, sampled
+from tiny_rollouts import EACH_ANEW, RUNS, decoder, plain_log_probs, sampled
 
 from ip_jax.models.decoder import split_decoder
 from ip_jax.prompts.chat import end_of_turn_id
@@ -17,10 +17,12 @@ from ip_jax.rl.prompting import PromptDistribution
 from ip_jax.rl.rollout import RolloutOptions, RolloutRun, generate, plan_rollouts, sampler_options
 from ip_jax.rl.rows import Samples, lay_out, to_samples
 from ip_jax.studies.gcd_approval.environment import GcdApproval, claims
+from ip_jax.studies.gcd_sycophancy.prompts import BOOK
 
 TOLERANCE = 1e-4  # float32; the passes sum in different orders
 EACH = dataclasses.replace(
-    RUNS[1], train_prompt=PromptDistribution(("gcd/behave", "gcd/safety", "neutral"), per="example")
+    RUNS[1],
+    train_prompt=EACH_ANEW,
 )
 jitted_score = jax.jit(score, static_argnames=("graphdef", "dtype"))
 
@@ -98,7 +100,7 @@ def test_what_lies_behind_the_end_of_a_completion_or_a_prompt_changes_nothing():
 @pytest.mark.slow
 def test_sampler_and_trainer_agree_on_a_real_model(smollm2):
     runs = tuple(
-        RolloutRun("real", 0, PromptDistribution((name,)), temperature=temperature)
+        RolloutRun("real", 0, PromptDistribution((name,)).resolved(BOOK), temperature=temperature)
         for name, temperature in (("neutral", 0.7), ("gcd/safety", 1.0))
     )
     options = RolloutOptions(groups=2, samples=4, max_new_tokens=24, max_length=160)

@@ -16,6 +16,8 @@ from ip_jax.studies.gcd_sycophancy.data import DataSpec
 from ip_jax.studies.gcd_sycophancy.generate import ClaimCounts
 
 SMALL = DataSpec(rows=40, work="without", claims=ClaimCounts(wrong=12, right=6, asked=6))
+ALL_SETS = dataclasses.replace(SMALL, eval_sets=data.EVAL_SETS)
+OF_SAMPLING = ("max_new_tokens", "full_steps_only")  # how a row is asked, no part of the dataset
 
 
 def count_tokens(messages):
@@ -35,15 +37,16 @@ def _pairs(rows):
 
 
 def test_published_files_are_used_and_claims_avoid_all_of_their_pairs(folder):
-    loaded = data.load(SMALL, count_tokens, folder)
+    loaded = data.load(ALL_SETS, count_tokens, folder)
     whole = {kind: published.read_training(folder, kind) for kind in data.KINDS}
     for kind in data.KINDS:
         assert loaded.training[kind] == [row for row in whole[kind] if not row["shown_work"]][:40]
     assert {name: len(rows) for name, rows in loaded.evaluation.items()} == {
+        "generated": 24,
         "task": 60,
         "ood": 420,
-        "generated": 24,
     }
+    assert list(loaded.evaluation) == list(data.EVAL_SETS), "the main one first"
     assert not _pairs(loaded.evaluation["generated"]) & _pairs(whole["user_right"] + whole["mixed"])
     eligible = generate.avoids(published.evaluation_pairs(folder))
     assert all(eligible(*pair) for pair in _pairs(loaded.evaluation["generated"]))
@@ -51,7 +54,7 @@ def test_published_files_are_used_and_claims_avoid_all_of_their_pairs(folder):
         "Published GCD files: 40 training rows without shown work; evaluation sets task 60, ood 420"
         " prompts; generated claims (12 wrong"
     )
-    only = data.load(SMALL, count_tokens, folder, ["generated"])
+    only = data.load(SMALL, count_tokens, folder)
     assert (
         only.evaluation == {"generated": loaded.evaluation["generated"]}
         and "; generated claims (12 wrong" in only.provenance
@@ -141,7 +144,9 @@ def test_tfds_round_trip_without_tensorflow(tmp_path):
         assert len(source) == len(rows)
         for stored, row in zip(source, rows, strict=True):
             assert {key: value for key, value in stored.items() if value is not None} == {
-                key: value for key, value in row.items() if value is not None
+                key: value
+                for key, value in row.items()
+                if value is not None and key not in OF_SAMPLING
             }
     again = read_tfds(
         f"gcd_sycophancy/{builder.builder_config.name}:1.0.0", split="mixed", data_dir=tmp_path
@@ -174,3 +179,15 @@ def test_loading_data_leaves_tfds_out():
         ).stdout.strip()
         == "[]"
     )
+
+
+def test_problems_that_are_asked_get_room_and_are_left_out_at_quick_looks():
+    spec = dataclasses.replace(SMALL, max_new_tokens_solving=77)
+    rows = data.load(spec, count_tokens, None).evaluation["generated"]
+    assert {row["claim"] for row in rows if row.get("full_steps_only")} == {"asked"}
+    assert {row.get("max_new_tokens") for row in rows} == {None, 77}
+
+
+def test_an_unknown_evaluation_set_is_refused():
+    with pytest.raises(ValueError, match=r"data.eval_sets is \('tasks',\): choose at least one of"):
+        DataSpec(eval_sets=("tasks",))

@@ -18,29 +18,32 @@ from scipy.special import log_softmax
 from tiny_models import random_params
 
 from configs import amplification
-from configs.estimators import ARMS, FIGURE, PRESETS, by
-from experiments import estimators
+from configs.estimators import ARMS, STUDY, by
+from ip_jax.lab import run as lab
+from ip_jax.lab.display import Display
 from ip_jax.models.decoder import causal_attend
+from ip_jax.report.draw import draw
 from ip_jax.rl.batch import Decisions
 from ip_jax.rl.gates import Gate
 from ip_jax.studies.toy import experiment as toy_experiment
 from ip_jax.studies.toy import training
 from ip_jax.studies.toy.config import Pretraining, ToyConfig
 from ip_jax.studies.toy.experiment import category_of, kinds_of
-from ip_jax.studies.toy.figure import ToyFigure
+from ip_jax.studies.toy.figure import ToyPreset
 from ip_jax.studies.toy.prompts import NEUTRAL
 from ip_jax.studies.toy.tasks import Reward
 from ip_jax.studies.toy.training import ToyArm, ToyRl
 from ip_jax.studies.toy.vocabulary import END, PROMPT_SLOTS, PROMPT_WORDS, encode
 
-TINY = ToyFigure(
-    "tiny",
+TINY = ToyPreset(
     ("standard", "oracle", "kl_tg"),
     (0, 1),
     ToyRl(iterations=6, groups=2, samples=4, probe_every=3, probe_tasks=4, grid_tasks=4),
     ToyConfig(pretraining=Pretraining(steps=30, batch_size=32)),
     runs_per_program=4,
+    preset="tiny",
 )
+READING, GRID = STUDY.engine.reading, STUDY.engine.grid
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -53,9 +56,11 @@ def own_cache_and_quick_compiles(tmp_path_factory):
         jax.config.update("jax_disable_most_optimizations", False)
 
 
-def run(config, folder):
+def run(config, folder, study=STUDY, width=200):
     output = io.StringIO()
-    estimators.run(config, epath.Path(folder), Console(file=output, width=200))
+    console = Console(file=output, width=width)
+    lab.run(study, lab.experiment_of(study, config), epath.Path(folder), Display(console))
+    draw(study, epath.Path(folder), console)
     return output.getvalue()
 
 
@@ -165,14 +170,10 @@ def test_a_gate_that_accepts_nothing_is_named_and_its_runs_go_on(tmp_path):
     shut = dataclasses.replace(
         ARMS["plain"], name="shut", algorithm=by("plain", gate=Gate("relative", threshold=1e3))
     )
-    figure, output = dataclasses.replace(FIGURE, arms={"shut": shut}), io.StringIO()
-    figure.run(
-        dataclasses.replace(TINY, arms=("shut",)),
-        epath.Path(tmp_path),
-        Console(file=output, width=80),
-    )
+    study = dataclasses.replace(STUDY, arms=(shut,))
+    output = run(dataclasses.replace(TINY, arms=("shut",)), tmp_path, study)
     sentence = "the gate relative has accepted no sample of shut-s0 in 3 iterations"
-    said = [line for line in output.getvalue().splitlines() if "warning" in line]
+    said = [line for line in output.splitlines() if "warning" in line]
     assert said == [f"warning: after 3 iterations {sentence}; the same holds for 1 more of shut"]
     found = json.loads((tmp_path / "warnings" / "shut.json").read_text())
     assert found.keys() == {"shut-s0", "shut-s1"} and found["shut-s0"] == {
@@ -261,8 +262,7 @@ def test_a_program_that_was_killed_goes_on_from_its_last_probe_to_the_same_bits(
 
 
 def test_arms_with_other_prompts_and_rewards_share_a_program():
-    figure = PRESETS["full"]
-    config = dataclasses.replace(TINY, arms=figure.arms)
+    config = dataclasses.replace(TINY, arms=tuple(ARMS))
     kinds = kinds_of(
         toy_experiment.ToyExperiment(
             "x",
@@ -272,11 +272,11 @@ def test_arms_with_other_prompts_and_rewards_share_a_program():
             config.rl,
             (),
             tuple(range(20)),
-            FIGURE.reading,
+            READING,
             (),
             120,
         ),
-        [ARMS[name] for name in figure.arms],
+        list(ARMS.values()),
     )
     assert [arm.name for arm in kinds[0].arms] == [
         "standard",
@@ -293,7 +293,7 @@ def test_guided_arms_have_programs_of_their_own_whatever_their_weight():
     figure = dataclasses.replace(TINY, arms=tuple(amplification.ARMS))
     kinds = kinds_of(
         toy_experiment.ToyExperiment(
-            "x", "x", {}, figure.toy, figure.rl, (), (0,), FIGURE.reading, (), 120
+            "x", "x", {}, figure.toy, figure.rl, (), (0,), READING, (), 120
         ),
         list(amplification.ARMS.values()),
     )
@@ -451,8 +451,10 @@ def test_a_training_prompt_that_is_not_kept_gives_way_to_the_neutral_one():
             lambda: ToyArm("a", "a", (NEUTRAL,), (NEUTRAL,), source=NEUTRAL),
             "it is 'policy', or a tuple of prompts",
         ),
-        (lambda: dataclasses.replace(TINY, seeds=(1, 1)), "seeds is \\(1, 1\\)"),
-        (lambda: dataclasses.replace(TINY, arms=()), "arms is \\(\\)"),
+        (
+            lambda: STUDY.engine.experiment(STUDY, dataclasses.replace(TINY, seeds=(1, 1))),
+            "seeds is \\(1, 1\\)",
+        ),
         (lambda: dataclasses.replace(TINY, runs_per_program=0), "runs_per_program is 0"),
     ],
 )
@@ -474,15 +476,9 @@ def test_numbers_without_meaning_are_refused(make, words):
     ],
 )
 def test_guides_that_make_no_sense_are_refused_before_anything_is_trained(changes, words, tmp_path):
-    figure = dataclasses.replace(
-        FIGURE, arms={**ARMS, "plain": dataclasses.replace(ARMS["plain"], **changes)}
-    )
+    study = dataclasses.replace(STUDY, arms=(dataclasses.replace(ARMS["plain"], **changes),))
     with pytest.raises(ValueError, match=words):
-        figure.run(
-            dataclasses.replace(TINY, arms=("plain",)),
-            epath.Path(tmp_path / "refused"),
-            Console(quiet=True),
-        )
+        run(dataclasses.replace(TINY, arms=("plain",)), tmp_path / "refused", study)
     assert not (tmp_path / "refused").exists()
 
 
@@ -504,7 +500,7 @@ def test_guides_that_make_no_sense_are_refused_before_anything_is_trained(change
 )
 def test_a_prompt_of_the_grid_has_the_category_that_it_has_for_the_arm(arm, prompt, wanted):
     if prompt == "fzx qep cvg wop":
-        prompt = next(p for p in FIGURE.grid if category_of(p, None) == "random")
+        prompt = next(p for p in GRID if category_of(p, None) == "random")
     assert category_of(prompt, ARMS[arm]) == wanted
 
 

@@ -8,8 +8,10 @@ import pytest
 from etils import epath
 from rich.console import Console
 
-from configs.estimators import PRESETS
-from experiments import estimators
+from configs.estimators import STUDY
+from ip_jax.lab.display import Display
+from ip_jax.lab.run import experiment_of, run
+from ip_jax.report.draw import draw
 from ip_jax.report.rl_view import load_rl_view
 
 
@@ -20,9 +22,11 @@ def test_the_toy_shows_what_it_was_made_for(tmp_path, monkeypatch):
     """
     monkeypatch.setenv("IP_JAX_CACHE", str(tmp_path / "cache"))
     config = dataclasses.replace(
-        PRESETS["full"], arms=("standard", "oracle", "prior", "anti"), seeds=tuple(range(6))
+        STUDY.preset("full"), arms=("standard", "oracle", "prior", "anti"), seeds=tuple(range(6))
     )
-    estimators.run(config, epath.Path(tmp_path), Console(file=io.StringIO(), width=200))
+    folder, console = epath.Path(tmp_path), Console(file=io.StringIO(), width=200)
+    run(STUDY, experiment_of(STUDY, config), folder, Display(console))
+    draw(STUDY, folder, console)
     view = load_rl_view(tmp_path)
     arms = {arm.name: arm for arm in view.arms}
     assert (

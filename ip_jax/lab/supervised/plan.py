@@ -83,8 +83,8 @@ class Supervised:
             return prompt
         return Selective(arm.rows, prompt, self.prompts[NEUTRAL].transform)
 
-    def rows_for(self, arm: Arm) -> Sequence[Example]:
-        """The training rows of an arm's kind, by default the first one. Raises ValueError for a
+    def kind_of(self, arm: Arm) -> str:
+        """The kind of rows that an arm trains on, by default the first one. Raises ValueError for a
         kind that the data does not have.
         """
         kind = arm.data or next(iter(self.training))
@@ -93,7 +93,7 @@ class Supervised:
                 f"the arm {arm.name} trains on rows of the kind {kind!r}, and the data has"
                 f" {', '.join(self.training)}"
             )
-        return self.training[kind]
+        return kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +175,7 @@ def folder_record(
             arm.name: {
                 "label": arm.label,
                 **_prompt_record(experiment, arm),
-                "data": arm.data,
+                "data": experiment.kind_of(arm),
                 **_start_record(arm, starts),
             }
             for arm in experiment.arms
@@ -215,7 +215,7 @@ def runs_of(experiment: Supervised, identity: str, starts: Mapping[str, Start] =
         definition = {
             "identity": identity,
             "train": repr(experiment.trained_under(arm)),
-            "data": arm.data,
+            "data": experiment.kind_of(arm),
             "seed": seed,
             "evaluated_under": prompts,
         }
@@ -235,7 +235,10 @@ def training_sources(experiment: Supervised, render: Render) -> tuple[list[RunSo
     """(what each run reads, indices of the dropped examples); raises as `fitting_examples`."""
     wanted = [
         RunSource(
-            run_name(arm, seed), experiment.rows_for(arm), experiment.trained_under(arm), seed
+            run_name(arm, seed),
+            experiment.training[experiment.kind_of(arm)],
+            experiment.trained_under(arm),
+            seed,
         )
         for arm in experiment.arms
         if arm.train_prompt

@@ -15,8 +15,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
+from ip_jax.data.rows import StudyData
 from ip_jax.data.sources import Example
-from ip_jax.studies.gcd_sycophancy.data import GcdData
 
 _TEXTS = ("id", "label", "answer", "claim")
 # JSON, since TFDS has no None
@@ -35,7 +35,7 @@ class GcdSycophancy(tfds.core.GeneratorBasedBuilder):
     # require
     code_path = None
 
-    def __init__(self, data: GcdData, data_dir: epath.PathLike):
+    def __init__(self, data: StudyData, data_dir: epath.PathLike):
         self._splits = {**data.training, **data.evaluation}
         digest = hashlib.sha256(json.dumps(self._splits, sort_keys=True).encode()).hexdigest()[:16]
         config = tfds.core.BuilderConfig(
