@@ -2,7 +2,6 @@
 redrawing without a model.
 """
 
-import importlib
 import importlib.util
 import json
 import os
@@ -10,35 +9,46 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from configs.gcd_sycophancy import PRESETS
+from configs.gcd_sycophancy import STUDY
 from ip_jax import cli
+from ip_jax.cli import run as run_command
+from ip_jax.cli import studies
+from ip_jax.lab import build
+from ip_jax.lab import run as lab
 from ip_jax.lab.observer import Watch
+from ip_jax.prompts.chat import Rendered
+from ip_jax.report import draw as drawing
+from ip_jax.studies.gcd_sycophancy import data
+from ip_jax.studies.gcd_sycophancy import study as gcd
 
+DEMO = STUDY.preset("demo")
 CONFIG = """
-from configs.gcd_sycophancy import PRESETS as published
 import dataclasses
 
-{experiment}
-MODEL = dataclasses.replace(published["demo"].model, name={model!r})
-PRESETS = {{"demo": dataclasses.replace(published["demo"], model=MODEL)}}
+from configs.gcd_sycophancy import STUDY as published
+
+DEMO = published.presets["demo"]
+MODEL = dataclasses.replace(DEMO.model, name={model!r})
+STUDY = dataclasses.replace(
+    published, presets={{"demo": dataclasses.replace(DEMO, model=MODEL)}}
+)
 """
 
 
 @pytest.fixture(autouse=True)
 def no_compile_cache(monkeypatch):
     """It would stay switched on for the tests that follow."""
-    monkeypatch.setattr(cli, "_enable_compile_cache", lambda: "nowhere")
+    monkeypatch.setattr(run_command, "_enable_compile_cache", lambda: "nowhere")
 
 
 @pytest.fixture
 def config(tmp_path) -> str:
-    """A config of the user's own whose model points nowhere."""
+    """A study of the user's own whose model points nowhere."""
     path = tmp_path / "mine.py"
-    path.write_text(
-        CONFIG.format(experiment='EXPERIMENT = "gcd_sycophancy"', model=str(tmp_path / "nowhere"))
-    )
+    path.write_text(CONFIG.format(model=str(tmp_path / "nowhere")))
     return str(path)
 
 
@@ -56,23 +66,24 @@ def failure(capsys, *arguments: str) -> str:
         (
             ["rnu"],
             (
-                "no command is called 'rnu': did you mean run? there is run, plan, figure, chat,"
-                " export, models"
+                "no command is called 'rnu': did you mean run? there is new, check, run, plan,"
+                " figure, chat, export, models"
             ),
         ),
         (
             ["run"],
             (
-                "run needs a config: amplification, estimators, gated_recontextualization,"
-                " gcd_approval, gcd_sycophancy, generality, rl_shapes, sft_shapes, or the path of a"
-                " Python file"
+                "run needs a study: amplification, estimators, gated_recontextualization,"
+                " gcd_approval, gcd_sycophancy, generality, rl_shapes, sft_shapes, a folder with a"
+                " study.py, or the path of a Python file"
             ),
         ),
         (
             ["run", "gcd_sycophany"],
-            "no config is called 'gcd_sycophany': did you mean gcd_sycophancy, gcd_approval?",
+            "no study is called 'gcd_sycophany': did you mean gcd_sycophancy, gcd_approval?",
         ),
-        (["run", "nowhere/mine.py"], "there is no config file nowhere/mine.py"),
+        (["run", "nowhere/mine.py"], "there is no file nowhere/mine.py"),
+        (["run", "sft_shapes"], "holds sizes and no data, so it can only be planned"),
         (
             ["run", "gcd_sycophancy", "--preset", "dmo"],
             "gcd_sycophancy has no preset 'dmo': did you mean demo? there is demo, full, paper",
@@ -138,30 +149,38 @@ def test_a_value_of_the_wrong_kind_is_refused(capsys):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("x = 1", "has no PRESETS"),
+        ("x = 1", "mine.py holds no STUDY: a Python file of a study sets STUDY = Study(...)"),
+        ("STUDY = 3", "the STUDY of"),
         (
-            CONFIG.format(experiment="", model="x"),
-            (
-                "belongs to no experiment called 'mine': there is amplification, estimators,"
-                " gated_recontextualization, gcd_approval, gcd_sycophancy, generality; say"
-                " EXPERIMENT = ... in it"
-            ),
+            "from ip_jax.study import Arm, Study\n"
+            "STUDY = Study(name='a', title='a', arms=(Arm('b', 'b'), Arm('b', 'c')))",
+            "the study a has two arms called 'b'",
         ),
         (
-            CONFIG.format(experiment="EXPERIMENT = 'gcd_sycophany'", model="x"),
-            "did you mean gcd_sycophancy, gcd_approval?",
+            "from ip_jax.study import Prompt, Study\n"
+            "P = Prompt('p', 'inoculation', 'Shout.', 'own')\n"
+            "STUDY = Study(name='a', title='a', arms=(), prompts=(P, P))",
+            "two prompts have one name",
+        ),
+        (
+            "from ip_jax.study import Study\nSTUDY = Study(name='a', title='a', arms=())",
+            "the study a has no presets",
         ),
     ],
-    ids=["no presets", "no experiment", "unknown experiment"],
+    ids=["no study", "no Study", "equal arms", "equal prompts", "no presets"],
 )
-def test_a_config_file_that_is_none(capsys, tmp_path, text, message):
+def test_a_file_that_holds_no_study(capsys, tmp_path, text, message):
     (tmp_path / "mine.py").write_text(text)
     assert message in failure(capsys, "run", str(tmp_path / "mine.py"))
 
 
+def test_a_folder_without_a_study_is_one_sentence(capsys, tmp_path):
+    assert "holds no study.py" in failure(capsys, "run", str(tmp_path))
+
+
 def test_fields_replace_those_of_the_preset():
-    demo = PRESETS["demo"]
-    changed = cli.override(
+    demo = DEMO
+    changed = studies.override(
         demo,
         "--sft.learning-rate 1e-3 --arms neutral gcd/note --sft.drop-long"
         " --evaluation.neutral-steps 5 10 --model.name m".split(),
@@ -178,31 +197,42 @@ def test_fields_replace_those_of_the_preset():
         demo.data,
         demo.evaluation.full_steps,
     )
-    assert cli.override(demo, [], "test") == demo
+    assert studies.override(demo, [], "test") == demo
 
 
-def test_a_changed_config_has_a_folder_of_its_own_and_a_longer_list_of_arms_has_not():
-    from experiments import gcd_sycophancy
+def test_a_changed_config_has_a_folder_of_its_own_and_a_longer_list_of_arms_has_not(monkeypatch):
+    monkeypatch.setattr(build, "load_tokenizer", lambda model: None)
+    monkeypatch.setattr(
+        build,
+        "_load",
+        lambda study, spec, model: generated(spec),
+    )
 
     def folder(*fields):
-        return str(
-            cli.default_folder(gcd_sycophancy, cli.override(PRESETS["demo"], list(fields), "test"))
-        )
+        preset = studies.override(DEMO, list(fields), "test")
+        return lab.folder_name(STUDY, lab.experiment_of(STUDY, preset))
 
-    assert folder().startswith("results/gcd_sycophancy/demo-")
+    assert folder().startswith("demo-")
     assert (
         folder()
         == folder("--arms", "neutral")
         == folder("--seeds", "0", "1")
         == folder("--judge", "published")
+        == folder("--controls", "standard")
     )
     changed = [
         folder("--sft.learning-rate", "1e-3"),
         folder("--data.rows", "100"),
         folder("--model.name", "m"),
         folder("--evaluation.temperature", "0.5"),
+        folder("--data.seed", "1"),
     ]
-    assert len({folder(), *changed}) == 5
+    assert len({folder(), *changed}) == 6
+
+
+def generated(spec):
+    """The study's data without a tokenizer."""
+    return data.load(spec, lambda messages: 10, None)
 
 
 def test_help_teaches_by_example(capsys):
@@ -216,12 +246,14 @@ def test_help_teaches_by_example(capsys):
     assert "--sft.learning-rate" in said and "--evaluation.max-new-tokens" in said
 
 
-def test_redraw_needs_no_model(capsys, config, tmp_path):
+def test_figure_needs_no_model(capsys, config, tmp_path):
     sys.path.insert(0, str(Path(__file__).parent / "report"))
     from synthetic import demo_rows, write_folder
 
     folder = write_folder(tmp_path / "out", demo_rows())
-    cli.main(["run", config, "--redraw", "--out", str(folder)])
+    record = json.loads((folder / "config.json").read_text()) | {"study_file": config}
+    (folder / "config.json").write_text(json.dumps(record))
+    cli.main(["figure", str(folder)])
     drawn = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert (
         drawn["figure.png"] > 10_000 and drawn["figure.svg"] > 10_000 and drawn["table.csv"] > 100
@@ -232,24 +264,20 @@ def test_redraw_needs_no_model(capsys, config, tmp_path):
     )
 
 
-def test_redraw_follows_the_judge_of_the_config(monkeypatch, config, tmp_path):
-    from experiments import gcd_sycophancy
-
+def test_a_figure_follows_the_judge_that_is_asked_for(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(
-        gcd_sycophancy, "write_report", lambda folder, console, judge: drawn.append(judge)
+        drawing, "write_report", lambda study, folder, console, judge: drawn.append(judge)
     )
-    for chosen in ([], ["--judge", "published"]):
-        cli.main(["run", config, "--redraw", "--out", str(tmp_path), *chosen])
     (tmp_path / "config.json").write_text(
         json.dumps({"experiment": "gcd_sycophancy", "config": {}})
     )
     for chosen in ([], ["--judge", "published"]):
         cli.main(["figure", str(tmp_path), *chosen])
-    assert drawn == ["strict", "published"] * 2
+    assert drawn == [None, "published"]
 
 
-def test_experiments_without_a_choice_of_judges_are_redrawn_and_refuse_one(capsys, tmp_path):
+def test_studies_without_a_choice_of_judges_are_drawn_and_refuse_one(capsys, tmp_path):
     sys.path.insert(0, str(Path(__file__).parent / "report"))
     import rl_synthetic
 
@@ -258,70 +286,56 @@ def test_experiments_without_a_choice_of_judges_are_redrawn_and_refuse_one(capsy
         {name: rl_synthetic.KINDS[name] for name in ("base", "standard", "oracle")},
         1,
     )
-    cli.main(["run", "generality", "--redraw", "--out", str(folder)])
-    assert (folder / "report.md").exists() and "Hacked runs" in capsys.readouterr().out
-    for experiment, says in (
-        ("generality", "figures on the toy have no judge"),
-        ("gcd_approval", "gcd_approval is drawn from counts of one judge"),
-    ):
+    for experiment in ("generality", "gcd_approval"):
         record = json.loads((folder / "config.json").read_text()) | {"experiment": experiment}
         (folder / "config.json").write_text(json.dumps(record))
+        cli.main(["figure", str(folder)])
+        assert (folder / "report.md").exists() and "Hacked runs" in capsys.readouterr().out
         said = failure(capsys, "figure", str(folder), "--judge", "published")
-        assert f"{says}: --judge is for gcd_sycophancy" in " ".join(said.split())
+        assert f"{experiment} is drawn from counts of one judge" in " ".join(said.split())
 
 
-def test_redraw_of_nothing_is_one_sentence(capsys, config, tmp_path):
-    said = failure(capsys, "run", config, "--redraw", "--out", str(tmp_path / "none"))
-    assert "config.json is missing" in said and "\n" not in said
+def test_a_figure_whose_study_is_gone_is_one_sentence(capsys, tmp_path):
+    gone = {"experiment": "mine", "config": {}, "study_file": str(tmp_path / "gone.py")}
+    (tmp_path / "config.json").write_text(json.dumps(gone))
+    said = failure(capsys, "figure", str(tmp_path))
+    assert "holds the study 'mine'" in said and "gone.py is gone" in said and "\n" not in said
 
 
 @pytest.mark.parametrize(
     "given, project", [([], None), (["--wandb"], "ip_jax"), (["--wandb", "mine"], "mine")], ids=str
 )
 def test_what_to_watch_reaches_the_experiment(capsys, monkeypatch, tmp_path, given, project):
-    from experiments import gcd_sycophancy
-
     seen, found = [], importlib.util.find_spec
     # as if it were installed
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: name == "wandb" or found(name, *rest)
     )
-    monkeypatch.setattr(
-        gcd_sycophancy,
-        "run",
-        lambda config, folder, console, watch: seen.append((config.seeds, watch)),
-    )
-    cli.main(
-        [
-            "run",
-            "gcd_sycophancy",
-            "--out",
-            str(tmp_path / "out"),
-            *given,
-            "--seeds",
-            "3",
-            "--profile",
-        ]
-    )
+    watched(monkeypatch, seen)
+    fields = ["--out", str(tmp_path / "out"), *given, "--seeds", "3", "--profile"]
+    cli.main(["run", "gcd_sycophancy", *fields])
     assert seen == [((3,), Watch(profile=True, wandb=project))]
     assert "compiled programs: nowhere" in capsys.readouterr().out
+
+
+def watched(monkeypatch, seen):
+    """Nothing is loaded, run or drawn: `seen` gets the seeds and what would be watched."""
+    monkeypatch.setattr(lab, "experiment_of", lambda study, preset: preset.seeds)
+    monkeypatch.setattr(lab, "folder_name", lambda study, experiment: "x")
+    monkeypatch.setattr(
+        lab, "run", lambda study, seeds, folder, display, watch: seen.append((seeds, watch))
+    )
+    monkeypatch.setattr(drawing, "draw", lambda *_: None)
 
 
 def test_what_to_watch_reaches_reinforcement_learning_and_the_toy_says_no(
     capsys, monkeypatch, tmp_path
 ):
-    from experiments import gcd_approval
-
     seen = []
-    monkeypatch.setattr(gcd_approval, "experiment", lambda config: config.preset)
-    monkeypatch.setattr(
-        gcd_approval,
-        "run_reinforced",
-        lambda experiment, folder, display, watch: seen.append((experiment, watch)),
-    )
-    monkeypatch.setattr(gcd_approval, "draw", lambda folder, console: None)
-    cli.main(["run", "gcd_approval", "--out", str(tmp_path / "out"), "--profile"])
-    assert [watch for _, watch in seen] == [Watch(profile=True)]
+    with monkeypatch.context() as patch:
+        watched(patch, seen)
+        cli.main(["run", "gcd_approval", "--out", str(tmp_path / "out"), "--profile"])
+    assert seen == [((0,), Watch(profile=True))]
     said = failure(capsys, "run", "generality", "--out", str(tmp_path / "toy"), "--profile")
     assert "--profile and --wandb do not watch the toy" in said and not (tmp_path / "toy").exists()
 
@@ -343,7 +357,7 @@ def test_wandb_without_its_package_is_one_sentence(capsys, monkeypatch, tmp_path
 def test_compiled_programs_are_kept_where_it_says(tmp_path, chosen):
     """In a process of its own: the cache would stay switched on for the tests that follow."""
     code = (
-        "import jax; from ip_jax.cli import _enable_compile_cache as on; print(on());"
+        "import jax; from ip_jax.cli.run import _enable_compile_cache as on; print(on());"
         " jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0); jax.jit(lambda x: x"
         " + 1)(1)"
     )
@@ -403,7 +417,7 @@ def test_a_folder_that_holds_no_results_is_refused(capsys, tmp_path, command, te
 def test_a_figure_of_an_unknown_experiment_is_refused(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"experiment": "estimator", "config": {}}')
     assert (
-        "holds the experiment 'estimator', whose figure is not known here: did you mean estimators"
+        "holds the study 'estimator', which is not known here: did you mean estimators"
         in failure(capsys, "figure", str(tmp_path))
     )
 
@@ -419,12 +433,13 @@ def test_the_toy_has_nothing_to_talk_to(capsys, tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (["--judge", "foo"], "judge is 'foo': choose from strict, published"),
-        (["--eval-sets", "task"], "the figure shows the set generated, so it has to be among them"),
+        (["--judge", "foo"], "'foo' is no judge of the study gcd_sycophancy: choose from strict"),
+        (["--data.eval-sets", "tasks"], "data.eval_sets is ('tasks',): choose at least one of"),
+        (["--data.eval-sets"], "data.eval_sets is (): choose at least one of"),
         (["--seeds", "0", "0"], "seeds is (0, 0): it must name at least one, and none twice"),
         (["--seeds", "-1"], "seeds is (-1,): each must be at least 0"),
         (["--seeds"], "seeds is (): it must name"),
-        (["--arms"], "arms is (): it must name"),
+        (["--controls", "foo"], "there is no control 'foo': choose from random_string, lorem"),
         (["--sft.checkpoint-every", "0"], "sft.checkpoint_every is 0: it must be at least 1"),
         (["--sft.steps", "0"], "sft.steps is 0"),
         (["--sft.batch-size", "0"], "sft.batch_size is 0"),
@@ -435,11 +450,7 @@ def test_the_toy_has_nothing_to_talk_to(capsys, tmp_path):
         (["--sft.train-on", "first"], "sft.train_on is 'first': choose from last, all"),
         (["--evaluation.temperature", "-1"], "the first must be at least 0"),
         (["--evaluation.top-p", "0"], "the second above 0 and at most 1"),
-        (["--evaluation.max-new-tokens-solving", "0"], "evaluation.max_new_tokens_solving is 0"),
-        (
-            ["--data.training-file", "mine.jsonl", "--arms", "neutral", "clean"],
-            "the arm clean trains on the setting's rows of the kind mixed",
-        ),
+        (["--evaluation.max-new-tokens", "0"], "evaluation.max_new_tokens is 0"),
         (["--data.training-file", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -458,7 +469,8 @@ def test_a_value_without_meaning_is_refused(capsys, tmp_path, fields, message):
     [
         (["--seeds", "0", "0"], "seeds is (0, 0)"),
         (["--seeds", "-1"], "seeds is (-1,)"),
-        (["--arms"], "arms is ()"),
+        (["--arms", "standart"], "gcd_approval has no arm 'standart': did you mean standard"),
+        (["--algorithm", "grop"], "gcd_approval has no algorithm 'grop': did you mean grpo"),
     ],
 )
 def test_runs_of_reinforcement_learning_are_checked_alike(capsys, tmp_path, fields, message):
@@ -468,14 +480,11 @@ def test_runs_of_reinforcement_learning_are_checked_alike(capsys, tmp_path, fiel
     )
 
 
-def test_published_and_generated_data_have_folders_of_their_own(monkeypatch, tmp_path):
+def test_published_and_generated_data_have_folders_of_their_own(data_dir, monkeypatch):
+    monkeypatch.setattr(build, "load_tokenizer", lambda model: None)
+    monkeypatch.setattr(gcd, "render_conversation", lambda *_: Rendered(np.zeros(9), None))
     folders = []
-    for place in ("", str(tmp_path)):
-        (tmp_path / "gcd_sycophancy").mkdir(exist_ok=True)
+    for place in ("", str(data_dir)):
         monkeypatch.setenv("IP_JAX_DATA_DIR", place)
-        folders.append(
-            cli.default_folder(
-                importlib.import_module("experiments.gcd_sycophancy"), PRESETS["demo"]
-            )
-        )
+        folders.append(lab.folder_name(STUDY, lab.experiment_of(STUDY, DEMO)))
     assert folders[0] != folders[1]

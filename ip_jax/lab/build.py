@@ -67,6 +67,7 @@ def supervised_of(study: Study, preset: SupervisedPreset) -> Supervised:
         provenance=data.provenance,
         scorer=study.scorer,
         columns=study.columns,
+        study_file=study.file,
     )
 
 
@@ -97,6 +98,7 @@ def reinforced_of(study: Study, preset: ReinforcedPreset) -> Reinforced:
         grid=study.grid,
         scorer=study.scorer,
         columns=study.columns,
+        study_file=study.file,
         reading=reading_of(study.reading, [arm.name for arm in arms], preset.rl.iterations),
         # a local model's folder is nobody's business
         provenance=f"{epath.Path(preset.model.name).name}; {data.provenance}",

@@ -226,6 +226,7 @@ class Reinforced:
     preset: str = "own"
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     provenance: str = ""
+    study_file: str | None = None
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
@@ -306,6 +307,7 @@ def folder_record(
     )
     return {
         "experiment": experiment.name,
+        "study_file": experiment.study_file,
         "preset": experiment.preset,
         "identity": digest({"config": config, "fingerprint": fingerprint, "data": data}),
         "config": config,

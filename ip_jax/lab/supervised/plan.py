@@ -66,6 +66,7 @@ class Supervised:
     prompts: Mapping[str, Prompt]
     scorer: Scorer
     columns: tuple[str, ...] = ()  # of an example, kept in the transcripts
+    study_file: str | None = None  # the Python file of a user's study
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
@@ -163,6 +164,7 @@ def folder_record(
     ]
     return {
         "experiment": experiment.name,
+        "study_file": experiment.study_file,
         "preset": experiment.preset,
         "identity": digest({"config": config, "fingerprint": fingerprint, "data": data}),
         "config": config,
