@@ -12,7 +12,7 @@ setup(
     ),
     license="Apache-2.0",
     packages=find_packages(include=["ip_jax", "ip_jax.*", "configs", "experiments"]),
-    package_data={"ip_jax": ["**/*.json"]},
+    package_data={"ip_jax": ["**/*.json", "cli/template/*"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",  # AxisType meshes as used here

@@ -1,6 +1,6 @@
 """Everything that a file with a STUDY imports, under one name."""
 
-from ip_jax.data.rows import StudyData
+from ip_jax.data.rows import Files, FilesSpec, StudyData
 from ip_jax.evals.metrics import Difference, Given, Holds, Mean, Rate
 from ip_jax.evals.rules import (
     Contrast,
@@ -42,6 +42,8 @@ __all__ = [
     "Difference",
     "Environment",
     "EvalConfig",
+    "Files",
+    "FilesSpec",
     "Given",
     "Graded",
     "GridPrompt",

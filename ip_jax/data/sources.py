@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,11 @@ class SourceError(ValueError):
     """
 
 
-def read_jsonl(path: epath.PathLike) -> list[Example]:
+def read_jsonl(
+    path: epath.PathLike, convert: Callable[[Any], Any] = lambda record: record
+) -> list[Example]:
     """The examples of a JSON-lines file, one object on each line; blank lines are skipped.
+    `convert` turns what a line holds into a record with messages.
 
     A record without "id" gets "<file name without suffix>:<line number>". Raises SourceError, with
     the file and line number, for a line that is not a JSON object, has no messages, an unknown role
@@ -45,7 +48,7 @@ def read_jsonl(path: epath.PathLike) -> list[Example]:
             raise SourceError(
                 f"{where} is not JSON ({error}): each line must be one JSON object."
             ) from error
-        examples.append(as_example(record, where, default_id=f"{path.stem}:{number}"))
+        examples.append(as_example(convert(record), where, default_id=f"{path.stem}:{number}"))
     return examples
 
 

@@ -120,6 +120,15 @@ def plan(subject: Subject, topology: Topology, console: Console) -> Planned:
     return _assembled(workload, topology, step, sampled)
 
 
+def by_formula(subject: Subject, topology: Topology) -> Planned:
+    """What `plan` says without compiling anything."""
+    workload = subject.work_on(subject.mesh_on(topology), None)
+    if isinstance(workload, RlWorkload):
+        quiet = Console(quiet=True)
+        return reinforced.plan(workload, dataclasses.replace(topology, devices=None), quiet)
+    return _assembled(workload, topology, None, None)
+
+
 def _assembled(
     workload: Workload,
     topology: Topology,
