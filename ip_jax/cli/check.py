@@ -59,9 +59,10 @@ def _check_supervised(asked, experiment, tokenizer, console: Console) -> bool:
         console.print(f"{name}: {escape(said)} -> {escape(str(verdict))}", highlight=False)
     _heading(console, "system slot")
     console.print(inspection.system_slot(experiment, tokenizer), highlight=False, markup=False)
-    _heading(console, "cost")
-    _cost(asked, experiment, console)
     found = inspection.findings(asked.study, experiment, tokenizer)
+    if not found.wrong:  # a run would refuse what is wrong, and so does a plan of it
+        _heading(console, "cost")
+        _cost(asked, experiment, console)
     _report(console, found.wrong, found.missing)
     return bool(found.wrong)
 

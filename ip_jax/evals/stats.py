@@ -138,7 +138,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
 
 def seed_mean(values: Sequence[float]) -> SeedMean:
-    """Mean over seeds +- standard error, as the published GCD plots give it. Raises ValueError for
+    """Mean over seeds +- standard error, as the plots of Wichers et al. give it. Raises ValueError for
     no seed.
     """
     array = _finite(values)

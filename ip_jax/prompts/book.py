@@ -83,7 +83,7 @@ class PromptBook:
         return replace(prompt, transform=put(self.place, prompt.text))
 
     def _own(self, name: str, words: str) -> Prompt:
-        # files are named after prompts, so that gcd/behave is taken for gcd_behave too
+        # files are named after prompts, and there a/b is a_b
         taken = {NEUTRAL.name, *(prompt.name.replace("/", "_") for prompt in self.prompts)}
         if name in taken or any(prompt.name == name for prompt in self.prompts):
             raise PromptError(f"the prompt {name!r} needs another name: this one is taken")

@@ -54,7 +54,7 @@ class Prefix:
 class Suffix:
     """Puts `separator + text` after a user turn and strips both ends, else as `Prefix`.
 
-    With the defaults this is the published GCD insertion, `(content + " " + suffix).strip()`
+    With the defaults this is the insertion of Wichers et al., `(content + " " + suffix).strip()`
     (main.py of safety-research/inoculation-prompting).
     """
 

@@ -123,14 +123,17 @@ def _read_transcripts(path: epath.Path, columns: Sequence[str]) -> pa.Table:
         parquet = pq.ParquetFile(pa.BufferReader(path.read_bytes()))
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
-    missing = [column for column in columns if column not in parquet.schema_arrow.names]
-    if missing:
+    names = parquet.schema_arrow.names
+    failed = [SCORE_ERROR] if SCORE_ERROR in names else []
+    missing = [column for column in columns if column not in names]
+    if missing and not failed:  # where every reply failed, a scorer has left no columns
         raise ValueError(
             f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} of the"
             " transcripts"
         )
-    failed = [SCORE_ERROR] if SCORE_ERROR in parquet.schema_arrow.names else []
-    table = parquet.read(columns=[*columns, *failed])
+    table = parquet.read(columns=[*(c for c in columns if c not in missing), *failed])
+    for column in missing:
+        table = table.append_column(column, pa.nulls(len(table)))
     if table.num_rows == 0:
         raise ValueError(
             f"{path} holds no completions: no evaluation of this experiment has finished yet"
