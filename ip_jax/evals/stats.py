@@ -138,8 +138,8 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
 
 def seed_mean(values: Sequence[float]) -> SeedMean:
-    """Mean over seeds +- standard error, as the plots of Wichers et al. give it. Raises ValueError for
-    no seed.
+    """Mean over seeds +- standard error, as the plots of Wichers et al. give it. Raises ValueError
+    for no seed.
     """
     array = _finite(values)
     error = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else math.nan

@@ -3,8 +3,8 @@ special token.
 
 The loss counts, of each trained assistant turn, the response and its end-of-turn token, once. It
 does not count what the template writes by itself: role headers, an empty thinking block before the
-response, the newline after the end of the turn. (The code of Wichers et al. also counts that newline
-and an `<eos>` behind it, positions that sampling never reaches.)
+response, the newline after the end of the turn. (The code of Wichers et al. also counts that
+newline and an `<eos>` behind it, positions that sampling never reaches.)
 
 Spans are found by rendering the conversation a second time with a marker in place of one response.
 That holds where the generation prompt is not a prefix of the full text, and where the template

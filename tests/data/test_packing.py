@@ -301,9 +301,7 @@ def test_another_shape_is_made_only_where_it_saves_tokens():
 
 def test_the_published_rows_pack_densely(data_dir):
     """What the demo trains on, three arms side by side: 95 % of the tokens or more are real."""
-    gcd = data.load(
-        data.DataSpec(rows=160, work="without"), lambda _: 0, published.find_folder(), ()
-    )
+    gcd = data.load(data.DataSpec(rows=160, work="without"), lambda _: 0, published.find_folder())
     prompts = ("neutral", "gcd/behave", "control/random_string")
     sources = [
         RunSource(name, gcd.training["user_right"], BOOK.find(name).transform, 0)
