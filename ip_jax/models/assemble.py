@@ -97,10 +97,15 @@ def _stack(
 
 @functools.cache
 def _fill(place: NamedSharding | None):
-    """In place: the target is donated. One program for all arrays of a shape and sharding."""
-    return jax.jit(
-        lambda target, layer, x: target.at[layer].set(x), donate_argnums=0, out_shardings=place
-    )
+    """In place: the target is donated. One program for all arrays of a shape and sharding.
+
+    A slice is updated, not scattered: of bfloat16 XLA:CPU scatters a tenth as fast.
+    """
+
+    def fill(target: jax.Array, layer: int, x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(target, x, layer, 0)
+
+    return jax.jit(fill, donate_argnums=0, out_shardings=place)
 
 
 def _put(

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from ip_jax.models import gguf, hf, hub
 from ip_jax.models.assemble import Reader, Tensor
 from ip_jax.models.families import DecoderConfig, ParamPath, param_shapes
+from ip_jax.models.gguf_file import open_gguf
 from ip_jax.models.lora import LoraConfig
 from ip_jax.models.peft import Adapter
 from ip_jax.models.quantised import KERNELS, rounded
@@ -158,7 +159,7 @@ def open_weights(source: hub.Source) -> Iterator[tuple[DecoderConfig, list[Store
     is.
     """
     if source.is_gguf:
-        file = gguf.open_gguf(source.path)
+        file = open_gguf(source.path)
         config = gguf.read_config(file)
         yield config, tensors_by_config(config, gguf.reader(file, config))
         return
@@ -264,7 +265,7 @@ def _write_companions(folder: Path, source: hub.Source, dtype: str) -> None:
     of the new weights, last.
     """
     if source.is_gguf:
-        file = gguf.open_gguf(source.path)
+        file = open_gguf(source.path)
         config, tokenizer = gguf.hf_config(file), gguf.read_tokenizer(file)
         tokenizer.save_pretrained(folder)
         ids = {

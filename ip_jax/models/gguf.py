@@ -4,9 +4,7 @@ Sources: llama.cpp's convert_hf_to_gguf.py (tensor names, the row permutation of
 src/llama-vocab.cpp (what each value of tokenizer.ggml.pre means), gguf's constants (metadata keys).
 """
 
-import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tokenizers import (
@@ -22,6 +20,7 @@ from tokenizers import (
 
 from ip_jax.models.assemble import Reader, ShardingOf, assemble
 from ip_jax.models.families import DecoderConfig, ParamPath, from_hf_config
+from ip_jax.models.gguf_file import GgufFile
 
 # in the metadata -> in config.json
 ARCHITECTURES = {
@@ -83,43 +82,6 @@ SPLITTERS = {
 }
 
 
-@dataclass(frozen=True)
-class GgufFile:
-    """An opened file: metadata values by key, and its tensors (memory-mapped, still quantised) by
-    name.
-    """
-
-    path: Path
-    metadata: dict
-    tensors: dict
-
-
-def open_gguf(path: Path | str) -> GgufFile:
-    """Read the metadata and map the tensors. Raises ValueError when the file is not a complete GGUF
-    file.
-
-    The gguf library takes seconds for a vocabulary of 49,152 tokens: the last file is read again
-    only when it has changed.
-    """
-    path = Path(path)
-    found = path.stat()
-    return _read(path, found.st_mtime_ns, found.st_size)
-
-
-@functools.lru_cache(maxsize=1)
-def _read(path: Path, changed: int, size: int) -> GgufFile:
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a complete GGUF file ({error}); fetch it again."
-        ) from error
-    metadata = {key: field.contents() for key, field in reader.fields.items()}
-    return GgufFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
-
-
 def read_config(file: GgufFile) -> DecoderConfig:
     """The model's shape from the metadata. Raises ValueError for an architecture or option that is
     not supported.
@@ -173,15 +135,15 @@ def read_params(
     Raises ValueError for a missing tensor, a tensor of another shape, or a quantisation that the
     gguf library cannot read.
     """
-    return assemble(config, reader(file, config), dtype, sharding, file.path)
+    return assemble(config, reader(file, config, dtype), dtype, sharding, file.path)
 
 
-def reader(file: GgufFile, config: DecoderConfig) -> Reader:
-    """Reads one array of params (of one layer) at a time as float32. It raises as `read_params`."""
+def reader(file: GgufFile, config: DecoderConfig, dtype=np.float32) -> Reader:
+    """Reads one array of params (of one layer) at a time in `dtype`. It raises as `read_params`."""
 
     def read(path: ParamPath, layer: int | None) -> np.ndarray:
         name = _OUTSIDE[path] if layer is None else f"blk.{layer}.{_LAYER[path[-1]]}"
-        array = _dequantize(file, name)
+        array = _dequantize(file, name, dtype)
         if config.family == "llama" and path[-1] in ("q", "k"):
             array = _undo_rope_permutation(array, config.head_dim)
         return array if path == ("embed",) or array.ndim == 1 else array.T
@@ -263,17 +225,15 @@ def _required(file: GgufFile, key: str):
     return file.metadata[key]
 
 
-def _dequantize(file: GgufFile, name: str) -> np.ndarray:
-    from gguf import dequantize
-
+def _dequantize(file: GgufFile, name: str, dtype) -> np.ndarray:
     if name not in file.tensors:
         raise ValueError(f"{file.path} has no tensor {name!r}, which its metadata promises.")
     tensor = file.tensors[name]
     try:
-        return dequantize(tensor.data, tensor.tensor_type)
+        return tensor.values(dtype)
     except NotImplementedError as error:
         raise ValueError(
-            f"{file.path}: the tensor {name} is stored as {tensor.tensor_type.name}, which the gguf"
+            f"{file.path}: the tensor {name} is stored as {tensor.kind.name}, which the gguf"
             " library cannot read."
         ) from error
 

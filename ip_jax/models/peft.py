@@ -14,9 +14,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ip_jax.models.embedded import file_hash
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.hf import hf_name, in_language_model
-from ip_jax.models.hub import sha256
 from ip_jax.models.lora import LoraConfig, projection_shapes
 
 # {target: {"a": [L, inputs, rank], "b": [L, rank, outputs]}} of one run
@@ -184,7 +184,7 @@ def fingerprint(folder: Path) -> str:
     of PEFT's.
     """
     _read_settings(folder)
-    return f"sha256:{sha256(folder / WEIGHTS)}"
+    return f"sha256:{file_hash(folder / WEIGHTS)}"
 
 
 def _module_name(target: str, layer: int, multimodal: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""A stranger's study, from `ip-jax new` on: checked, trained, drawn and exported as a user would."""
+"""A stranger's study, from `ip-jax new` on: checked, trained, drawn and exported as users do."""
 
 import json
 import re

