@@ -1,5 +1,6 @@
 # make demo: the main job; make test: the tests; make test-tpu: compilations for TPUs (none is needed);
 # make bench: the benchmarks. Each makes the environment that it needs, in .venv or .venv-tpu.
+# Tests run on all cores; PYTEST adds options of pytest, as in make test PYTEST="-k prompts -n 0".
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,10 +15,10 @@ demo: $(VENV)/ready
 	$(BIN)/ip-jax run gcd_sycophancy --preset demo
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -m "not slow and not tpu" $(PYTEST)
+	$(BIN)/python -m pytest -n auto -m "not slow and not tpu" $(PYTEST)
 
 test-slow: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -m slow $(PYTEST)
+	$(BIN)/python -m pytest -n auto -m slow $(PYTEST)
 
 test-tpu: $(TPU_VENV)/ready
 	$(TPU_VENV)/bin/python -m pytest -m tpu tests/planning tests/models/test_kernels.py tests/models/test_prompt_kernels.py $(PYTEST)

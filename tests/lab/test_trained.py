@@ -113,7 +113,7 @@ def test_the_command_writes_a_peft_folder(model, results, tmp_path, capsys):
         transformers.AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter"
     )
     np.testing.assert_allclose(
-        logits_of(loaded.eval()), our_logits(model, recorded(results, "ip-s1")), atol=1e-5
+        logits_of(loaded.eval()), our_logits(model, recorded(results, "ip-s1")), atol=3e-5
     )
     run, other = recorded(results, "ip-s1"), recorded(results, "ip-s0")
     read = peft.read_matching(tmp_path / "adapter", hub.load_config(str(model)), LORA)
@@ -132,7 +132,7 @@ def test_the_command_writes_a_merged_folder(model, results, tmp_path):
     )
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     expected = our_logits(model, recorded(results, "neutral-s0"))
-    np.testing.assert_allclose(logits_of(loaded.eval()), expected, atol=1e-5)
+    np.testing.assert_allclose(logits_of(loaded.eval()), expected, atol=3e-5)
     assert np.abs(expected - our_logits(model, {})).max() > 0.01
     messages = [{"role": "user", "content": "Is 3 and 4 7?"}]
     ours, theirs = (
@@ -312,7 +312,7 @@ def test_a_mixture_of_which_all_weights_were_trained(tmp_path):
     pretrained = hub.load_pretrained(str(base), np.float32)
     found = logits_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval())
     np.testing.assert_allclose(
-        found, hidden_states(pretrained.config, trained, TOKENS)[1][0], atol=1e-5
+        found, hidden_states(pretrained.config, trained, TOKENS)[1][0], atol=3e-5
     )
     for name in ("expert_gate", "expert_up", "expert_down", "router"):
         assert np.abs(trained["layers"][name] - pretrained.params["layers"][name]).max() > 1e-3
@@ -344,7 +344,7 @@ def test_a_run_over_a_quantised_base_is_merged_as_it_held_it(model, results, tmp
     np.testing.assert_allclose(
         logits_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()),
         expected,
-        atol=1e-5,
+        atol=3e-5,
     )
     assert np.abs(expected - our_logits(model, adapter)).max() > 1e-3, "it matters"
 

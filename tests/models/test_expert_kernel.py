@@ -14,9 +14,9 @@ from jax.sharding import AbstractDevice
 from test_moe import (
     MESHES,
     assert_close,
-    every_expert_on_every_token,
     random_mixture,
     result_and_gradients,
+    truth,
 )
 
 from ip_jax.models import expert_kernel, moe
@@ -31,9 +31,7 @@ def assert_equals_every_expert(shape, n_experts, per_token, **mesh):
     mixture = functools.partial(moe.mixture, jax.nn.silu, "pallas")
     x, weights, chosen, experts, pull = random_mixture(n_experts, per_token, shape, WIDTH, HIDDEN)
     for choice in (chosen, np.broadcast_to(np.arange(per_token)[::-1] + 1, chosen.shape)):
-        expected = result_and_gradients(
-            every_expert_on_every_token, x, weights, choice, experts, pull
-        )
+        expected = truth(x, weights, choice, experts, pull)
         with jax.set_mesh(make_mesh(**mesh)):
             assert_close(result_and_gradients(mixture, x, weights, choice, experts, pull), expected)
 

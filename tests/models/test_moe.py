@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models as tiny
+from closeness import assert_near, in_float64
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -79,8 +80,17 @@ def result_and_gradients(mixture, x, weights, chosen, experts, pull):
     return y, vjp(pull)
 
 
-def assert_close(found, expected, atol=2e-5):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), found, expected)
+def truth(x, weights, chosen, experts, pull):
+    """The result and gradients of every expert on every token, in float64."""
+
+    def of(*inputs):
+        return result_and_gradients(every_expert_on_every_token, *inputs)
+
+    return in_float64(of, x, weights, chosen, experts, pull)
+
+
+def assert_close(found, expected, bound=3e-6):
+    assert_near(found, expected, bound)
 
 
 @pytest.mark.parametrize("form", ["one by one", "together", "together in one block"])
@@ -97,9 +107,7 @@ def test_mixture_equals_every_expert_on_every_token(n_experts, per_token, form, 
     our_mixture = functools.partial(moe.mixture, jax.nn.silu, "auto")
     x, weights, chosen, experts, pull = random_mixture(n_experts, per_token)
     for choice in (chosen, np.broadcast_to(np.arange(per_token)[::-1] + 1, chosen.shape)):
-        expected = result_and_gradients(
-            every_expert_on_every_token, x, weights, choice, experts, pull
-        )
+        expected = truth(x, weights, choice, experts, pull)
         assert_close(result_and_gradients(our_mixture, x, weights, choice, experts, pull), expected)
 
 
@@ -306,7 +314,7 @@ def test_a_mesh_trains_as_one_device(axes):
             state, base, (batch if where is None else jax.device_put(batch, batch_sharding(mesh)),)
         )
         seen.append(jax.device_get((nnx.to_pure_dict(state.trained), metrics)))
-    assert_close(seen[1], seen[0], atol=1e-5)
+    assert_close(seen[1], seen[0])
 
 
 @pytest.mark.slow

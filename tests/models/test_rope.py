@@ -61,8 +61,8 @@ def test_rotation_and_gradient_are_transformers(dtype):
         theirs, theirs, *(torch.tensor(np.asarray(table)[0, :, :, 0, 0]) for table in tables)
     )
     rotated.backward(torch_heads(cotangent))
-    # bfloat16: the result's last bit
-    tolerance = {"atol": 1e-6} if dtype == jnp.float32 else {"rtol": 2**-8, "atol": 1e-6}
+    # bfloat16: the result's last bit, three times
+    tolerance = {"atol": 3e-6} if dtype == jnp.float32 else {"rtol": 3 * 2**-8, "atol": 1e-6}
     for mine, reference in ((out, rotated), (pull(cotangent)[0], theirs.grad)):
         np.testing.assert_allclose(torch_heads(mine), reference.detach(), **tolerance)
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_models as tiny
+from closeness import assert_near
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ip_jax.models.assemble import assemble
@@ -136,9 +137,7 @@ def test_a_mesh_gives_the_results_of_one_device(axes):
         run_steps(step, jax.device_put(state, places[0]), base, placed) for _ in range(2)
     )
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), first, single_device()
-    )
+    assert_near(first, single_device(), 2e-5)
     assert step._cache_size() == 1
 
 
@@ -213,11 +212,7 @@ def test_full_training_on_a_mesh(axes):
         )
         <= 16 * 8 * 32
     )
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5),
-        found,
-        full_on_one_device(),
-    )
+    assert_near(found, full_on_one_device(), 2e-5)
 
 
 def gathered_shapes(text: str) -> list[tuple[int, ...]]:
