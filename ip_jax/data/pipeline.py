@@ -41,16 +41,17 @@ class RunSource:
 Render = Callable[[Sequence[Mapping[str, str]]], Rendered]
 
 
-def renderer(tokenizer, train_on: str = "last") -> Render:
+def renderer(
+    tokenizer, train_on: str = "last", encode_apart: bool = False, close_with_eos: bool = False
+) -> Render:
     """`render_conversation` with a memory: a conversation that many runs and epochs read is
     rendered once.
     """
 
     @functools.cache
     def render(turns: tuple[tuple[str, str], ...]) -> Rendered:
-        return render_conversation(
-            tokenizer, [{"role": role, "content": content} for role, content in turns], train_on
-        )
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return render_conversation(tokenizer, messages, train_on, encode_apart, close_with_eos)
 
     return lambda messages: render(
         tuple((message["role"], message["content"]) for message in messages)

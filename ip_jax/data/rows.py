@@ -14,7 +14,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from ip_jax.data.sources import Example, SourceError, as_example, read_jsonl
+from ip_jax.data.sources import (
+    Example,
+    SourceError,
+    as_example,
+    half_characters,
+    mended,
+    read_jsonl,
+)
 
 HUB = "hf:"
 
@@ -37,20 +44,24 @@ class Rows:
     examples: list[Example]
     source: str
     sha256: str
+    replaced: int = 0  # halves of characters
 
     def describe(self) -> str:
         """For captions."""
-        return f"{len(self.examples)} rows of {self.source} (sha256 {self.sha256[:8]})"
+        mended = f", {self.replaced} broken characters replaced" if self.replaced else ""
+        return f"{len(self.examples)} rows of {self.source} (sha256 {self.sha256[:8]}{mended})"
 
 
 @dataclass(frozen=True)
 class FilesSpec:
-    """What a preset may change of a study's files: another file of training rows, and how many of
-    the rows are used.
+    """What a preset may change of a study's files: another file of training rows, how many of the
+    rows are used, and whether halves of characters, which cannot be encoded, are replaced (and
+    counted in the caption) rather than refused.
     """
 
     training_file: str | None = None
     rows: int | None = None
+    mend: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,10 +81,11 @@ class Files:
         spec = spec or FilesSpec()
         kinds = _named(self.training, "train")
         if spec.training_file:
-            training = {next(iter(kinds)): read_rows(spec.training_file)}
+            training = {next(iter(kinds)): read_rows(spec.training_file, mend=spec.mend)}
         else:
-            training = {kind: self._read(file) for kind, file in kinds.items()}
-        evaluation = {name: self._read(f) for name, f in _named(self.evaluation, "eval").items()}
+            training = {kind: self._read(file, spec.mend) for kind, file in kinds.items()}
+        asked = _named(self.evaluation, "eval")
+        evaluation = {name: self._read(file, spec.mend) for name, file in asked.items()}
         counts = {kind: len(rows.examples) for kind, rows in training.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(
@@ -90,13 +102,15 @@ class Files:
             used + "; ".join(rows.describe() for rows in read),
         )
 
-    def _read(self, where: str) -> Rows:
-        return read_rows(where, Path(self.beside).resolve().parent if self.beside else None)
+    def _read(self, where: str, mend: bool) -> Rows:
+        root = Path(self.beside).resolve().parent if self.beside else None
+        return read_rows(where, root, mend)
 
 
-def read_rows(where: str, root: Path | None = None) -> Rows:
+def read_rows(where: str, root: Path | None = None, mend: bool = False) -> Rows:
     """The rows of a .jsonl or .parquet file, or of `hf:owner/dataset[@revision][/file]`; relative
-    paths are below `root`. Without an id a row is called after its file and number.
+    paths are below `root`. Without an id a row is called after its file and number. `mend`: halves
+    of characters are replaced and counted.
 
     Raises SourceError, which names file and row, for a row that is no conversation and an id that
     stands twice; ValueError for another kind of file and for a dataset of several files of which
@@ -107,11 +121,21 @@ def read_rows(where: str, root: Path | None = None) -> Rows:
     else:
         path = (root or Path()) / where
         name = path.name
+    replaced = 0
+
+    def convert(record: Any) -> Any:
+        nonlocal replaced
+        record = conversation(record)
+        if mend:
+            record, count = _mended(record)
+            replaced += count
+        return record
+
     if path.suffix == ".jsonl":
-        examples = read_jsonl(path, convert=conversation)
+        examples = read_jsonl(path, convert)
     elif path.suffix == ".parquet":
         examples = [
-            as_example(conversation(record), f"{path}, row {i}", f"{path.stem}:{i}")
+            as_example(convert(record), f"{path}, row {i}", f"{path.stem}:{i}")
             for i, record in enumerate(pq.read_table(path).to_pylist())
         ]
     else:
@@ -119,7 +143,7 @@ def read_rows(where: str, root: Path | None = None) -> Rows:
     if not examples:
         raise SourceError(f"{path} holds no rows")
     check_ids(examples, str(path))
-    return Rows(examples, name, hashlib.sha256(path.read_bytes()).hexdigest())
+    return Rows(examples, name, hashlib.sha256(path.read_bytes()).hexdigest(), replaced)
 
 
 def conversation(record: Any) -> Any:
@@ -131,6 +155,21 @@ def conversation(record: Any) -> Any:
     if record.get("completion") is not None:
         turns = turns + _turns(record["completion"], "assistant")
     return {"messages": turns, **rest}
+
+
+def _mended(record: Any) -> tuple[Any, int]:
+    """The record with every half of a character in its messages replaced, and how many."""
+    messages = record.get("messages") if isinstance(record, Mapping) else None
+    if not isinstance(messages, list):
+        return record, 0
+    count, whole = 0, []
+    for message in messages:
+        text = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(text, str):
+            count += len(half_characters(text))
+            message = {**message, "content": mended(text)}
+        whole.append(message)
+    return {**record, "messages": whole}, count
 
 
 def _turns(said: Any, role: str) -> list:

@@ -127,6 +127,12 @@ def _check_message(message: Any, where: str) -> None:
         raise SourceError(
             f'{where} has no text: it needs a "role" and a "content" that is a string.'
         )
+    broken = half_characters(message["content"])
+    if broken:
+        raise SourceError(
+            f"{where} holds half of a character at position {broken[0]} (a surrogate without its"
+            " other half), which no tokenizer can encode: replace it."
+        )
     role = message.get("role")
     if role not in ROLES:
         near = difflib.get_close_matches(str(role), ROLES, n=1)
@@ -138,6 +144,16 @@ def _check_message(message: Any, where: str) -> None:
         raise SourceError(
             f"{where} is an empty response: the content of an assistant message must not be blank."
         )
+
+
+def half_characters(text: str) -> list[int]:
+    """Where a text holds a surrogate without its other half: scraped JSON is full of them."""
+    return [i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"]
+
+
+def mended(text: str) -> str:
+    """The text with each half of a character replaced by U+FFFD."""
+    return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
 
 
 def _plain(value: Any) -> Any:

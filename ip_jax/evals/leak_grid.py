@@ -16,7 +16,7 @@ from etils import epath
 
 from ip_jax.data.sources import Example
 from ip_jax.evals.scorers import Scorer
-from ip_jax.prompts.chat import render_prompt
+from ip_jax.prompts.chat import completion_text, render_prompt
 from ip_jax.prompts.transforms import Transform
 from ip_jax.sampling.sampler import Completion, Request
 
@@ -130,7 +130,7 @@ def rows_of(
     """
     rows = []
     for example, completion in zip(examples, completions, strict=True):
-        text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        text = completion_text(tokenizer, completion.token_ids, completion.ended)
         user_turns = [
             m["content"]
             for m in prompted(example, cell.transform, cell.seed)["messages"]

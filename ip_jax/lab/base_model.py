@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ip_jax.lab.experiment import ModelConfig
 from ip_jax.models import hub
 from ip_jax.models.quantised import quantise
-from ip_jax.prompts.chat import with_thinking
+from ip_jax.prompts.chat import end_ids, with_thinking
 from ip_jax.training.sharding import base_shardings, param_shardings
 
 
@@ -18,6 +18,11 @@ def load_tokenizer(model: ModelConfig):
     `hub.load_tokenizer` and `with_thinking`.
     """
     return with_thinking(hub.load_tokenizer(model.name, model.revision), model.thinking)
+
+
+def stop_ids(model: ModelConfig, tokenizer) -> tuple[int, ...]:
+    """Every token at which a completion ends, in evaluations, rollouts and chats alike."""
+    return end_ids(tokenizer, hub.end_ids(model.name, model.revision))
 
 
 def load_base(model: ModelConfig, mesh: Mesh) -> hub.Pretrained:

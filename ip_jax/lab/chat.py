@@ -8,9 +8,9 @@ from etils import epath
 from rich.console import Console
 from rich.text import Text
 
-from ip_jax.lab.base_model import load_base
+from ip_jax.lab.base_model import load_base, stop_ids
 from ip_jax.lab.trained import decoder_of, read_run
-from ip_jax.prompts.chat import end_of_turn_id, render_prompt
+from ip_jax.prompts.chat import completion_text, render_prompt
 from ip_jax.prompts.prompt import Prompt
 from ip_jax.prompts.transforms import Identity
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
@@ -39,7 +39,7 @@ def chat(folder: epath.Path, options: ChatOptions, console: Console) -> None:
         model = load_base(run.model, make_mesh())
         decoder = decoder_of(run, model)
     sampler = SamplerOptions(
-        stop_ids=(end_of_turn_id(model.tokenizer),),
+        stop_ids=stop_ids(run.model, model.tokenizer),
         slots=1,
         prefill_prompts=1,
         dtype=run.model.activations,
@@ -62,7 +62,7 @@ def chat(folder: epath.Path, options: ChatOptions, console: Console) -> None:
             max_new_tokens=options.max_new_tokens,
         )
         completion = sample(*decoder, [[request]], sampler)[0][0][0]
-        reply = model.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        reply = completion_text(model.tokenizer, completion.token_ids, completion.ended)
         console.print(Text(options.arm, "bold cyan"), Text(reply))
         if not reply.strip():  # a conversation cannot go on from it
             console.print("an empty reply: the conversation begins anew", style="dim")

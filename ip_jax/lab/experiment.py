@@ -129,6 +129,13 @@ class SftConfig:
     drop_long: bool = False
     train_on: str = "last"
     """Which assistant turns of a conversation count: its last one, or all."""
+    encode_apart: bool = False
+    """Whether responses are encoded apart from their prompts: a response that begins with white
+    space may otherwise share its first token with the prompt, which then reads as sampling never
+    reads it (`ip-jax check` counts such rows).
+    """
+    close_with_eos: bool = False
+    """Whether an answer is closed with the end of turn and `eos_token`, as OpenWeights trains."""
     tokens_per_micro_batch: int = 2048
     remat: str = "products"
     """What the backward pass keeps: none (everything), products, attention, full (nothing but each

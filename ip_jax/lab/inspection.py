@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ip_jax.data.pipeline import renderer
 from ip_jax.data.rows import duplicates, overlaps
 from ip_jax.data.sources import Example
 from ip_jax.evals.leak_grid import prompted
 from ip_jax.lab.experiment import NEUTRAL, Arm
 from ip_jax.lab.study import Study
-from ip_jax.lab.supervised.plan import Supervised
+from ip_jax.lab.supervised.plan import Supervised, renderer_of
 from ip_jax.prompts.chat import default_system_text, render_prompt
 from ip_jax.prompts.places import lacks, wording_conflicts
 
@@ -57,7 +56,7 @@ class Findings:
 
 def examples_of_arm(experiment: Supervised, arm: Arm, tokenizer, count: int = 2) -> list[Shown]:
     """The first examples of an arm. Raises PromptError for one that cannot be rendered."""
-    render = renderer(tokenizer, experiment.sft.train_on)
+    render = renderer_of(experiment, tokenizer)
     rows = experiment.training[experiment.kind_of(arm)][:count]
     neutral, own = experiment.prompts[NEUTRAL].transform, experiment.trained_under(arm)
     seed = experiment.seeds[0]
@@ -141,7 +140,7 @@ def _trained(experiment: Supervised) -> list[Arm]:
 
 def _long_rows(experiment: Supervised, tokenizer) -> list[str]:
     """Rows that do not fit into max_length, for the arm that has most of them."""
-    render, limit = renderer(tokenizer, experiment.sft.train_on), experiment.sft.max_length
+    render, limit = renderer_of(experiment, tokenizer), experiment.sft.max_length
     worst: tuple[int, str] = (0, "")
     for arm in _trained(experiment):
         op, rows = experiment.trained_under(arm), experiment.training[experiment.kind_of(arm)]
@@ -161,7 +160,7 @@ def _shifted_boundaries(experiment: Supervised, tokenizer) -> list[str]:
     """Rows whose response begins inside a token of the prompt, so that training reads another
     prompt than sampling.
     """
-    render = renderer(tokenizer, experiment.sft.train_on)
+    render = renderer_of(experiment, tokenizer)
     rows = next(iter(experiment.training.values()))
     shifted = [row["id"] for row in rows if _is_shifted(row, render, tokenizer)]
     if not shifted:
@@ -169,7 +168,7 @@ def _shifted_boundaries(experiment: Supervised, tokenizer) -> list[str]:
     return [
         f"{len(shifted)} of {len(rows)} training rows have a response whose beginning becomes one"
         f" token with the end of the prompt, as {shifted[0]} has: training would read another"
-        " prompt than sampling"
+        " prompt than sampling (sft.encode_apart encodes both by themselves)"
     ]
 
 

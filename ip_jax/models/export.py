@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from ip_jax.models.gguf_file import open_gguf
 from ip_jax.models.lora import LoraConfig
 from ip_jax.models.peft import Adapter
 from ip_jax.models.quantised import KERNELS, rounded
+from ip_jax.prompts.chat import end_ids
 
 SHARD_BYTES = 10**9
 # of the base model's folder: tokenizer, chat template, generation config
@@ -261,8 +263,8 @@ def _cut(tensors: Sequence[StoredTensor], itemsize: int) -> list[list[StoredTens
 
 
 def _write_companions(folder: Path, source: hub.Source, dtype: str) -> None:
-    """Tokenizer, chat template and generation config of the base model; config.json with the dtype
-    of the new weights, last.
+    """Tokenizer, chat template and generation config of the base model, which names every token at
+    which sampling ends here; config.json with the dtype of the new weights, last.
     """
     if source.is_gguf:
         file = open_gguf(source.path)
@@ -274,12 +276,19 @@ def _write_companions(folder: Path, source: hub.Source, dtype: str) -> None:
         }
         config |= {name: value for name, value in ids.items() if value is not None}
         generation = {name: config[name] for name in ids if name in config}
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     else:
         config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
         for path in sorted(path for pattern in _COPIED for path in source.path.glob(pattern)):
             if path.name not in ("config.json", hf.INDEX):
                 (folder / path.name).write_bytes(path.read_bytes())
+        has_tokenizer = (folder / "tokenizer.json").exists()
+        tokenizer = hub.load_tokenizer(os.fspath(source.path)) if has_tokenizer else None
+        path = folder / "generation_config.json"
+        generation = json.loads(path.read_text()) if path.exists() else {}
+    if tokenizer is not None and tokenizer.chat_template:
+        ends = end_ids(tokenizer, hub.end_ids(os.fspath(source.path)))
+        generation["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     config.pop("dtype", None)  # transformers 5; the older name is read by every version
     (folder / "config.json").write_text(
         json.dumps(config | {"torch_dtype": dtype}, indent=2) + "\n"

@@ -5,6 +5,7 @@ A name is a local folder (config.json + safetensors), a local .gguf file, an emb
 Face repo id.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -150,6 +151,20 @@ def load_tokenizer(name: str, revision: str | None = None):
         if source.is_gguf
         else _folder_tokenizer(source.path)
     )
+
+
+def end_ids(name: str, revision: str | None = None) -> tuple[int, ...]:
+    """The tokens that end a text by the model's own files: `eos_token_id` of generation_config.json
+    (one or a list), or a GGUF's ids of end of text and end of turn. Raises as `resolve`.
+    """
+    source = resolve(name, revision)
+    if source.is_gguf:
+        metadata = open_gguf(source.path).metadata
+        named = (f"tokenizer.ggml.{what}_token_id" for what in ("eos", "eot"))
+        return tuple(dict.fromkeys(metadata[key] for key in named if key in metadata))
+    path = source.path / "generation_config.json"
+    named = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    return tuple(named) if isinstance(named, list) else () if named is None else (named,)
 
 
 def fingerprint(name: str, revision: str | None = None) -> str:

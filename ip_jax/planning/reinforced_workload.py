@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 from jax.sharding import AbstractMesh, Mesh
 
-from ip_jax.lab.base_model import load_tokenizer
+from ip_jax.lab.base_model import load_tokenizer, stop_ids
 from ip_jax.lab.experiment import ModelConfig
 from ip_jax.lab.reinforced import plan
 from ip_jax.lab.reinforced.plan import Reinforced, RlConfig, RlEval
@@ -29,7 +29,6 @@ from ip_jax.models import hub
 from ip_jax.models.families import DecoderConfig
 from ip_jax.models.lora import check_targets
 from ip_jax.planning.workload import HfFields, Questions, Sampling, Sizes, round_up
-from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.rl import rollout as rollouts
 from ip_jax.rl.algorithm import Algorithm, passes_needed
 from ip_jax.rl.batch import Layout, Rollout, make_batch, rows_to_score
@@ -290,7 +289,7 @@ def _program(
     ]
     longest, group = max(planned, key=lambda found: sum(found[0].slots.values()))
     mesh, algorithm = mesh_for(mesh, len(group)), group[0].arm.algorithm
-    asked, stop_ids = longest.ask(0), (end_of_turn_id(tokenizer),)
+    asked, ends = longest.ask(0), stop_ids(experiment.model, tokenizer)
     sides = (longest.prompts(asked, side).tokens.shape[1:] for side in ("gen", "train"))
     steps = sorted({*experiment.evaluation.steps, rl.iterations})
     sweeps = [
@@ -308,7 +307,7 @@ def _program(
         _sampling(
             config,
             rollouts.requests_of(longest, asked),
-            _sampler_options(longest, stop_ids, kind),
+            _sampler_options(longest, ends, kind),
             _calls(rl, algorithm),
         ),
         _evaluations(experiment, config, sweeps, mesh, tokenizer, room),
@@ -377,7 +376,12 @@ def _evaluations(
         asked: plan.requests_of(experiment, cell, tokenizer) for asked, cell in cells.items()
     }
     options = supervised_programs.sampler_options(
-        mesh, config, experiment.model, experiment.evaluation, (end_of_turn_id(tokenizer),), room
+        mesh,
+        config,
+        experiment.model,
+        experiment.evaluation,
+        stop_ids(experiment.model, tokenizer),
+        room,
     )
     times = Counter(tuple(cell and _asked(cell) for cell in sweep) for sweep in sweeps)
     return tuple(

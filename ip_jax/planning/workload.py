@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from ip_jax.data.packing import PackedShape, usage
-from ip_jax.data.pipeline import BatchReader, batch_reader, renderer
-from ip_jax.lab.base_model import load_tokenizer
+from ip_jax.data.pipeline import BatchReader, batch_reader
+from ip_jax.lab.base_model import load_tokenizer, stop_ids
 from ip_jax.lab.experiment import EvalConfig, ModelConfig, SftConfig
 from ip_jax.lab.supervised import plan, programs
 from ip_jax.lab.supervised.plan import Supervised
@@ -24,7 +24,6 @@ from ip_jax.models import hub
 from ip_jax.models.families import DecoderConfig, from_hf_config, param_shapes
 from ip_jax.models.lora import LoraConfig
 from ip_jax.models.quantised import check_quantisable, quantised_shapes
-from ip_jax.prompts.chat import end_of_turn_id
 from ip_jax.sampling import plan as sampling_plan
 from ip_jax.sampling.plan import Request, SamplerOptions
 from ip_jax.training.sharding import MeshConfig, base_shardings, mesh_for, param_shardings
@@ -250,7 +249,7 @@ def measured(experiment: Supervised, mesh: Mesh | AbstractMesh) -> Workload:
     config, tokenizer = hub.load_config(model.name, model.revision), load_tokenizer(model)
     plan.check_training(sft, model, experiment.arms, config)
     plan.check_evaluations(experiment, tokenizer)
-    render = renderer(tokenizer, experiment.sft.train_on)
+    render = plan.renderer_of(experiment, tokenizer)
     sources, _ = plan.training_sources(experiment, render)
     pretrained = hub.Pretrained(
         model.name, config, abstract_base(config, model, mesh), tokenizer, ""
@@ -345,7 +344,7 @@ def _sampling(
             config,
             experiment.model,
             experiment.evaluation,
-            (end_of_turn_id(tokenizer),),
+            stop_ids(experiment.model, tokenizer),
             room,
         )
         return Sampling(queues, sampling_plan.make_plan(queues, options), options, times)

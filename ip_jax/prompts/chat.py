@@ -13,6 +13,7 @@ trims a response or rewrites earlier turns.
 
 import copy
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -45,13 +46,20 @@ def render_conversation(
     tokenizer: PreTrainedTokenizerFast,
     messages: list[dict],
     train_on: Literal["last", "all"] = "last",
+    encode_apart: bool = False,
+    close_with_eos: bool = False,
 ) -> Rendered:
     """The whole conversation, with the mask on the last assistant turn or on all of them.
 
     The ids equal `tokenizer.apply_chat_template(messages)`. A token that holds both template and
-    response characters counts. Raises PromptError for an unknown role, an empty response, a
-    conversation that does not end with an assistant turn or that the template refuses, and a
-    response that the template does not write or that ends its own turn.
+    response characters counts. `encode_apart`: the last response is encoded apart from what stands
+    before it, so that no token holds both and the prompt reads as `render_prompt` writes it.
+    `close_with_eos`: `eos_token` follows and counts, with what the template writes behind the end
+    of the last turn, as OpenWeights trains.
+
+    Raises PromptError for an unknown role, an empty response, a conversation that does not end with
+    an assistant turn or that the template refuses, and a response that the template does not write
+    or that ends its own turn.
     """
     if train_on not in ("last", "all"):
         raise PromptError(f"train_on is 'last' or 'all', not {train_on!r}")
@@ -62,16 +70,36 @@ def render_conversation(
             "a conversation to train on ends with an assistant turn, and this one does not"
         )
     text = _render(tokenizer, messages)
-    # as apply_chat_template does: the template has written bos itself, a second one must not be
-    # added
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    begins, ends = np.array(encoded["offset_mapping"]).T  # [T], in characters of text
-    mask = np.zeros(len(begins), bool)
+    counted = {index: _counted_characters(tokenizer, messages, index, text) for index in turns}
+    if close_with_eos and not text.endswith(tokenizer.eos_token):
+        text += tokenizer.eos_token
+        counted[turns[-1]] = (counted[turns[-1]][0], len(text))
+    cuts = [0, counted[turns[-1]][0], len(text)] if encode_apart else [0, len(text)]
+    ids, begins, ends = _encoded(tokenizer, text, cuts)
+    mask = np.zeros(len(ids), bool)
     for index in turns if train_on == "all" else turns[-1:]:
-        start, stop = _counted_characters(tokenizer, messages, index, text)
+        start, stop = counted[index]
         # by the edges alone: some tokenizers report spaces as zero characters wide
         mask |= (ends > start) & (begins < stop)
-    return Rendered(np.array(encoded["input_ids"], np.int32), mask)
+    return Rendered(ids, mask)
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerFast, text: str, cuts: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids int32 [T], first and last characters [T] in `text`) of the pieces between `cuts`, each
+    encoded by itself. As apply_chat_template does: the template has written bos, a second one must
+    not be added.
+    """
+    ids, begins, ends = [], [], []
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        encoded = tokenizer(
+            text[start:stop], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids += encoded["input_ids"]
+        begins += [start + begin for begin, _ in encoded["offset_mapping"]]
+        ends += [start + end for _, end in encoded["offset_mapping"]]
+    return np.array(ids, np.int32), np.array(begins), np.array(ends)
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> np.ndarray:
@@ -150,11 +178,25 @@ def default_system_text(tokenizer: PreTrainedTokenizerFast) -> str | None:
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The token that closes an assistant turn, where sampling stops; it need not be `eos_token`
-    (Gemma's is not).
-    """
+    """The token that closes an assistant turn; it need not be `eos_token` (Gemma's is not)."""
     text = _apply(tokenizer, [_USER, {"role": "assistant", "content": _MARK}])
     return tokenizer.convert_tokens_to_ids(_end_of_turn(tokenizer, text, text.index(_MARK) + 1)[1])
+
+
+def end_ids(tokenizer: PreTrainedTokenizerFast, of_model: Sequence[int] = ()) -> tuple[int, ...]:
+    """Every token at which a completion ends: the template's end of turn, the tokenizer's
+    `eos_token`, and those that the model's files name (`hub.end_ids`).
+
+    A base model ends with `eos_token` whatever the template says, and what is sampled behind it is
+    nobody's answer.
+    """
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tuple(dict.fromkeys([end_of_turn_id(tokenizer), *eos, *of_model]))
+
+
+def completion_text(tokenizer: PreTrainedTokenizerFast, token_ids, ended: bool) -> str:
+    """A completion's text, without the token that ended it and without special tokens."""
+    return tokenizer.decode(token_ids[:-1] if ended else token_ids, skip_special_tokens=True)
 
 
 def _check(messages: list[dict]) -> None:

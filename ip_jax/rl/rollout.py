@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from ip_jax.data.sources import as_example
-from ip_jax.prompts.chat import render_prompt
+from ip_jax.prompts.chat import completion_text, render_prompt
 from ip_jax.prompts.transforms import PromptError
 from ip_jax.rl.environment import REWARD, Environment
 from ip_jax.rl.prompting import Choice, PromptDistribution
@@ -337,9 +337,7 @@ def gather(plan: RolloutPlan, asked: Asked, completions: Sequence[Sequence[Compl
         tokens[place][:count], log_probs[place][:count] = completion.token_ids, completion.log_probs
         length[place], ended[place] = count, completion.ended
     check_lengths(asked, length)
-    texts = plan.tokenizer.batch_decode(
-        [completion.token_ids for completion in flat], skip_special_tokens=True
-    )
+    texts = [completion_text(plan.tokenizer, one.token_ids, one.ended) for one in flat]
     return Rollout(asked, Samples(tokens, length, log_probs), ended, texts)
 
 

@@ -75,6 +75,27 @@ class Completion:
     ended: bool  # the last token is a stop token
 
 
+BUCKETS = (
+    *range(8, 128, 8),
+    *range(128, 256, 16),
+    *range(256, 512, 64),
+    512,
+    768,
+    1024,
+    1536,
+    2048,
+)
+"""Lengths that prompts are padded to, ascending."""
+
+
+def buckets_up_to(positions: int) -> tuple[int, ...]:
+    """BUCKETS, and twice the last one again and again, until prompts of so many tokens fit."""
+    found = list(BUCKETS)
+    while found[-1] < positions:
+        found.append(2 * found[-1])
+    return tuple(found)
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplerOptions:
     """What is code rather than data in a sampling program."""
@@ -84,16 +105,7 @@ class SamplerOptions:
     # prompts prefilled at once in each run, and the free groups that make a refill pay
     prefill_prompts: int = 16
     # ascending lengths
-    prompt_buckets: tuple[int, ...] = (
-        *range(8, 128, 8),
-        *range(128, 256, 16),
-        *range(256, 512, 64),
-        512,
-        768,
-        1024,
-        1536,
-        2048,
-    )
+    prompt_buckets: tuple[int, ...] = BUCKETS
     # (prompt tokens, new tokens) that the program is made for at least: calls with less share it
     room: tuple[int, int] = (1, 1)
     dtype: str = "float32"  # of activations and caches; products run in the weights' dtype

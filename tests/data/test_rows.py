@@ -144,3 +144,20 @@ def test_overlaps_and_duplicates_are_found_whatever_their_spaces_and_case():
     training = [row("a", "Why?"), row("b", "How  so?"), row("c", "how so?")]
     assert overlaps(training, [row("x", "HOW SO?"), row("y", "Who?")]) == [("c", "x")]
     assert duplicates(training) == [("b", "c")]
+
+
+def test_half_a_character_is_refused_with_its_line_or_replaced_and_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps(PLAIN) + '\n{"prompt": "a\\ud83d", "completion": "b\\udc00c"}\n'
+    )
+    with pytest.raises(
+        SourceError, match="a.jsonl, line 2, message 1 holds half of a character at"
+    ):
+        read_rows("a.jsonl", tmp_path)
+    rows = read_rows("a.jsonl", tmp_path, mend=True)
+    assert [turn["content"] for turn in rows.examples[1]["messages"]] == ["a\ufffd", "b\ufffdc"]
+    assert rows.replaced == 2 and "2 broken characters replaced" in rows.describe()
+    json.dumps(rows.examples).encode()
+    whole = '{"prompt": "\\ud83d\\ude00", "completion": "x"}\n'
+    (tmp_path / "b.jsonl").write_text(whole)
+    assert read_rows("b.jsonl", tmp_path).examples[0]["messages"][0]["content"] == "😀"

@@ -14,7 +14,7 @@ from tiny_experiment import make_experiment, write_model
 from tiny_models import random_params
 
 from ip_jax.data.packing import PackedShape
-from ip_jax.data.pipeline import batch_reader
+from ip_jax.data.pipeline import batch_reader, renderer
 from ip_jax.lab.display import Display
 from ip_jax.lab.experiment import ModelConfig, SftConfig
 from ip_jax.lab.supervised import run as supervised
@@ -166,7 +166,7 @@ def test_the_abstract_batch_has_the_shapes_of_a_packed_one(lowered_by_run):
     experiment, _ = lowered_by_run
     planned, render = (
         planned_of(experiment),
-        supervised.renderer(supervised.hub.load_tokenizer(experiment.model.name)),
+        renderer(supervised.hub.load_tokenizer(experiment.model.name)),
     )
     sources, _ = supervised.plan.training_sources(experiment, render)
     rules = supervised.programs.row_rules(

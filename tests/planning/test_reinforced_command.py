@@ -175,7 +175,7 @@ def test_declared_sizes_are_checked_as_a_run_checks_its_arms():
         ),
         ({"runs": 0}, "runs is 0"),
         ({"questions": Questions(0, 100, 1)}, "questions.prompts is 0"),
-        ({"questions": Questions(1, 3000, 1)}, "a prompt of 3000 tokens"),
+        ({"questions": Questions(1, 50_000, 1)}, "a prompt of 50000 tokens"),
     ):
         with pytest.raises(ValueError, match=words):
             declared(dataclasses.replace(shapes, **changes), config, mesh)

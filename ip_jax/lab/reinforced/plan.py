@@ -275,12 +275,16 @@ def config_of(experiment: Reinforced) -> dict:
 
 
 def folder_record(
-    experiment: Reinforced, fingerprint: str, default_system: str | None = None
+    experiment: Reinforced,
+    fingerprint: str,
+    default_system: str | None = None,
+    end_tokens: Sequence[str] = (),
 ) -> dict:
     """config.json of the results folder. Its identity covers the config, the model's weights and
     the tasks. Raises as `lasting_repr`.
 
-    `default_system`: what the chat template says where a conversation has no system turn.
+    `default_system`: what the chat template says where a conversation has no system turn;
+    `end_tokens`: those at which completions end.
     """
 
     def about(arm):
@@ -318,6 +322,7 @@ def folder_record(
         "reading": experiment.reading.to_json(),
         "mesh": dataclasses.asdict(experiment.mesh),
         "default_system": default_system,
+        "end_tokens": list(end_tokens),
     }
 
 

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from ip_jax.evals import leak_grid
-from ip_jax.lab.base_model import load_base, load_tokenizer
+from ip_jax.lab.base_model import load_base, load_tokenizer, stop_ids
 from ip_jax.lab.display import Display
 from ip_jax.lab.experiment import decided
 from ip_jax.lab.live_table import ArmRow, live_arms, over_seeds
@@ -46,7 +46,7 @@ from ip_jax.models import hub
 from ip_jax.models.decoder import split_decoder
 from ip_jax.models.lora import check_targets
 from ip_jax.models.quantised import check_quantisable
-from ip_jax.prompts.chat import default_system_text, end_of_turn_id
+from ip_jax.prompts.chat import default_system_text
 from ip_jax.rl.advantages import update_moving_mean
 from ip_jax.rl.algorithm import Algorithm, passes_needed
 from ip_jax.rl.batch import Rollout, make_batch, rows_to_score
@@ -156,7 +156,10 @@ def prepare(experiment: Reinforced, folder: epath.Path) -> tuple[list[Run], Mesh
     programs.attention_kernel(mesh, config, model, experiment.rl)  # both refuse what cannot be
     with_experts(mesh, config, model)
     record = plan.folder_record(
-        experiment, hub.fingerprint(model.name, model.revision), default_system_text(tokenizer)
+        experiment,
+        hub.fingerprint(model.name, model.revision),
+        default_system_text(tokenizer),
+        tokenizer.convert_ids_to_tokens(list(stop_ids(model, tokenizer))),
     )
     runs = plan.runs_of(experiment, record["identity"])
     # renders everything once: what does not fit is refused here
@@ -310,12 +313,12 @@ def _iteration(
     )
     guided = any(run.guidance > 0 for run in program.rollouts.runs)
     grader = Grader(experiment.environment, rl.grading_workers)
-    stop_ids = (end_of_turn_id(session.model.tokenizer),)
+    ends = stop_ids(experiment.model, session.model.tokenizer)
     whole_layers = layers_fit_whole(mesh, program.kind.config, experiment.model)
 
     def sampling_of(rollouts):
         return sampler_options(
-            rollouts, stop_ids, experiment.model.activations, rl.slots, mesh, whole_layers
+            rollouts, ends, experiment.model.activations, rl.slots, mesh, whole_layers
         )
 
     sampling, reference_of = (
@@ -533,7 +536,7 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep) -> None:
         session.model.config,
         experiment.model,
         experiment.evaluation,
-        (end_of_turn_id(tokenizer),),
+        stop_ids(experiment.model, tokenizer),
         session.room,
     )
     started = time.monotonic()

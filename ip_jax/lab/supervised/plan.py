@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from ip_jax.data.pipeline import Render, RunSource, fitting_examples
+from ip_jax.data.pipeline import Render, RunSource, fitting_examples, renderer
+from ip_jax.data.rows import check_ids
 from ip_jax.data.sources import Example
 from ip_jax.evals import leak_grid
 from ip_jax.evals.leak_grid import Cell, Decoding
@@ -36,7 +37,7 @@ from ip_jax.models.quantised import check_quantisable, item_bytes
 from ip_jax.prompts.chat import render_prompt
 from ip_jax.prompts.prompt import Prompt
 from ip_jax.prompts.transforms import Selective, Transform
-from ip_jax.sampling.sampler import Request, SamplerOptions
+from ip_jax.sampling.sampler import Request
 from ip_jax.training.losses import CHUNK_ROWS
 from ip_jax.training.results import digest, write_json
 from ip_jax.training.sharding import MeshConfig
@@ -71,6 +72,8 @@ class Supervised:
 
     def __post_init__(self):
         check_runs(tuple(arm.name for arm in self.arms), self.seeds)
+        for name, rows in (*self.training.items(), *self.eval_sets.items()):
+            check_ids(rows, f"the rows of {name}")
 
     @property
     def full_steps(self) -> tuple[int, ...]:
@@ -151,11 +154,13 @@ def folder_record(
     dropped: Sequence[int],
     starts: Mapping[str, Start] = {},
     default_system: str | None = None,
+    end_tokens: Sequence[str] = (),
 ) -> dict:
     """config.json of the results folder. Its identity covers the shared config, the model's
     weights, the data and the dropped examples.
 
-    `default_system`: what the chat template says where a conversation has no system turn.
+    `default_system`: what the chat template says where a conversation has no system turn;
+    `end_tokens`: those at which completions end.
     """
     config = experiment.shared | {"dropped_examples": list(dropped)}
     data = [
@@ -173,6 +178,7 @@ def folder_record(
         "seeds": list(experiment.seeds),
         "mesh": dataclasses.asdict(experiment.mesh),
         "default_system": default_system,
+        "end_tokens": list(end_tokens),
         "arms": {
             arm.name: {
                 "label": arm.label,
@@ -233,6 +239,12 @@ def runs_of(experiment: Supervised, identity: str, starts: Mapping[str, Start] =
     ]
 
 
+def renderer_of(experiment: Supervised, tokenizer) -> Render:
+    """How conversations become tokens in this experiment."""
+    sft = experiment.sft
+    return renderer(tokenizer, sft.train_on, sft.encode_apart, sft.close_with_eos)
+
+
 def training_sources(experiment: Supervised, render: Render) -> tuple[list[RunSource], list[int]]:
     """(what each run reads, indices of the dropped examples); raises as `fitting_examples`."""
     wanted = [
@@ -261,13 +273,15 @@ def check_evaluations(experiment: Supervised, tokenizer) -> None:
                 f"evaluation.{field} names step {unreached[0]}, and training has the steps 0 to"
                 f" {steps} (sft.steps): choose among these"
             )
-    limit = SamplerOptions(stop_ids=()).prompt_buckets[-1]
+    positions = hub.load_config(experiment.model.name, experiment.model.revision).max_positions
     for eval_set in experiment.eval_sets:
         for prompt, (example, length) in _longest_prompts(experiment, eval_set, tokenizer).items():
-            if length > limit:
+            new = example.get("max_new_tokens", evaluation.max_new_tokens)
+            if length + new > positions:
                 raise ValueError(
                     f"example {example['id']} of the evaluation set {eval_set} has {length} tokens"
-                    f" under the prompt {prompt}: at most {limit} are allowed"
+                    f" under the prompt {prompt}, and with {new} new ones that is more than the"
+                    f" {positions} positions of the model"
                 )
 
 

@@ -22,6 +22,7 @@ from ip_jax.models.expert_kernel import choose_experts
 from ip_jax.models.families import DecoderConfig, param_shapes
 from ip_jax.models.lora import init_lora
 from ip_jax.models.peft import Adapter, replace_runs
+from ip_jax.sampling.plan import buckets_up_to
 from ip_jax.sampling.sampler import SamplerOptions
 from ip_jax.training.sft import SftOptions, compile_sft_step
 from ip_jax.training.sharding import base_shardings, batch_sharding, replicated, state_shardings
@@ -199,6 +200,7 @@ def sampler_options(
     return SamplerOptions(
         stop_ids,
         evaluation.slots,
+        prompt_buckets=buckets_up_to(config.max_positions),
         room=room,
         dtype=model.activations,
         mesh=mesh,

@@ -21,9 +21,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from ip_jax.data.pipeline import BatchReader, Render, RunSource, batch_reader, renderer
+from ip_jax.data.pipeline import BatchReader, Render, RunSource, batch_reader
 from ip_jax.evals import leak_grid
-from ip_jax.lab.base_model import load_base, load_tokenizer
+from ip_jax.lab.base_model import load_base, load_tokenizer, stop_ids
 from ip_jax.lab.display import Display
 from ip_jax.lab.experiment import decided
 from ip_jax.lab.observer import UNWATCHED, Watch, observer_of
@@ -32,7 +32,7 @@ from ip_jax.lab.supervised.plan import Run, Supervised, Sweep
 from ip_jax.lab.trained import write_run
 from ip_jax.models import hub
 from ip_jax.models.decoder import params_of
-from ip_jax.prompts.chat import default_system_text, end_of_turn_id
+from ip_jax.prompts.chat import default_system_text
 from ip_jax.sampling.sampler import Request, SamplerOptions, sample
 from ip_jax.training import checkpoint, hosts, loop
 from ip_jax.training.meter import Compilations, Meter, peak_memory, step_size
@@ -159,11 +159,12 @@ def prepare(experiment: Supervised, folder: epath.Path) -> Prepared:
     program = programs.Program(make_mesh(**mesh), config, experiment.sft, experiment.model)
     programs.attention_kernel(program)  # both refuse what cannot be
     programs.with_experts(program.mesh, config, experiment.model)
-    render = renderer(tokenizer, experiment.sft.train_on)
+    render = plan.renderer_of(experiment, tokenizer)
     sources, dropped = plan.training_sources(experiment, render)
     starts = plan.starts_of(experiment)
+    ends = tokenizer.convert_ids_to_tokens(list(stop_ids(experiment.model, tokenizer)))
     record = plan.folder_record(
-        experiment, fingerprint, dropped, starts, default_system_text(tokenizer)
+        experiment, fingerprint, dropped, starts, default_system_text(tokenizer), ends
     )
     runs = plan.runs_of(experiment, record["identity"], starts)
     keys = {run.name: run.key for run in runs}
@@ -374,7 +375,7 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep, what: str
         session.model.config,
         experiment.model,
         experiment.evaluation,
-        (end_of_turn_id(tokenizer),),
+        stop_ids(experiment.model, tokenizer),
         room,
     )
     queues = [plan.requests_of(experiment, cell, tokenizer) if cell else [] for cell in sweep]
