@@ -1,6 +1,7 @@
 """A stranger's study, from `ip-jax new` on: checked, trained, drawn and exported as users do."""
 
 import json
+import pathlib
 import re
 
 import pyarrow.parquet as pq
@@ -138,3 +139,18 @@ def test_a_scorer_that_fails_while_running_costs_its_rows_alone(here, capsys):
     failed = [row for row in rows if row["score_error"]]
     assert failed and all(row.get("shouts") is None for row in failed)
     assert f"Replies that could not be scored, and count nowhere: {len(failed)}." in said
+
+
+def test_the_documented_study_of_forty_lines_runs(here, capsys):
+    document = (pathlib.Path(__file__).parents[2] / "docs" / "studies.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    assert len(code.splitlines()) <= 46
+    (here / "curt.py").write_text(code)
+    cli.main(["check", "curt.py", "--model.name", "model"])
+    assert "nothing is wrong" in capsys.readouterr().out
+    fields = ["--sft.steps", "2", "--sft.batch-size", "4", "--evaluation.max-new-tokens", "3"]
+    cli.main(["run", "curt.py", "--model.name", "model", *fields])
+    (folder,) = (here / "results" / "curt").iterdir()
+    table = (folder / "table.csv").read_text()
+    assert "student-t" in table and "clopper-pearson" in table
+    cli.main(["figure", str(folder)])
