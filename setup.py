@@ -43,8 +43,11 @@ setup(
         "quant": ["qwix>=0.1.8"],  # model.quantised: nf4 and int8 arrays
         "gcs": ["gcsfs"],  # gs:// paths in etils.epath
         "wandb": ["wandb>=0.19.10"],  # first that keeps several runs of a process open side by side
+        # any OpenAI-compatible endpoint (evals/judges.py); 1.40 has the client as it is used there
+        "judges": ["openai>=1.40"],
         # torch and peft: parity tests only
         "dev": [
+            "openai>=1.40",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",

@@ -1,6 +1,7 @@
 """Everything that a file with a STUDY imports, under one name."""
 
 from ip_jax.data.rows import Files, FilesSpec, StudyData
+from ip_jax.evals.judges import Endpoint, Judge, Number, YesNo
 from ip_jax.evals.metrics import Difference, Given, Holds, Mean, Rate
 from ip_jax.evals.rules import (
     Contrast,
@@ -11,6 +12,7 @@ from ip_jax.evals.rules import (
     interval_above,
     interval_below,
 )
+from ip_jax.evals.scorers import All, Matches
 from ip_jax.lab.experiment import Arm, EvalConfig, ModelConfig, SftConfig, SupervisedPreset
 from ip_jax.lab.reinforced.plan import GridPrompt, ReinforcedPreset, RlArm, RlConfig, RlEval
 from ip_jax.lab.study import Study
@@ -35,6 +37,12 @@ from ip_jax.training.sharding import MeshConfig
 
 __all__ = [
     "Algorithm",
+    "All",
+    "Endpoint",
+    "Judge",
+    "Matches",
+    "Number",
+    "YesNo",
     "Arm",
     "Chain",
     "Contrast",

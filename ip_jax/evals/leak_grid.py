@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from ip_jax.data.sources import Example
-from ip_jax.evals.scorers import Scorer
+from ip_jax.evals.judges import Judge
+from ip_jax.evals.scorers import SCORE_ERROR, Scorer
 from ip_jax.prompts.chat import completion_text, render_prompt
 from ip_jax.prompts.transforms import Transform
 from ip_jax.sampling.sampler import Completion, Request
 
-SCORE_ERROR = "score_error"  # the column that says why a completion has no verdict
 _TYPES = (
     dict.fromkeys(
         (
@@ -115,6 +115,18 @@ def scored(scorer: Scorer, example: Mapping[str, Any], completion: str) -> dict[
     if not isinstance(found, Mapping):
         return {SCORE_ERROR: f"the scorer returned {type(found).__name__} and no dict"}
     return dict(found)
+
+
+def scored_all(
+    scorer: Scorer, examples: Sequence[Mapping[str, Any]], completions: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What a scorer says of each completion; a judge is asked for all of them at once. Raises
+    JudgeError where a judge is no longer reached: what it has said is in its cache.
+    """
+    if isinstance(scorer, Judge):
+        return scorer.score_all(examples, completions)
+    pairs = zip(examples, completions, strict=True)
+    return [scored(scorer, example, completion) for example, completion in pairs]
 
 
 def rows_of(

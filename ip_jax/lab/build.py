@@ -8,8 +8,10 @@ from typing import Any
 from etils import epath
 
 from ip_jax.data.rows import StudyData
-from ip_jax.evals.leak_grid import SCORE_ERROR, prompted, scored
+from ip_jax.evals.judges import Judge
+from ip_jax.evals.leak_grid import prompted, scored
 from ip_jax.evals.rules import Onset, Reading
+from ip_jax.evals.scorers import SCORE_ERROR
 from ip_jax.lab.base_model import load_tokenizer
 from ip_jax.lab.experiment import (
     NEUTRAL,
@@ -182,6 +184,9 @@ def probe(study: Study, data: StudyData) -> dict[str, Any]:
     the row before.
     """
     found: dict[str, Any] = {}
+    if isinstance(study.scorer, Judge):  # it costs: one call says whether it can be used
+        study.scorer.check(next(iter(data.evaluation.values()))[0])
+        return dict.fromkeys((study.scorer.name, f"{study.scorer.name}_said"))
     for name, rows in data.evaluation.items():
         for row in rows[:PROBED]:
             of_row = scored(study.scorer, prompted(row, Identity(), 0), _gold(row))

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from etils import epath
 
-from ip_jax.evals.leak_grid import SCORE_ERROR
+from ip_jax.evals.scorers import SCORE_ERROR
 from ip_jax.lab.study import Study
 
 _IDENTIFYING = (

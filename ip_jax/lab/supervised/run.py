@@ -404,10 +404,9 @@ def _evaluate(session: Session, sample_queues: Callable, sweep: Sweep, what: str
                     tokenizer,
                     experiment.columns,
                 )
-                rows = [
-                    row | leak_grid.scored(experiment.scorer, example, row["completion"])
-                    for row, example in zip(rows, examples, strict=True)
-                ]
+                texts = [row["completion"] for row in rows]
+                verdicts = leak_grid.scored_all(experiment.scorer, examples, texts)
+                rows = [row | verdict for row, verdict in zip(rows, verdicts, strict=True)]
                 write_binary(
                     session.folder / "transcripts" / cell.part,
                     leak_grid.parquet_writer(leak_grid.table_of(rows)),
