@@ -34,9 +34,9 @@ SEED = 0
 class NoText:
     """In the place of a tokenizer: the ids are random, and nobody reads them."""
 
-    def batch_decode(self, ids: list, skip_special_tokens: bool) -> list[str]:
-        """An empty text for each completion."""
-        return [""] * len(ids)
+    def decode(self, ids: np.ndarray, skip_special_tokens: bool) -> str:
+        """The empty text."""
+        return ""
 
 
 def rollout_plan(work: RlSizes) -> rollouts.RolloutPlan:

@@ -191,7 +191,7 @@ def passes_made(monkeypatch, tmp_path):
     before its update, in order; all else stands still.
     """
     fixed = {
-        "end_of_turn_id": 0,
+        "stop_ids": (0,),
         "sampler_options": None,
         "layers_fit_whole": False,
         "check_failures": None,
