@@ -115,7 +115,8 @@ def test_a_supervised_run_and_a_conversation_with_it(supervised, asked, tmp_path
     assert all_without_thinking(asked)
     lines = iter(["One?", ""])
     monkeypatch.setattr(builtins, "input", lambda *_: next(lines))
-    chat(folder, ChatOptions("neutral", max_new_tokens=2), Console(file=io.StringIO()))
+    options = ChatOptions("neutral", None, supervised.prompts["neutral"], max_new_tokens=2)
+    chat(folder, options, Console(file=io.StringIO()))
     assert all_without_thinking(asked)
 
 
